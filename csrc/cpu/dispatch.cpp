@@ -1,0 +1,87 @@
+// Chooses the ISA level: one function table per level, the best that this CPU runs unless told otherwise.
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+namespace attnforge::cpu {
+
+// The build defines ATTNFORGE_HAVE_<LEVEL> for what it compiled; baseline is always there. In order of
+// preference, worst first.
+#ifdef ATTNFORGE_HAVE_AVX2
+#define ATTNFORGE_ISA_LIST X(baseline) X(avx512_soft) X(avx2) X(avx512)
+#else
+#define ATTNFORGE_ISA_LIST X(baseline)
+#endif
+
+#define X(ISA) ATTNFORGE_DECLARE_ISA(ISA)
+ATTNFORGE_ISA_LIST
+#undef X
+
+namespace {
+
+bool runs_here(const char* isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  if (!std::strcmp(isa, "avx2") || !std::strcmp(isa, "avx512_soft")) return avx2;
+  if (!std::strcmp(isa, "avx512")) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+  }
+  return __builtin_cpu_supports("sse4.2");
+#else
+  return !std::strcmp(isa, "baseline");
+#endif
+}
+
+const KernelTable kTables[] = {
+#define X(ISA)                                                                               \
+  {#ISA,                  ISA::lanes(),      ISA::flash_fwd_workspace, ISA::flash_fwd,       \
+   ISA::flash_decode_workspace, ISA::flash_decode, ISA::flash_bwd_workspace, ISA::flash_bwd, \
+   ISA::merge_states,     ISA::probe_fma,    ISA::probe_read},
+    ATTNFORGE_ISA_LIST
+#undef X
+};
+
+const KernelTable* best() {
+  const KernelTable* choice = &kTables[0];
+  for (const KernelTable& table : kTables) {
+    if (runs_here(table.isa)) choice = &table;
+  }
+  return choice;
+}
+
+const KernelTable* in_force = best();
+
+}  // namespace
+
+const KernelTable& kernels() { return *in_force; }
+
+const char* isa_levels() {
+  static char list[64];
+  list[0] = '\0';
+  for (const KernelTable& table : kTables) {
+    if (!runs_here(table.isa)) continue;
+    if (list[0]) std::strcat(list, ",");
+    std::strcat(list, table.isa);
+  }
+  return list;
+}
+
+bool select_isa(const char* name) {
+  if (!std::strcmp(name, "auto")) {
+    in_force = best();
+    return true;
+  }
+  for (const KernelTable& table : kTables) {
+    if (!std::strcmp(table.isa, name) && runs_here(name)) {
+      in_force = &table;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace attnforge::cpu

@@ -1,0 +1,328 @@
+// Flash attention, forward, for sequences with many query rows.
+//
+// Algorithm (FlashAttention-2 order, Dao 2023, on CPU tiles): K and V of each (batch, kv head) are
+// widened and packed once into panels, shared by all query tiles of all heads of the group. A task is
+// one tile of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q times
+// packed K), online softmax in base 2, O += P V, everything fp32 and resident in L1/L2.
+//
+//   tile       96 rows x 128 keys: S 54 KiB + Q 24 KiB + O 24 KiB at D 64, inside a 512 KiB L2 with
+//              room for the K and V block; 96 is a multiple of every kMR (4, 6, 12)
+//   heads      short sequences put the rows of several heads of a group into one tile
+//   masks      every mask is one interval of keys per row. Blocks that all rows see whole take the
+//              unmasked path; others go kMR rows at a time, over the columns those rows see
+//   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
+//   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
+//   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles first
+//
+// A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch, or
+// the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
+#include "cpu/flash/problem.h"
+#include "cpu/kernels.h"
+#include "cpu/micro/pack.h"
+#include "cpu/micro/parallel.h"
+#include "cpu/micro/softmax.h"
+
+namespace attnforge::cpu {
+ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+}
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+namespace {
+
+constexpr int64_t kBlockM = 96;
+constexpr int64_t kBlockN = 128;
+constexpr int64_t kLds = kBlockN + 16;  // off the power of two: rows do not share L1 sets
+constexpr int64_t kWaveBytes = 8 << 20;  // a quarter of a 32 MiB L3: packed K and V stay cached
+
+// The packed K and V of one (batch, kv head), block after block.
+struct PackedHead {
+  float* k;         // [blocks][kBlockN / kNR][D][kNR]
+  float* v;         // [blocks][Dv / kNR][kBlockN][kNR]
+  uint8_t* finite;  // [blocks]: every V element of the block is finite
+};
+
+// One worker's tile.
+struct Tile {
+  float* q;  // row groups, scaled
+  float* s;  // [kBlockM][kLds]
+  float* o;  // [kBlockM][ldo]
+  float* m;
+  float* l;
+  Interval* keys;  // what each row sees
+};
+
+struct Plan {
+  int64_t blocks;     // key blocks of the longest sequence
+  int64_t max_tiles;  // query tiles of the longest sequence, per (batch, kv head)
+  int64_t slots;      // (batch, kv head) pairs per wave
+  int64_t ldo;
+  int64_t k_floats, v_floats;  // packed floats per key block
+};
+
+// Rows of a (batch, kv head): head-major, so that a tile of a long sequence lies in one head.
+struct RowTiling {
+  int64_t rows_per_band;  // a band is cut into tiles of kBlockM rows
+  int64_t bands;
+  AF_INLINE_MEMBER int64_t tiles_per_band() const { return ceil_div(rows_per_band, kBlockM); }
+  AF_INLINE_MEMBER int64_t tiles() const { return bands * tiles_per_band(); }
+};
+
+AF_INLINE RowTiling row_tiling(int64_t q_len, int64_t group) {
+  bool share = q_len < kBlockM / 2;
+  return share ? RowTiling{q_len * group, 1} : RowTiling{q_len, group};
+}
+
+AF_INLINE Plan make_plan(const FlashProblem& p, int64_t threads) {
+  Plan plan;
+  plan.blocks = max64(1, ceil_div(p.seqlen_k, kBlockN));
+  int64_t group = group_size(p);
+  // Sharing makes the tile count of a shorter sequence at most that of the longest one or of the
+  // longest sequence that still shares.
+  plan.max_tiles = max64(row_tiling(p.seqlen_q, group).tiles(),
+                         row_tiling(min64(p.seqlen_q, kBlockM / 2 - 1), group).tiles());
+  plan.ldo = padded_columns(p.v_head_dim);
+  plan.k_floats = kBlockN * p.head_dim;
+  plan.v_floats = kBlockN * plan.ldo;
+  int64_t pairs = p.batch * p.heads_k;
+  int64_t bytes = plan.blocks * (plan.k_floats + plan.v_floats) * 4;
+  int64_t enough = ceil_div(4 * threads, max64(1, plan.max_tiles));
+  plan.slots = max64(1, min64(pairs, max64(enough, kWaveBytes / bytes)));
+  return plan;
+}
+
+AF_INLINE PackedHead take_head(Arena& arena, const Plan& plan) {
+  PackedHead head;
+  head.k = arena.take<float>(plan.blocks * plan.k_floats);
+  head.v = arena.take<float>(plan.blocks * plan.v_floats);
+  head.finite = arena.take<uint8_t>(plan.blocks);
+  return head;
+}
+
+AF_INLINE Tile take_tile(Arena& arena, const FlashProblem& p, const Plan& plan) {
+  Tile tile;
+  tile.q = arena.take<float>(kBlockM * p.head_dim);
+  tile.s = arena.take<float>(kBlockM * kLds);
+  tile.o = arena.take<float>(kBlockM * plan.ldo);
+  tile.m = arena.take<float>(kBlockM);
+  tile.l = arena.take<float>(kBlockM);
+  tile.keys = arena.take<Interval>(kBlockM);
+  return tile;
+}
+
+template <class T>
+AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
+                          int64_t kv_head, int64_t block, const PackedHead& head) {
+  const FlashProblem& p = params.problem;
+  int64_t key0 = block * kBlockN;
+  int64_t n = min64(kBlockN, seq.k_len - key0);
+  const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, kv_head);
+  float* k_block = head.k + block * plan.k_floats;
+  for (int64_t c = 0; c < n; c += kNR) {
+    pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, min64(kNR, n - c), p.head_dim,
+                   k_block + c * p.head_dim);
+  }
+  const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, kv_head);
+  head.finite[block] =
+      pack_column_panels(v, params.v.seq_stride, n, p.v_head_dim, 1.0f,
+                         head.v + block * plan.v_floats, kBlockN * kNR);
+}
+
+// What a tile of rows [row0, row0 + rows) of one band needs to know about itself.
+struct TileRows {
+  const FlashFwdParams& params;
+  const Plan& plan;
+  const Sequence& seq;
+  int64_t kv_head, first, rows;
+
+  AF_INLINE_MEMBER int64_t head(int64_t r) const {
+    return kv_head * group_size(params.problem) + (first + r) / seq.q_len;
+  }
+  AF_INLINE_MEMBER int64_t query(int64_t r) const { return (first + r) % seq.q_len; }
+};
+
+// Scores of row r, columns [c0, c0 + n) of the block at key0, to probabilities; O is rescaled.
+AF_INLINE void update_row(const TileRows& t, const Tile& tile, const ScoreMap& map, int64_t key0,
+                          int64_t r, int64_t c0, int64_t n, bool masked) {
+  const FlashProblem& p = t.params.problem;
+  float* s = tile.s + r * kLds + c0;
+  if (map.cap2 > 0.0f) apply_softcap(s, n, map.cap2);
+  if (p.alibi_slopes) {
+    add_alibi(s, n, alibi_slope2(p, t.seq.batch, t.head(r)),
+              t.query(r) + t.seq.offset - (key0 + c0));
+  }
+  if (masked) {
+    int64_t lo = max64(0, min64(n, tile.keys[r].lo - key0 - c0));
+    int64_t hi = max64(lo, min64(n, tile.keys[r].hi - key0 - c0));
+    if (lo == hi) {
+      fill(s, 0, n, 0.0f);
+      return;
+    }
+    mask_row(s, n, lo, hi, -kInf);
+  }
+  float alpha = softmax_row(s, n, tile.m[r], tile.l[r]);
+  if (alpha != 1.0f) {
+    float* o = tile.o + r * t.plan.ldo;
+    for (int64_t d = 0; d < t.plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha));
+  }
+}
+
+// O += P V of one row over exactly the keys it sees: for blocks whose V is not finite everywhere.
+AF_INLINE void accumulate_row(const Plan& plan, const Tile& tile, const float* v_block, int64_t key0,
+                              int64_t r) {
+  int64_t lo = max64(0, tile.keys[r].lo - key0), hi = min64(kBlockN, tile.keys[r].hi - key0);
+  for (int64_t c = lo; c < hi; ++c) {
+    VecF weight = splat(tile.s[r * kLds + c]);
+    for (int64_t d = 0; d < plan.ldo; d += kLanes) {
+      const float* v = v_block + d / kNR * (kBlockN * kNR) + c * kNR + d % kNR;
+      float* o = tile.o + r * plan.ldo + d;
+      store(o, fma(weight, load(v), load(o)));
+    }
+  }
+}
+
+// A block that some row sees in part: kMR rows at a time, over the columns these rows see.
+AF_INLINE void partial_block(const TileRows& t, const Tile& tile, const ScoreMap& map, int64_t key0,
+                             const float* k_block, const float* v_block, bool finite) {
+  const FlashProblem& p = t.params.problem;
+  for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+    int64_t rows = min64(kMR, t.rows - r0);
+    int64_t lo = kBlockN, hi = 0;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      if (tile.keys[r].lo == tile.keys[r].hi) continue;
+      lo = min64(lo, tile.keys[r].lo - key0);
+      hi = max64(hi, tile.keys[r].hi - key0);
+    }
+    lo = max64(0, lo) / kNR * kNR;
+    hi = min64(kBlockN, hi);
+    if (lo >= hi) continue;
+    int64_t n = round_up(hi - lo, kNR);
+    gemm<1, kMR>(rows, vectors_of(n), p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
+                 k_block + lo * p.head_dim, p.head_dim * kNR, tile.s + r0 * kLds + lo, kLds, false);
+    for (int64_t r = r0; r < r0 + rows; ++r) update_row(t, tile, map, key0, r, lo, n, true);
+    if (finite) {
+      gemm<kLds, 1>(rows, vectors_of(p.v_head_dim), hi - lo, tile.s + r0 * kLds + lo, kLds,
+                    v_block + lo * kNR, kBlockN * kNR, tile.o + r0 * t.plan.ldo, t.plan.ldo, true);
+    } else {
+      for (int64_t r = r0; r < r0 + rows; ++r) accumulate_row(t.plan, tile, v_block, key0, r);
+    }
+  }
+}
+
+// Divides by the sum, adds the sink, rounds and stores O, its rounding residue and the LSE.
+template <class T>
+AF_INLINE void finish_row(const TileRows& t, const Tile& tile, int64_t r) {
+  const FlashProblem& p = t.params.problem;
+  int64_t head = t.head(r), row = t.seq.q_row + t.query(r);
+  RowEnd end = finish_softmax(tile.m[r], tile.l[r], p.sinks ? p.sinks[head] : -kInf);
+  *stat_ptr(t.params.lse, t.seq, head, t.query(r)) = end.lse;
+  T* lo = t.params.out_lo.data ? row_ptr<T>(t.params.out_lo, t.seq.batch, row, head) : nullptr;
+  store_output(tile.o + r * t.plan.ldo, end.scale, p.v_head_dim,
+               row_ptr<T>(t.params.out, t.seq.batch, row, head), lo);
+}
+
+template <class T>
+AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& head) {
+  const FlashProblem& p = t.params.problem;
+  const ScoreMap map = score_map(p);
+  // Bounds over the rows: [any_lo, any_hi) is seen by some row, [all_lo, all_hi) by every row.
+  int64_t any_lo = t.seq.k_len, any_hi = 0, all_lo = 0, all_hi = t.seq.k_len;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    int64_t row = t.seq.q_row + t.query(r);
+    pack_row(row_ptr<const T>(t.params.q, t.seq.batch, row, t.head(r)), p.head_dim, map.q_scale, r,
+             tile.q);
+    Interval keys = visible_keys(p, t.seq, t.query(r));
+    tile.keys[r] = keys;
+    tile.m[r] = -kInf;
+    tile.l[r] = 0.0f;
+    if (keys.lo < keys.hi) {
+      any_lo = min64(any_lo, keys.lo);
+      any_hi = max64(any_hi, keys.hi);
+    }
+    all_lo = max64(all_lo, keys.lo);
+    all_hi = min64(all_hi, keys.hi);
+  }
+  int64_t padded_rows = round_up(t.rows, kMR);
+  zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
+  fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
+
+  for (int64_t key0 = any_lo / kBlockN * kBlockN; key0 < any_hi; key0 += kBlockN) {
+    int64_t block = key0 / kBlockN;
+    const float* k_block = head.k + block * t.plan.k_floats;
+    const float* v_block = head.v + block * t.plan.v_floats;
+    if (key0 < all_lo || key0 + kBlockN > all_hi) {
+      partial_block(t, tile, map, key0, k_block, v_block, head.finite[block]);
+      continue;
+    }
+    gemm<1, kMR>(t.rows, vectors_of(kBlockN), p.head_dim, tile.q, p.head_dim, k_block,
+                 p.head_dim * kNR, tile.s, kLds, false);
+    for (int64_t r = 0; r < t.rows; ++r) update_row(t, tile, map, key0, r, 0, kBlockN, false);
+    gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), kBlockN, tile.s, kLds, v_block, kBlockN * kNR,
+                  tile.o, t.plan.ldo, true);
+  }
+  for (int64_t r = 0; r < t.rows; ++r) finish_row<T>(t, tile, r);
+}
+
+template <class T>
+AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
+  const FlashProblem& p = params.problem;
+  const Plan plan = make_plan(p, workers.num_threads);
+  Arena arena{static_cast<char*>(params.workspace)};
+  char* tiles = arena.base;
+  int64_t tile_bytes;
+  {
+    take_tile(arena, p, plan);
+    tile_bytes = arena.used;
+    arena.used *= workers.num_threads;
+  }
+  char* heads = arena.base + arena.used;
+  int64_t head_start = arena.used;
+  take_head(arena, plan);
+  const int64_t head_bytes = arena.used - head_start;
+  auto head_at = [&](int64_t slot) {
+    Arena a{heads + slot * head_bytes};
+    return take_head(a, plan);
+  };
+
+  const int64_t pairs = p.batch * p.heads_k;
+  for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
+    const int64_t slots = min64(plan.slots, pairs - pair0);
+    parallel_tasks(workers, slots * plan.blocks, [&](int64_t task, int64_t) {
+      int64_t slot = task / plan.blocks, block = task % plan.blocks, pair = pair0 + slot;
+      Sequence seq = sequence(p, pair / p.heads_k);
+      if (!served_here(params, seq) || seq.q_len == 0 || block * kBlockN >= seq.k_len) return;
+      pack_block<T>(params, plan, seq, pair % p.heads_k, block, head_at(slot));
+    });
+    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
+      // Late tiles see the most keys under a causal mask: they go first.
+      int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots, pair = pair0 + slot;
+      Sequence seq = sequence(p, pair / p.heads_k);
+      RowTiling tiling = row_tiling(seq.q_len, group_size(p));
+      if (!served_here(params, seq) || seq.q_len == 0 || index >= tiling.tiles()) return;
+      // Consecutive tasks are the same tile of every head of the group.
+      int64_t band = index % tiling.bands, part = index / tiling.bands;
+      int64_t row0 = part * kBlockM;
+      int64_t rows = min64(kBlockM, tiling.rows_per_band - row0);
+      Arena a{tiles + worker * tile_bytes};
+      TileRows t{params, plan, seq, pair % p.heads_k, band * tiling.rows_per_band + row0, rows};
+      run_tile<T>(t, take_tile(a, p, plan), head_at(slot));
+    });
+  }
+}
+
+}  // namespace
+
+int64_t flash_fwd_workspace(const FlashFwdParams& params, int64_t num_threads) {
+  const Plan plan = make_plan(params.problem, num_threads);
+  Arena tile{nullptr}, head{nullptr};
+  take_tile(tile, params.problem, plan);
+  take_head(head, plan);
+  return tile.used * num_threads + head.used * plan.slots;
+}
+
+void flash_fwd(const FlashFwdParams& params, const Workers& workers) {
+  dispatch_dtype(params.problem.dtype, [&](auto element) {
+    run<decltype(element)>(params, workers);
+  });
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA

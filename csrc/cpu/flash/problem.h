@@ -1,0 +1,83 @@
+// Where a sequence lies and what each of its queries may see: the one copy of that arithmetic, used by
+// forward, backward and decode. Index tensors are data: every value is clamped to the memory that exists.
+#pragma once
+
+#include "cpu/micro/gemm.h"
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+
+struct Sequence {
+  int64_t batch;
+  int64_t q_row, q_len;  // first row in memory (varlen) and number of queries
+  int64_t k_row, k_len;
+  int64_t offset;  // query i stands at key position i + offset (bottom-right alignment)
+};
+
+AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch) {
+  Sequence s = {batch, 0, p.seqlen_q, 0, p.seqlen_k, 0};
+  if (p.cu_seqlens_q) {
+    s.q_row = max64(0, min64(p.cu_seqlens_q[batch], p.total_q));
+    int64_t end = max64(s.q_row, min64(p.cu_seqlens_q[batch + 1], p.total_q));
+    s.q_len = min64(end - s.q_row, p.seqlen_q);
+  }
+  if (p.cu_seqlens_k) {
+    s.k_row = max64(0, min64(p.cu_seqlens_k[batch], p.total_k));
+    int64_t end = max64(s.k_row, min64(p.cu_seqlens_k[batch + 1], p.total_k));
+    s.k_len = min64(end - s.k_row, p.seqlen_k);
+  }
+  if (p.seqused_k) s.k_len = max64(0, min64(p.seqused_k[batch], s.k_len));
+  s.offset = s.k_len - s.q_len;
+  return s;
+}
+
+struct Interval {
+  int64_t lo, hi;  // [lo, hi); empty has lo == hi
+};
+
+// Keys that query i of the sequence sees.
+AF_INLINE Interval visible_keys(const FlashProblem& p, const Sequence& s, int64_t i) {
+  int64_t at = i + s.offset;
+  int64_t lo = p.window_left < 0 ? 0 : max64(0, at - p.window_left);
+  int64_t hi = p.window_right < 0 ? s.k_len : min64(s.k_len, at + p.window_right + 1);
+  lo = min64(lo, s.k_len);
+  return {lo, max64(lo, hi)};
+}
+
+// Queries [lo, hi) of the sequence that may see some key of [k_lo, k_hi): visible_keys turned round.
+AF_INLINE Interval visible_queries(const FlashProblem& p, const Sequence& s, int64_t k_lo,
+                                   int64_t k_hi) {
+  int64_t lo = p.window_right < 0 ? 0 : max64(0, k_lo - s.offset - p.window_right);
+  int64_t hi = p.window_left < 0 ? s.q_len : min64(s.q_len, k_hi - s.offset + p.window_left);
+  lo = min64(lo, s.q_len);
+  return {lo, max64(lo, hi)};
+}
+
+AF_INLINE int64_t group_size(const FlashProblem& p) { return p.heads_q / p.heads_k; }
+
+template <class T>
+AF_INLINE T* row_ptr(const TensorRef& t, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.seq_stride +
+         head * t.head_stride;
+}
+
+AF_INLINE float* stat_ptr(const RowStatRef& t, const Sequence& s, int64_t head, int64_t i) {
+  return t.data + s.batch * t.batch_stride + head * t.head_stride + s.q_row + i;
+}
+
+AF_INLINE bool served_here(const FlashFwdParams& params, const Sequence& s) {
+  if (params.route == RowRoute::kAll) return true;
+  bool few = s.q_len * group_size(params.problem) <= kFewRows;
+  return few == (params.route == RowRoute::kFewRows);
+}
+
+// Calls f with a value of the element type.
+template <class F>
+AF_INLINE void dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat16: return f(Half{});
+    case DType::kBFloat16: return f(BFloat16{});
+  }
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA

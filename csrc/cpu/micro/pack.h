@@ -1,0 +1,64 @@
+// Packing: the three operand layouts that gemm.h reads, widened to fp32 on the way.
+//
+//   row groups     A operand: [rows / kMR][dim][kMR], rows padded with zeros to a whole group
+//   key panels     B = K^T:   [keys / kNR][dim][kNR], keys padded with zeros to a whole panel
+//   column panels  B = V:     [dim / kNR][rows][kNR], columns padded with zeros to a whole vector
+#pragma once
+
+#include "cpu/micro/gemm.h"
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+
+// One row (of `dim` elements, unit stride) into its place in the row groups, times scale.
+template <class T>
+AF_INLINE void pack_row(const T* src, int64_t dim, float scale, int64_t row, float* groups) {
+  float* dst = groups + row / kMR * kMR * dim + row % kMR;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    int64_t n = min64(kLanes, dim - d);
+    float lanes[kLanes];
+    store(lanes, load_partial(src + d, n) * splat(scale));
+    for (int64_t i = 0; i < n; ++i) dst[(d + i) * kMR] = lanes[i];
+  }
+}
+
+AF_INLINE void zero_rows(int64_t first, int64_t end, int64_t dim, float* groups) {
+  for (int64_t row = first; row < end; ++row) {
+    float* dst = groups + row / kMR * kMR * dim + row % kMR;
+    for (int64_t d = 0; d < dim; ++d) dst[d * kMR] = 0.0f;
+  }
+}
+
+// Up to kNR keys (src row stride in elements) into one key panel; dim is a multiple of 4.
+template <class T>
+AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim, float* panel) {
+  for (int64_t j = 0; j < kNR; j += 4) {
+    int64_t n = max64(0, min64(4, keys - j));
+    for (int64_t d = 0; d < dim; d += 4) {
+      Vec4 r[4] = {};
+      for (int64_t i = 0; i < n; ++i) r[i] = load4(src + (j + i) * stride + d);
+      transpose4(r[0], r[1], r[2], r[3]);
+      for (int64_t i = 0; i < 4; ++i) store4(panel + (d + i) * kNR + j, r[i]);
+    }
+  }
+}
+
+// Rows into column panels (panel_stride >= rows * kNR floats apart), times scale.
+// Returns true if every element was finite.
+template <class T>
+AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, int64_t dim,
+                                  float scale, float* panels, int64_t panel_stride) {
+  VecF poison{};
+  for (int64_t row = 0; row < rows; ++row, src += stride) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      VecF x = load_partial(src + d, dim - d) * splat(scale);
+      poison += x * splat(0.0f);  // NaN as soon as one element is NaN or infinite
+      store(panels + d / kNR * panel_stride + row * kNR + d % kNR, x);
+    }
+  }
+  return reduce_add(poison) == 0.0f;
+}
+
+AF_INLINE int64_t vectors_of(int64_t columns) { return ceil_div(columns, kLanes); }
+AF_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kNR); }
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -1,0 +1,122 @@
+// Scores to probabilities, row by row, in the base-2 domain: score maps, masks, online softmax.
+//
+// A row of a score tile holds n columns, n a multiple of kNR. What a query may see is always one
+// interval of keys, so a mask is two bounds, and columns outside are -inf before the maximum.
+#pragma once
+
+#include "cpu/micro/gemm.h"
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// How q.k becomes a base-2 logit: cap2 * tanh(q_scale * q.k) with a softcap, q_scale * q.k without.
+struct ScoreMap {
+  float q_scale;  // folded into Q when it is packed
+  float cap2;     // softcap * log2(e), or 0
+};
+
+AF_INLINE ScoreMap score_map(const FlashProblem& p) {
+  if (p.softcap > 0.0f) return {p.softmax_scale / p.softcap, p.softcap * kLog2E};
+  return {p.softmax_scale * kLog2E, 0.0f};
+}
+
+// slope2 = ALiBi slope * log2(e) of this (batch, head), 0 without.
+AF_INLINE float alibi_slope2(const FlashProblem& p, int64_t batch, int64_t head) {
+  return p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2E : 0.0f;
+}
+
+AF_INLINE VecF lane_index() {
+  VecF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(i);
+  return v;
+}
+
+// distance: position of the query minus position of column 0.
+AF_INLINE void add_alibi(float* s, int64_t n, float slope2, int64_t distance) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    VecF d = splat(static_cast<float>(distance - c)) - lane_index();
+    store(s + c, load(s + c) - splat(slope2) * vabs(d));
+  }
+}
+
+AF_INLINE void apply_softcap(float* s, int64_t n, float cap2) {
+  for (int64_t c = 0; c < n; c += kLanes) store(s + c, splat(cap2) * tanh(load(s + c)));
+}
+
+AF_INLINE void fill(float* s, int64_t lo, int64_t hi, float value) {
+  int64_t c = lo;
+  for (; c + kLanes <= hi; c += kLanes) store(s + c, splat(value));
+  for (; c < hi; ++c) s[c] = value;
+}
+
+// Columns outside [lo, hi) become `value`: -inf before softmax, 0 for probabilities.
+AF_INLINE void mask_row(float* s, int64_t n, int64_t lo, int64_t hi, float value) {
+  fill(s, 0, lo, value);
+  fill(s, hi, n, value);
+}
+
+// One online-softmax step of a row: s becomes 2^(s - m), m and l are updated.
+// Returns the factor for what was accumulated under the old maximum.
+// A row that has seen only -inf keeps m = -inf and gets zeros: no (-inf) - (-inf) anywhere.
+AF_INLINE float softmax_row(float* s, int64_t n, float& m, float& l) {
+  VecF max0 = splat(m), max1 = max0;
+  for (int64_t c = 0; c < n; c += kNR) {
+    max0 = vmax(load(s + c), max0);
+    max1 = vmax(load(s + c + kLanes), max1);
+  }
+  float m_new = reduce_max(vmax(max0, max1));
+  float alpha = 1.0f;
+  if (m_new > m) {
+    alpha = m == -kInf ? 0.0f : exp2(splat(m - m_new))[0];
+    m = m_new;
+  }
+  VecF base = splat(m == -kInf ? 0.0f : m);
+  VecF sum0{}, sum1{};
+  for (int64_t c = 0; c < n; c += kNR) {
+    VecF p0 = exp2(load(s + c) - base), p1 = exp2(load(s + c + kLanes) - base);
+    store(s + c, p0);
+    store(s + c + kLanes, p1);
+    sum0 += p0;
+    sum1 += p1;
+  }
+  l = l * alpha + reduce_add(sum0 + sum1);
+  return alpha;
+}
+
+// The end of a row whose base-2 statistics are (m, l): what multiplies the accumulated O, and the
+// natural-log LSE. The sink is a virtual key with value 0: it enters the sum and the LSE, not O.
+struct RowEnd {
+  float scale;
+  float lse;
+};
+
+AF_INLINE RowEnd finish_softmax(float m, float l, float sink) {
+  if (sink == kInf) return {0.0f, kInf};
+  float scale = 1.0f;
+  if (sink != -kInf) {
+    float top = sink * kLog2E;
+    if (top > m) {
+      scale = m == -kInf ? 0.0f : exp2(splat(m - top))[0];
+      m = top;
+    }
+    l = l * scale + exp2(splat(top - m))[0];
+  }
+  if (l == 0.0f) return {0.0f, -kInf};
+  double lse = static_cast<double>(m) * 0.693147180559945309417 + __builtin_log(l);
+  return {scale / l, static_cast<float>(lse)};
+}
+
+// Rounds one row of O to the output type; `lo`, if wanted, gets what the rounding dropped.
+template <class T>
+AF_INLINE void store_output(const float* o, float scale, int64_t dim, T* out, T* lo) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    VecF exact = load(o + d) * splat(scale);
+    T rounded[kLanes];
+    store(rounded, exact);
+    store_partial(out + d, exact, dim - d);
+    if (lo) store_partial(lo + d, exact - load(rounded), dim - d);
+  }
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA

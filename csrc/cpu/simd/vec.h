@@ -1,0 +1,305 @@
+// One vector type per ISA level, from compiler vector extensions.
+//
+// The level's name (ATTNFORGE_ISA) fixes the lane count; the compiler lowers `a * b + c` to FMA where
+// the flags allow it. A level wider than the machine ("avx512_soft": 16 lanes under AVX2 flags) is the
+// same source lowered to register pairs: that is how the 16-lane code is tested where no AVX-512 is.
+//
+// Everything here has internal linkage: a shared inline compiled twice with different flags would let
+// the linker keep the AVX-512 copy for an old CPU. For the same reason no STL header is included.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attnforge/params.h"
+
+#ifndef ATTNFORGE_ISA
+#error "compile with -DATTNFORGE_ISA=<level>"
+#endif
+
+#define ATTNFORGE_CAT_(a, b) a##b
+#define ATTNFORGE_CAT(a, b) ATTNFORGE_CAT_(a, b)
+#define ATTNFORGE_LANES_baseline 4
+#define ATTNFORGE_LANES_avx2 8
+#define ATTNFORGE_LANES_avx512 16
+#define ATTNFORGE_LANES_avx512_soft 16
+#define ATTNFORGE_LANES ATTNFORGE_CAT(ATTNFORGE_LANES_, ATTNFORGE_ISA)
+
+#define AF_INLINE [[gnu::always_inline]] static inline
+#define AF_INLINE_MEMBER [[gnu::always_inline]]
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+
+constexpr int kLanes = ATTNFORGE_LANES;
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// x - 0 rather than 0 + x: exact for -0, so the compiler folds it into one broadcast.
+AF_INLINE VecF splat(float x) { return x - VecF{}; }
+AF_INLINE VecI splat_int(int32_t x) { return VecI{} + x; }
+AF_INLINE VecF bits_to_float(VecI x) { return __builtin_bit_cast(VecF, x); }
+AF_INLINE VecF bits_to_float(VecU x) { return __builtin_bit_cast(VecF, x); }
+AF_INLINE VecU float_to_bits(VecF x) { return __builtin_bit_cast(VecU, x); }
+
+template <class V, class T>
+AF_INLINE V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+AF_INLINE void store_raw(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+AF_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+
+// The second operand wins when either is NaN (as maxps): vmax(limit, x) keeps a NaN x.
+AF_INLINE VecF vmax(VecF a, VecF b) {
+#if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
+  return (VecF)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ATTNFORGE_LANES == 8 && defined(__AVX__)
+  return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#elif ATTNFORGE_LANES == 4 && defined(__SSE__)
+  return (VecF)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+AF_INLINE VecF vabs(VecF x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+
+// ---- 16-bit types: widened to fp32 in registers, rounded to nearest even on the way out ----
+
+AF_INLINE VecF widen(VecH raw, BFloat16) {
+  return bits_to_float(__builtin_convertvector(raw, VecU) << 16);
+}
+
+#if defined(__F16C__)
+typedef uint16_t Raw8 __attribute__((vector_size(16)));
+typedef float Float8 __attribute__((vector_size(32)));
+AF_INLINE Float8 widen8(Raw8 raw) {
+  return (Float8)_mm256_cvtph_ps(__builtin_bit_cast(__m128i, raw));
+}
+AF_INLINE Raw8 narrow8(Float8 x) {
+  return __builtin_bit_cast(Raw8, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+AF_INLINE VecF widen(VecH raw, Half) {
+#if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps(__builtin_bit_cast(__m256i, raw));
+#elif ATTNFORGE_LANES == 8 && defined(__F16C__)
+  return __builtin_bit_cast(VecF, widen8(__builtin_bit_cast(Raw8, raw)));
+#elif ATTNFORGE_LANES == 16 && defined(__F16C__)
+  struct PairH {
+    Raw8 lo, hi;
+  } in = __builtin_bit_cast(PairH, raw);
+  struct PairF {
+    Float8 lo, hi;
+  } out = {widen8(in.lo), widen8(in.hi)};
+  return __builtin_bit_cast(VecF, out);
+#else
+  // Exponent and mantissa as an fp32 bit field, then a power of two re-biases normals and subnormals
+  // alike; infinities and NaNs keep their all-ones exponent.
+  VecU wide = __builtin_convertvector(raw, VecU);
+  VecU magnitude = (wide & 0x7fffu) << 13;
+  VecU scaled = float_to_bits(bits_to_float(magnitude) * splat(0x1p112f));
+  VecU special = magnitude | 0x7f800000u;
+  VecU result = magnitude >= 0x0f800000u ? special : scaled;
+  return bits_to_float(result | ((wide & 0x8000u) << 16));
+#endif
+}
+
+AF_INLINE VecH narrow(VecF x, BFloat16) {
+  VecU bits = float_to_bits(x);
+  VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  VecU quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(x == x ? rounded : quiet, VecH);
+}
+
+AF_INLINE VecH narrow(VecF x, Half) {
+#if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
+  return __builtin_bit_cast(VecH, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif ATTNFORGE_LANES == 8 && defined(__F16C__)
+  return __builtin_bit_cast(VecH, narrow8(__builtin_bit_cast(Float8, x)));
+#elif ATTNFORGE_LANES == 16 && defined(__F16C__)
+  struct PairF {
+    Float8 lo, hi;
+  } in = __builtin_bit_cast(PairF, x);
+  struct PairH {
+    Raw8 lo, hi;
+  } out = {narrow8(in.lo), narrow8(in.hi)};
+  return __builtin_bit_cast(VecH, out);
+#else
+  VecU bits = float_to_bits(x);
+  VecU sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  VecU odd = (bits >> 13) & 1u;
+  VecU normal = (bits - 0x38000000u + 0xfffu + odd) >> 13;
+  // Adding 0.5 aligns a subnormal half's last bit with the fp32 mantissa's: the FPU does the rounding.
+  VecU subnormal = float_to_bits(bits_to_float(bits) + splat(0.5f)) - 0x3f000000u;
+  VecU finite = bits < 0x38800000u ? subnormal : normal;
+  VecU infinite = bits > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
+  VecU result = bits >= 0x47800000u ? infinite : finite;
+  return __builtin_convertvector(result | sign, VecH);
+#endif
+}
+
+AF_INLINE VecF load(const float* p) { return load_raw<VecF>(p); }
+AF_INLINE VecF load(const BFloat16* p) { return widen(load_raw<VecH>(p), BFloat16{}); }
+AF_INLINE VecF load(const Half* p) { return widen(load_raw<VecH>(p), Half{}); }
+AF_INLINE void store(float* p, VecF x) { store_raw(p, x); }
+AF_INLINE void store(BFloat16* p, VecF x) { store_raw(p, narrow(x, BFloat16{})); }
+AF_INLINE void store(Half* p, VecF x) { store_raw(p, narrow(x, Half{})); }
+
+// The first n lanes, 0 < n <= kLanes; the rest read as zero and are not touched in memory.
+template <class T>
+AF_INLINE VecF load_partial(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+AF_INLINE void store_partial(T* p, VecF x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+  T lanes[kLanes];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// Four consecutive elements, whatever kLanes is: the unit of the packing transposes.
+AF_INLINE Vec4 load4(const float* p) { return load_raw<Vec4>(p); }
+template <class T>
+AF_INLINE Vec4 load4(const T* p) {
+  T lanes[kLanes] = {p[0], p[1], p[2], p[3]};
+  VecF wide = load(lanes);
+  Vec4 out;
+  __builtin_memcpy(&out, &wide, sizeof(out));
+  return out;
+}
+AF_INLINE Vec4 load4(const BFloat16* p) {
+  typedef uint16_t Raw4 __attribute__((vector_size(8)));
+  typedef uint32_t Wide4 __attribute__((vector_size(16)));
+  return __builtin_bit_cast(Vec4, __builtin_convertvector(load_raw<Raw4>(p), Wide4) << 16);
+}
+#if defined(__F16C__)
+AF_INLINE Vec4 load4(const Half* p) { return (Vec4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+#endif
+AF_INLINE void store4(float* p, Vec4 x) { store_raw(p, x); }
+
+AF_INLINE void transpose4(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
+#if defined(__SSE__)
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+#else
+  Vec4 in[4] = {a, b, c, d}, out[4];
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) out[i][j] = in[j][i];
+  a = out[0], b = out[1], c = out[2], d = out[3];
+#endif
+}
+
+template <class T>
+AF_INLINE float to_float(T x) {
+  T lanes[kLanes] = {x};
+  return load(lanes)[0];
+}
+AF_INLINE float to_float(float x) { return x; }
+
+// ---- horizontal reductions: a fixed tree, so that results never depend on anything but the data ----
+
+template <class Op>
+AF_INLINE float reduce(VecF x, Op op) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] = op(lanes[i], lanes[i + step]);
+  return lanes[0];
+}
+AF_INLINE float reduce_add(VecF x) {
+#if defined(__SSE3__)
+  Vec4 quad;
+#if ATTNFORGE_LANES == 16
+  struct Halves {
+    float lo __attribute__((vector_size(32)));
+    float hi __attribute__((vector_size(32)));
+  } h = __builtin_bit_cast(Halves, x);
+  auto eight = h.lo + h.hi;
+#elif ATTNFORGE_LANES == 8
+  auto eight = x;
+#endif
+#if ATTNFORGE_LANES >= 8
+  struct Quarters {
+    Vec4 lo, hi;
+  } q = __builtin_bit_cast(Quarters, eight);
+  quad = q.lo + q.hi;
+#else
+  quad = x;
+#endif
+  __m128 pair = _mm_add_ps((__m128)quad, _mm_movehl_ps((__m128)quad, (__m128)quad));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+#else
+  return reduce(x, [](float a, float b) { return a + b; });
+#endif
+}
+AF_INLINE float reduce_max(VecF x) {
+  return reduce(x, [](float a, float b) { return a > b ? a : b; });
+}
+
+// ---- elementary functions ----
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kInf = __builtin_inff();
+
+// 2^x for x <= 127, relative error below 2 ulp. x < -126.5 gives exactly 0 (so -inf does), NaN stays NaN.
+// Adding the magic number leaves round(x) + 127 in the low mantissa bits: the exponent of 2^round(x).
+AF_INLINE VecF exp2(VecF x) {
+  x = vmax(splat(-127.0f), x);
+  const VecF magic = splat(0x1.8p23f + 127.0f);
+  VecF shifted = x + magic;
+  VecF f = x - (shifted - magic);
+  VecF power = bits_to_float(float_to_bits(shifted) << 23);
+  // Minimax of 2^f on [-1/2, 1/2], degree 6: relative error 1.9e-9 before rounding.
+  VecF p = splat(0x1.41d334p-13f);
+  p = fma(p, f, splat(0x1.5f456ap-10f));
+  p = fma(p, f, splat(0x1.3b2dbcp-7f));
+  p = fma(p, f, splat(0x1.c6aed4p-5f));
+  p = fma(p, f, splat(0x1.ebfbdap-3f));
+  p = fma(p, f, splat(0x1.62e430p-1f));
+  p = fma(p, f, splat(1.0f));
+  return p * power;
+}
+
+// tanh with small relative error everywhere: an odd polynomial near 0, 1 - 2/(e^2x + 1) elsewhere.
+AF_INLINE VecF tanh(VecF x) {
+  VecF z = x * x;
+  VecF p = splat(0.002103404374793172f);
+  p = fma(p, z, splat(-0.008131766691803932f));
+  p = fma(p, z, splat(0.021680736914277077f));
+  p = fma(p, z, splat(-0.05394264683127403f));
+  p = fma(p, z, splat(0.13333165645599365f));
+  p = fma(p, z, splat(-0.333333283662796f));
+  VecF small = fma(p * z, x, x);
+  VecF a = vabs(x);
+  VecF capped = a > splat(20.0f) ? splat(20.0f) : a;  // a NaN stays
+  VecF large = splat(1.0f) - splat(2.0f) / (exp2(capped * splat(2.0f * kLog2E)) + splat(1.0f));
+  VecF magnitude = a < splat(0.625f) ? vabs(small) : large;
+  VecU sign = float_to_bits(x) & 0x80000000u;
+  return bits_to_float(float_to_bits(magnitude) | sign);
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA
