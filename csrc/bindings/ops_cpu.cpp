@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -30,8 +34,18 @@ Workers workers() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
+// Scratch memory from torch's allocator. Large pieces ask for huge pages: packed panels are walked in
+// an order that costs a TLB entry per few KiB otherwise.
 Tensor workspace(int64_t bytes) {
-  return torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
+  Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(scratch.const_data_ptr());
+  uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
+  begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return scratch;
 }
 
 DType dtype_of(const Tensor& t) {

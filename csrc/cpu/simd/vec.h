@@ -222,42 +222,35 @@ AF_INLINE float to_float(float x) { return x; }
 
 // ---- horizontal reductions: a fixed tree, so that results never depend on anything but the data ----
 
+template <class V>
+struct Halves {
+  V lo, hi;
+};
+
+// Folds a vector onto its low four lanes, then onto one. `op` is generic over vector width.
 template <class Op>
 AF_INLINE float reduce(VecF x, Op op) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) lanes[i] = op(lanes[i], lanes[i + step]);
-  return lanes[0];
-}
-AF_INLINE float reduce_add(VecF x) {
-#if defined(__SSE3__)
-  Vec4 quad;
 #if ATTNFORGE_LANES == 16
-  struct Halves {
-    float lo __attribute__((vector_size(32)));
-    float hi __attribute__((vector_size(32)));
-  } h = __builtin_bit_cast(Halves, x);
-  auto eight = h.lo + h.hi;
+  typedef float Vec8 __attribute__((vector_size(32)));
+  auto wide = __builtin_bit_cast(Halves<Vec8>, x);
+  auto eight = op(wide.lo, wide.hi);
 #elif ATTNFORGE_LANES == 8
   auto eight = x;
 #endif
 #if ATTNFORGE_LANES >= 8
-  struct Quarters {
-    Vec4 lo, hi;
-  } q = __builtin_bit_cast(Quarters, eight);
-  quad = q.lo + q.hi;
+  auto half = __builtin_bit_cast(Halves<Vec4>, eight);
+  Vec4 four = op(half.lo, half.hi);
 #else
-  quad = x;
+  Vec4 four = x;
 #endif
-  __m128 pair = _mm_add_ps((__m128)quad, _mm_movehl_ps((__m128)quad, (__m128)quad));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
-#else
-  return reduce(x, [](float a, float b) { return a + b; });
-#endif
+  Vec4 two = op(four, Vec4{four[2], four[3], four[2], four[3]});
+  return op(two, Vec4{two[1], two[1], two[1], two[1]})[0];
+}
+AF_INLINE float reduce_add(VecF x) {
+  return reduce(x, [](auto a, auto b) { return a + b; });
 }
 AF_INLINE float reduce_max(VecF x) {
-  return reduce(x, [](float a, float b) { return a > b ? a : b; });
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- elementary functions ----

@@ -1,0 +1,36 @@
+"""attnforge: attention kernels for PyTorch behind ``torch.ops`` operators with autograd.
+
+    import attnforge
+    out = attnforge.flash_attention(q, k, v, causal=True)      # [B, S, H, D]
+    print(attnforge.explain(attnforge.flash_attention, q, k, v, causal=True))
+
+Importing registers operators and nothing else: kernels are found and native code is loaded at
+the first call.
+"""
+
+from attnforge import backends as _backends
+from attnforge import registry as _registry
+from attnforge._version import __version__
+from attnforge.ops.flash import (
+    flash_attention,
+    flash_attention_varlen,
+    flash_decode,
+    merge_states,
+)
+from attnforge.registry import KernelSpec, backend, debug, explain, list_kernels, register
+
+_registry.add_source(_backends.discover)
+
+__all__ = [
+    "KernelSpec",
+    "__version__",
+    "backend",
+    "debug",
+    "explain",
+    "flash_attention",
+    "flash_attention_varlen",
+    "flash_decode",
+    "list_kernels",
+    "merge_states",
+    "register",
+]

@@ -1,0 +1,99 @@
+"""The native CPU library: found beside the package, loaded at first use.
+
+Loading it registers the private operators ``torch.ops.attnforge_native.*``. A package without
+it is complete but slow: the reference serves, and ``unavailable()`` says why.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnforge import _settings
+
+__all__ = ["isa", "isa_levels", "library_path", "operator", "unavailable"]
+
+_LIBRARY = "libattnforge_cpu.so"
+_LEVELS = ("auto", "baseline", "avx2", "avx512", "avx512_soft")
+_lock = threading.Lock()
+_loaded = False
+_reason: str | None = None
+
+
+def library_path() -> Path:
+    """Where the library is, or would be."""
+    return Path(__file__).parent / "lib" / _LIBRARY
+
+
+def unavailable() -> str | None:
+    """None once the library is loaded, else why it is not.
+
+    Raises ValueError if ``ATTNFORGE_CPU_ISA`` asks for a level that is unknown or cannot run
+    here: a forced level is never replaced in silence.
+    """
+    if not _loaded:
+        with _lock:
+            _load()
+    return _reason
+
+
+def _load() -> None:
+    global _loaded, _reason
+    if _loaded:
+        return
+    path = library_path()
+    if not path.is_file():
+        _reason = (
+            f"{_LIBRARY} is not built; install a C++20 compiler and reinstall attnforge "
+            f"(looked in {path.parent})"
+        )
+    else:
+        try:
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call, unused-ignore]
+        except OSError as error:
+            _reason = f"{_LIBRARY} does not load: {error}"
+        else:
+            _select_isa(_settings.cpu_isa())
+    _loaded = True
+
+
+def _select_isa(level: str) -> None:
+    if level not in _LEVELS:
+        raise ValueError(
+            f"attnforge: {_settings.CPU_ISA} is {level!r}; want one of {', '.join(_LEVELS)}"
+        )
+    try:
+        torch.ops.attnforge_native.cpu_isa(level)
+    except RuntimeError as error:
+        runs = torch.ops.attnforge_native.cpu_isa_levels()
+        raise ValueError(
+            f"attnforge: {_settings.CPU_ISA} is {level!r}, which cannot run here; "
+            f"levels that can: {runs}; unset it to take the best"
+        ) from error
+
+
+def operator(name: str) -> Any:
+    """The overload ``attnforge_native::name``; the library must be loaded."""
+    return getattr(torch.ops.attnforge_native, name).default
+
+
+def isa(level: str = "") -> str:
+    """The ISA level in force, after choosing ``level`` ("" asks only, "auto" takes the best).
+
+    RuntimeError without the native library, or on a level that cannot run here.
+    """
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(f"attnforge: {reason}")
+    chosen: str = torch.ops.attnforge_native.cpu_isa(level)
+    return chosen
+
+
+def isa_levels() -> tuple[str, ...]:
+    """ISA levels that are built in and run on this machine, or () without the library."""
+    if unavailable() is not None:
+        return ()
+    levels: str = torch.ops.attnforge_native.cpu_isa_levels()
+    return tuple(level for level in levels.split(",") if level)

@@ -1,0 +1,175 @@
+"""``cpu.flash.*``: the tiled C++ kernels of ``csrc/cpu/flash``.
+
+One source per kernel, compiled per ISA level; the library picks the level when it loads. A
+launcher hands over tensors and scalars in the order of the native schema and allocates nothing
+but the backward's delta, [B, Hq, Sq] fp32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _native
+from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.reference.flash import sink_gradient
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes
+from attnforge.registry.spec import KernelSpec, Request
+
+__all__ = ["SPECS"]
+
+
+@cache  # overloads of a loaded library never change
+def _native_op(name: str) -> Any:
+    return _native.operator(name)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` itself if its last stride is 1, else a copy: the one layout kernels ask for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(p: FlashParams) -> FlashParams:
+    """Index and per-head tensors contiguous (a no-op for all but sliced ones)."""
+    return p._replace(
+        **{name: x.contiguous() for name, x in p._asdict().items() if isinstance(x, Tensor)}
+    )
+
+
+def _has_extras(p: FlashParams) -> bool:
+    return not (
+        p.cu_seqlens_q is None
+        and p.seqused_k is None
+        and p.alibi_slopes is None
+        and p.sinks is None
+    )
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd``."""
+    if _has_extras(p):
+        p = _contiguous(p)
+        _clear_tail(p.cu_seqlens_q, q, out, lse, out_lo)
+    low = out_lo if out_lo.dim() > 1 else None
+    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:])
+
+
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    q, k, v, out, lse, out_lo = tape
+    dq, dk, dv, dsinks = grads
+    if _has_extras(p):
+        p = _contiguous(p)
+        _clear_tail(p.cu_seqlens_q, q, dq, None)
+        _clear_tail(p.cu_seqlens_k, k, dk, None)
+        _clear_tail(p.cu_seqlens_k, k, dv, None)
+    delta = torch.empty_like(lse)
+    _clear_tail(p.cu_seqlens_q, q, None, delta, stat_fill=0.0)
+    low = out_lo if out_lo.dim() > 1 else None
+    _native_op("flash_bwd")(
+        _unit(dout),
+        None if dlse is None else dlse.contiguous(),
+        *map(_unit, (q, k, v, out)),
+        lse.contiguous(),
+        low,
+        *p[:5],
+        dq,
+        dk,
+        dv,
+        delta,
+        *p[5:],
+    )
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def _clear_tail(
+    cu_seqlens: Tensor | None,
+    like: Tensor,
+    rows: Tensor | None,
+    stat: Tensor | None,
+    low: Tensor | None = None,
+    stat_fill: float = float("-inf"),
+) -> None:
+    """Rows past the last sequence belong to none; kernels do not touch them."""
+    if cu_seqlens is None:
+        return
+    end = int(cu_seqlens[-1])
+    if end == like.shape[0]:
+        return
+    if rows is not None:
+        rows[end:].zero_()
+    if stat is not None:
+        stat[:, end:].fill_(stat_fill)
+    if low is not None and low.dim() > 1:
+        low[end:].zero_()
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """Launcher of ``flash_decode``."""
+    if _has_extras(p):
+        p = _contiguous(p)
+    _native_op("flash_decode")(_unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:], num_splits)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Launcher of ``merge_states``; the kernel takes the parts as one stacked tensor."""
+    values, stats = torch.stack(outs), torch.stack(lses)
+    if values.dim() == 4:  # packed [T, H, D]: one sequence to the kernel
+        values, stats = values.unsqueeze(1), stats.unsqueeze(1)
+        out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+    _native_op("merge_states")(values, stats, out, lse)
+
+
+class _HeadDims:
+    """D and Dv in steps of 8 up to 256, or the latent pair 576/512."""
+
+    _step = Dim("head_dim", 8, 256, 8)
+    _v_step = Dim("v_head_dim", 8, 256, 8)
+
+    def __call__(self, request: Request, /) -> str | None:
+        if (request.dim("head_dim"), request.dim("v_head_dim")) == (576, 512):
+            return None
+        return self._step(request) or self._v_step(request)
+
+    def __str__(self) -> str:
+        return "head_dim and v_head_dim 8..256 in steps of 8, or 576 with 512"
+
+
+_COMMON = (
+    Device("cpu"),
+    Dtypes(torch.float32, torch.bfloat16, torch.float16),
+    _HeadDims(),
+    Available("libattnforge_cpu.so", _native.unavailable),
+)
+# Merging is elementwise over head_dim and takes any.
+_MERGE = (_COMMON[0], _COMMON[1], _COMMON[3])
+
+
+def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+    return KernelSpec(
+        id=f"cpu.flash.{kind}",
+        op=op,
+        backend="cpu",
+        launch=f"{__name__}:{kind}",
+        requires=_MERGE if kind == "merge" else _COMMON,
+        score=100.0,  # far above the reference; room below for simpler kernels
+        notes=notes,
+    )
+
+
+SPECS = (
+    _spec("fwd", "flash_fwd", "tiles over query rows, packed K^T, online softmax in fp32"),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, fp32 delta, no atomics"),
+    _spec("decode", "flash_decode", "split over keys, merged by LSE; K and V read once"),
+    _spec("merge", "merge_states", "weighted sum of parts by LSE"),
+)

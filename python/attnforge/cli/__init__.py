@@ -1,0 +1,1 @@
+"""The command ``attnforge``; needs the extra ``cli`` (typer and rich)."""

@@ -1,0 +1,162 @@
+"""`attnforge bench FAMILY`: kernels against torch on this machine, as a table, JSON and plots."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from attnforge.testing.bench import Progress
+
+__all__ = ["register"]
+
+# Limits torch's dispatcher, oneDNN, MKL and attnforge itself. All of them read their variable when
+# they are loaded, so a restricted run is a new process.
+_RESTRICT = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ATTNFORGE_CPU_ISA": "avx2",
+    }
+}
+
+
+def _run_restricted(isa: str, arguments: list[str]) -> int:
+    """This same command in a process where both sides are limited to `isa`; its exit status."""
+    env = {**os.environ, **_RESTRICT[isa]}
+    limited = ["--isa", isa, "--already-restricted"]
+    command = [sys.executable, "-m", "attnforge", "bench", *arguments, *limited]
+    return subprocess.run(command, env=env, check=False).returncode
+
+
+def _arguments(family: str, quick: bool, options: dict[str, object]) -> list[str]:
+    """The command line that these arguments came from."""
+    words = [family, *(["--quick"] if quick else [])]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A rich bar on a terminal, one plain line per case elsewhere."""
+    if not sys.stderr.isatty():
+
+        def plain(what: str, done: int, total: int) -> None:
+            print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def rich(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield rich
+
+
+def _bench(
+    family: Annotated[str, typer.Argument(help="Family to measure: flash.")],
+    quick: Annotated[bool, typer.Option("--quick", help="5 repeats instead of 15.")] = False,
+    isa: Annotated[
+        str | None,
+        typer.Option("--isa", help="Limit torch and attnforge alike to this level: avx2."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, help="Threads for both sides (default: torch's)."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write results, environment and every burst to this file."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Sweep sequence lengths too; write PNG plots to this folder."),
+    ] = None,
+    case: Annotated[
+        str | None,
+        typer.Option("--case", help="Only cases whose name matches this word or shell pattern."),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option("--backend", help="Force a backend for attnforge's side."),
+    ] = None,
+    already_restricted: Annotated[bool, typer.Option("--already-restricted", hidden=True)] = False,
+) -> None:
+    """Measure a family against torch: paired ratios, fraction of the same-run peak, error."""
+    if isa is not None and isa not in _RESTRICT:
+        raise typer.BadParameter(
+            f"{isa!r} is not one of {', '.join(_RESTRICT)}", param_hint="--isa"
+        )
+    if isa is not None and not already_restricted:
+        given = {
+            "threads": threads, "json": json_file, "plot": plot, "case": case, "backend": backend
+        }  # fmt: skip
+        raise typer.Exit(_run_restricted(isa, _arguments(family, quick, given)))
+
+    from attnforge.testing import bench, machine
+    from attnforge.testing.roofline import measure_peaks
+
+    bench.set_threads(threads)
+    try:
+        cases = bench.family_cases(family, quick)
+        if plot is not None:
+            cases += bench.family_cases(family, quick, sweep=True)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="FAMILY") from None
+    cases = bench.select_cases(cases, case)
+    if not cases:
+        raise typer.BadParameter(f"no case matches {case!r}", param_hint="--case")
+
+    env = machine.environment(restricted=isa or "")
+    for key, value in env.items():
+        typer.echo(f"{key:>13}  {value}")
+    with _progress() as progress:
+        progress("peaks of this machine", 0, len(cases))
+        peaks = measure_peaks()
+        results = bench.run_cases(cases, progress, peaks=peaks, backend=backend)
+    for part in ([r for r in results if not r.series], [r for r in results if r.series]):
+        if part:
+            typer.echo(f"\n{bench.render_table(part)}\n")
+    for name, entry in peaks.as_dict().items():
+        typer.echo(
+            f"same-run peak, {name}: {entry['peak']:.1f} {entry['unit']} ({entry['source']})"
+        )
+    typer.echo(f"steal ticks during the run: {sum(r.steal_ticks for r in results)}")
+    typer.echo(
+        "ratio: median of paired bursts, above 1 attnforge is faster; error: max |x - float64|"
+    )
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(bench.to_json(results, env, peaks), encoding="utf-8")
+        typer.echo(f"wrote {json_file}")
+    if plot is not None:
+        from attnforge.testing import plots
+
+        for path in plots.save_plots(results, plot, env, peaks.as_dict(), name=family):
+            typer.echo(f"wrote {path}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("bench")(_bench)

@@ -1,0 +1,99 @@
+"""``attnforge explain``: which kernel a call would use, on this or any other device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+import attnforge
+from attnforge.registry.explain import dtype_of
+
+__all__ = ["register"]
+
+_FUNCTIONS = ("flash_attention", "flash_attention_varlen", "flash_decode", "merge_states")
+
+
+def _shape(text: str, option: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 0:
+        raise typer.BadParameter(f"{text!r} is no shape; want sizes such as 1,4096,32,128", None,
+                                 param_hint=option)  # fmt: skip
+    return shape
+
+
+def _arguments(
+    function: str, q: str, k: str, v: str, batch: int, parts: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Positional arguments and index tensors of ``function`` as shapes."""
+    rows = _shape(q, "--q")
+    keys = _shape(k, "--k") if k else rows
+    values = _shape(v, "--v") if v else keys
+    if function == "merge_states":
+        stat = (*rows[:-3], *rows[-2:-4:-1])
+        return [[rows] * parts, [stat] * parts], {}
+    if function == "flash_attention_varlen":
+        bounds = (batch + 1,)
+        return [rows, keys, values], {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+    return [rows, keys, values], {}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command ``explain``."""
+
+    @app.command()
+    def explain(
+        function: str = typer.Argument(help=f"One of {', '.join(_FUNCTIONS)}."),
+        q: str = typer.Option(..., help="Shape of q (or of one part), as 1,4096,32,128."),
+        k: str = typer.Option("", help="Shape of k; default: that of q."),
+        v: str = typer.Option("", help="Shape of v; default: that of k."),
+        dtype: str = typer.Option("fp32", help="fp32, bf16, fp16 or fp64."),
+        device: str = typer.Option("cpu", help="cpu, cuda, or a GPU not here: cuda:sm_90."),
+        causal: bool = typer.Option(False, "--causal/--no-causal", help="Bottom-right causal."),
+        window: str = typer.Option("", help="left,right; -1 is unlimited."),
+        softcap: float = typer.Option(0.0, help="Logit softcap; 0 is off."),
+        alibi: bool = typer.Option(False, "--alibi", help="With ALiBi slopes."),
+        sinks: bool = typer.Option(False, "--sinks", help="With a sink logit per head."),
+        lengths: bool = typer.Option(False, "--seqused", help="With per-sequence key counts."),
+        batch: int = typer.Option(1, help="Sequences of a varlen call."),
+        parts: int = typer.Option(2, help="Parts of merge_states."),
+        backend: str = typer.Option("", help="Force a backend, as backend= does."),
+        as_json: bool = typer.Option(False, "--json", help="The same as JSON."),
+    ) -> None:
+        """Say which kernel a call would use and why every other one is rejected.
+
+        Exit code 1 if no kernel can serve the call.
+        """
+        if function not in _FUNCTIONS:
+            raise typer.BadParameter(f"{function!r} is none of {', '.join(_FUNCTIONS)}")
+        args, options = _arguments(function, q, k, v, batch, parts)
+        if function != "merge_states":
+            heads = (args[0][-2],)
+            count = (args[0][0],) if function != "flash_attention_varlen" else (batch,)
+            used = "cache_seqlens" if function == "flash_decode" else "seqused_k"
+            options["causal"] = causal
+            options["softcap"] = softcap
+            if window:
+                options["window_size"] = tuple(int(part) for part in window.split(","))
+            if alibi:
+                options["alibi_slopes"] = heads
+            if sinks:
+                options["sinks"] = heads
+            if lengths:
+                options[used] = count
+        if backend:
+            options["backend"] = backend
+        try:
+            answer = attnforge.explain(
+                getattr(attnforge, function), *args, dtype=dtype_of(dtype), device=device, **options
+            )
+        except (TypeError, ValueError) as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(2) from error
+        typer.echo(json.dumps(answer.to_dict(), indent=2) if as_json else str(answer))
+        if any(d.chosen is None for d in answer.decisions):
+            raise typer.Exit(1)

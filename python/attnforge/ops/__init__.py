@@ -1,0 +1,1 @@
+"""Public functions and operators, one file per family."""

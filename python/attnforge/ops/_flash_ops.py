@@ -1,0 +1,277 @@
+"""Operators of the flash family: schemas, outputs, implementations that pick a kernel.
+
+An operator checks the values of its index tensors, allocates its outputs with the helper that
+the fake kernel shares, selects a launcher by metadata and runs it. Everything here is below
+autograd; ``_flash_autograd`` is above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _ops
+from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.ops import _checks, _flash_vmap
+from attnforge.registry import override
+from attnforge.registry.select import device_arch, launcher
+from attnforge.registry.spec import Request
+
+__all__ = ["flash_bwd", "flash_decode", "flash_fwd", "merge_states", "metadata", "request"]
+
+_FEATURES = ("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right")
+_INDICES = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
+_EXTRAS = "Tensor? alibi_slopes, Tensor? sinks, "
+_SIZES = "SymInt max_seqlen_q, SymInt max_seqlen_k, "
+_SCALARS = "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
+
+
+def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
+    """What selection may look at, as a hashable tuple (see ``request``)."""
+    *_, heads_q, head_dim = q.shape
+    *_, heads_kv, v_head_dim = v.shape
+    return (
+        q.device,
+        q.dtype,
+        head_dim,
+        v_head_dim,
+        heads_q // heads_kv if heads_kv else 1,
+        p.cu_seqlens_q is not None,
+        p.seqused_k is not None,
+        p.alibi_slopes is not None,
+        p.sinks is not None,
+        p.softcap > 0,
+        p.window_left >= 0,
+        p.window_right >= 0,
+    )
+
+
+def request(op: str, meta: tuple[Any, ...]) -> Request:
+    """The Request that ``metadata`` stands for."""
+    device, dtype, head_dim, v_head_dim, group, *used = meta
+    kind, arch = device_arch(device)
+    return Request(
+        op,
+        kind,
+        arch,
+        dtype,
+        (("head_dim", head_dim), ("v_head_dim", v_head_dim), ("group", group)),
+        frozenset(name for name, on in zip(_FEATURES, used, strict=True) if on),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def alloc_fwd(q: Tensor, v: Tensor, save_out_lo: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """out like q with Dv, lse [B, Hq, Sq] (varlen [Hq, Tq]), out_lo like out or [0]."""
+    *batch, rows, heads, head_dim = q.shape
+    dv = v.shape[-1]
+    shape = (*batch, rows, heads, dv)
+    # empty_like parses fewer arguments: half a microsecond of a call that takes fifteen.
+    if dv == head_dim:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = q.new_empty(shape)
+    lse = q.new_empty((*batch, heads, rows), dtype=_stat_dtype(q.dtype))
+    keep = save_out_lo and q.dtype.itemsize == 2
+    return out, lse, torch.empty_like(out) if keep else q.new_empty(0)
+
+
+def alloc_bwd(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> FlashGrads:
+    """dq, dk, dv contiguous like q, k, v; dsinks [Hq], or [0] without sinks."""
+    heads = 0 if sinks is None else q.shape[-2]
+    return FlashGrads(
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty((heads,), dtype=_stat_dtype(q.dtype)),
+    )
+
+
+def _checked(op: str, q: Tensor, k: Tensor, p: FlashParams, used: str = "seqused_k") -> FlashParams:
+    """Validate index tensors by value and make the sequence bounds exact.
+
+    Elsewhere than on the CPU this would wait for the device, so only ``debug`` asks for it.
+    """
+    if (p.cu_seqlens_q is None and p.seqused_k is None) or not (
+        q.device.type == "cpu" or override.checks
+    ):
+        return p
+    cu = None
+    if p.cu_seqlens_q is not None and p.cu_seqlens_k is not None:
+        cu = (p.cu_seqlens_q, p.cu_seqlens_k)
+        totals = (q.shape[0], k.shape[0])
+    else:
+        totals = (q.shape[1], k.shape[1])
+    bounds = (p.max_seqlen_q, p.max_seqlen_k)
+    _, _, rows, keys = _checks.index_tensors(op, cu, p.seqused_k, totals, bounds, used)
+    return p._replace(max_seqlen_q=rows, max_seqlen_k=keys)
+
+
+def _fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    save_out_lo: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = FlashParams(
+        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+        softmax_scale, window_left, window_right, softcap,
+    )  # fmt: skip
+    if cu_seqlens_q is not None or seqused_k is not None:
+        p = _checked("flash_fwd", q, k, p)
+    outputs = alloc_fwd(q, v, save_out_lo)
+    launch = launcher("flash_fwd", metadata(q, v, p), request, backend)
+    launch(q, k, v, p, *outputs)
+    return outputs
+
+
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return alloc_fwd(q, v, rest[-2])
+
+
+def _bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    out_lo: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    backend: str | None,
+) -> FlashGrads:
+    p = FlashParams(
+        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
+        softmax_scale, window_left, window_right, softcap,
+    )  # fmt: skip
+    if cu_seqlens_q is not None or seqused_k is not None:
+        p = _checked("flash_bwd", q, k, p)
+    grads = alloc_bwd(q, k, v, sinks)
+    launch = launcher("flash_bwd", metadata(q, v, p), request, backend)
+    launch(dout, dlse, FlashTape(q, k, v, out, lse, out_lo), p, grads)
+    return grads
+
+
+def _bwd_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> FlashGrads:
+    return alloc_bwd(q, k, v, rest[7])
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    num_splits: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    p = FlashParams(
+        None, None, cache_seqlens, alibi_slopes, sinks, q.shape[1], k_cache.shape[1],
+        softmax_scale, window_left, window_right, softcap,
+    )  # fmt: skip
+    if cache_seqlens is not None:
+        p = _checked("flash_decode", q, k_cache, p, "cache_seqlens")
+    out, lse, _ = alloc_fwd(q, v_cache)
+    launch = launcher("flash_decode", metadata(q, v_cache, p), request, backend)
+    launch(q, k_cache, v_cache, p, out, lse, num_splits)
+    return out, lse
+
+
+def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return alloc_fwd(q, v_cache)[:2]
+
+
+def merge_request(op: str, meta: tuple[Any, ...]) -> Request:
+    """The Request of a merge: meta is (device, dtype, head_dim)."""
+    device, dtype, head_dim = meta
+    kind, arch = device_arch(device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return Request(op, kind, arch, dtype, (("v_head_dim", head_dim),), frozenset(), deterministic)
+
+
+def alloc_merge(outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """out like outs[0], contiguous; lse [.., H, S]."""
+    first = outs[0]
+    *batch, rows, heads, _ = first.shape
+    lse = first.new_empty((*batch, heads, rows), dtype=_stat_dtype(first.dtype))
+    return first.new_empty(first.shape), lse
+
+
+def _merge(outs: list[Tensor], lses: list[Tensor], backend: str | None) -> tuple[Tensor, Tensor]:
+    out, lse = alloc_merge(outs)
+    meta = (out.device, out.dtype, out.shape[-1])
+    launcher("merge_states", meta, merge_request, backend)(outs, lses, out, lse)
+    return out, lse
+
+
+def _merge_fake(
+    outs: list[Tensor], lses: list[Tensor], backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return alloc_merge(outs)
+
+
+flash_fwd = _ops.define(
+    f"flash_fwd(Tensor q, Tensor k, Tensor v, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}"
+    "bool save_out_lo, str? backend) -> (Tensor out, Tensor lse, Tensor out_lo)",
+    _fwd,
+    _fwd_fake,
+    _flash_vmap.forward,
+)
+flash_bwd = _ops.define(
+    "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor out_lo, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}str? backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    _bwd,
+    _bwd_fake,
+    _flash_vmap.backward,
+)
+flash_decode = _ops.define(
+    "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, "
+    f"{_EXTRAS}{_SCALARS}SymInt num_splits, str? backend) -> (Tensor out, Tensor lse)",
+    _decode,
+    _decode_fake,
+    _flash_vmap.decode,
+)
+merge_states = _ops.define(
+    "merge_states(Tensor[] outs, Tensor[] lses, str? backend) -> (Tensor out, Tensor lse)",
+    _merge,
+    _merge_fake,
+    _flash_vmap.merge,
+)

@@ -1,0 +1,414 @@
+"""Flash attention: exact attention in tiles, with memory linear in the sequence length.
+
+    S = scale * Q K^T;  O = softmax(S) V;  LSE = log sum exp S      (Dao et al., 2022, 2023)
+
+Public functions of the family. They check metadata, normalise arguments and call the operators
+of ``_flash_ops``; autograd is entered only if a gradient is needed. Cost: ``flops`` and bytes of
+a problem by ``cost``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attnforge._params import FlashParams
+from attnforge.ops import _checks, _flash_ops
+from attnforge.ops._flash_autograd import (
+    FlashAttention,
+    FlashAttentionDual,
+    MergeStates,
+    MergeStatesDual,
+    apply_attention,
+)
+from attnforge.ops._flash_cost import Cost, cost
+from attnforge.registry import override
+from attnforge.registry.explain import explained_by
+from attnforge.registry.spec import Request
+
+__all__ = [
+    "Cost",
+    "cost",
+    "flash_attention",
+    "flash_attention_varlen",
+    "flash_decode",
+    "merge_states",
+]
+
+Window = tuple[int, int]
+_HALF = (torch.bfloat16, torch.float16)
+_fwd = _flash_ops.flash_fwd
+_decode = _flash_ops.flash_decode
+_merge = _flash_ops.merge_states
+
+
+def _autocast(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under ``torch.autocast`` q, k and v take its dtype; float64 is left alone, as torch does."""
+    _checks.tensors(op, q, k, v)
+    kind = q.device.type
+    if kind == "meta":  # knows no autocast
+        return q, k, v
+    if torch.is_autocast_enabled(kind) and q.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def _stat_inputs(q: Tensor, alibi: Tensor | None, sinks: Tensor | None) -> Any:
+    """Per-head tensors in the dtype of the statistics: fp64 beside fp64, else fp32."""
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    if alibi is not None and alibi.dtype is not dtype:
+        alibi = alibi.to(dtype)
+    if sinks is not None and sinks.dtype is not dtype:
+        sinks = sinks.to(dtype)
+    return alibi, sinks
+
+
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+        # A tensor that vmap wraps does not show whether the one inside requires grad.
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _distinct(q: Tensor, k: Tensor, v: Tensor, p: FlashParams) -> Any:
+    """The same tensors, no two of them one object: Dynamo takes no repeated Function input."""
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    if p.cu_seqlens_k is not None and p.cu_seqlens_k is p.cu_seqlens_q:
+        p = p._replace(cu_seqlens_k=p.cu_seqlens_k.view_as(p.cu_seqlens_k))
+    return q, k, v, p
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) through autograd if a gradient is needed, else straight from the operator."""
+    if backend is None:
+        backend = override.current
+    dual = forward_ad._current_level >= 0
+    if dual or _needs_grad(q, k, v, p.sinks):
+        apply_plain: Callable[..., Any] = apply_attention
+        if torch.compiler.is_compiling():
+            q, k, v, p = _distinct(q, k, v, p)
+            apply_plain = FlashAttention.apply
+        apply = FlashAttentionDual.apply if dual else apply_plain
+        out, lse, _ = apply(q, k, v, *p, q.dtype in _HALF, backend)
+    else:
+        out, lse, _ = _fwd(q, k, v, *p, False, backend)
+    return out, lse
+
+
+def _problem(
+    op: str,
+    q: Tensor,
+    batch: int,
+    indices: tuple[Tensor | None, Tensor | None, Tensor | None],
+    sizes: tuple[int, int],
+    *,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> FlashParams:
+    """Check and normalise the options that all functions share. indices: cu_q, cu_k, used."""
+    left, right = _checks.window(op, window_size, causal)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _checks.scalars(op, scale, softcap)
+    if alibi_slopes is not None or sinks is not None:
+        _checks.per_head(op, q, batch, alibi_slopes, sinks)
+        alibi_slopes, sinks = _stat_inputs(q, alibi_slopes, sinks)
+    return FlashParams(*indices, alibi_slopes, sinks, *sizes, scale, left, right, softcap)
+
+
+def _dense(
+    op: str, q: Tensor, k: Tensor, v: Tensor, used_name: str, used: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, FlashParams]:
+    q, k, v = _autocast(op, q, k, v)
+    _checks.dense(op, q, k, v)
+    batch = q.shape[0]
+    _checks.lengths(op, used_name, used, q, batch)
+    sizes = (q.shape[1], k.shape[1])
+    return q, k, v, _problem(op, q, batch, (None, None, used), sizes, **options)
+
+
+def _requests(ops: tuple[str, ...], q: Tensor, _: Tensor, v: Tensor, p: FlashParams) -> Any:
+    meta = _flash_ops.metadata(q, v, p)
+    return [_flash_ops.request(op, meta) for op in ops]
+
+
+def _attention_requests(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Sequence[Request]:
+    problem = _dense("flash_attention", q, k, v, "seqused_k", seqused_k, **options)
+    return _requests(("flash_fwd", "flash_bwd"), *problem)  # type: ignore[no-any-return]
+
+
+@explained_by(_attention_requests)
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Exact attention of batched sequences; differentiable in q, k, v and sinks.
+
+    q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], one dtype of fp32, bf16, fp16 (fp64
+    by the reference); Hq a multiple of Hk, where query head h reads KV head h // (Hq / Hk). Any
+    strides are read in place if the last one is 1; else the tensor is copied once.
+
+    causal: query i sees keys up to i + Sk - Sq (bottom-right aligned).
+    window_size: (left, right) keys beside that diagonal that are seen; -1 is unlimited.
+    softcap: logits become softcap * tanh(logits / softcap); 0 is off.
+    alibi_slopes: [Hq] or [B, Hq]; logits get -slope * |i + Sk - Sq - j|. No gradient.
+    sinks: [Hq]; one logit per head that takes part in the softmax and brings no value.
+    seqused_k: [B] int32; keys at and past it are never read, and Sk above means it.
+    softmax_scale: default 1 / sqrt(D).
+    return_lse: also return the LSE [B, Hq, Sq] fp32, natural log, sinks included;
+        differentiable.
+    backend: a backend (``"cpu"``), kernel id or ``"flash_fwd=cpu,*=reference"``; default: the
+        enclosing ``attnforge.backend``, ``ATTNFORGE_BACKEND``, the best score.
+
+    Returns out [B, Sq, Hq, Dv] of q's dtype, or (out, lse). A row that sees no key gives 0 and
+    an LSE of -inf (with a sink: the sink). Under ``torch.autocast`` q, k, v take its dtype.
+
+    Raises ValueError or TypeError on arguments that do not fit. Memory is linear in Sq and Sk;
+    flops are 2 (D + Dv) per visible pair and head. Source: FlashAttention-2 (Dao, 2023).
+    """
+    q, k, v, p = _dense(
+        "flash_attention",
+        q,
+        k,
+        v,
+        "seqused_k",
+        seqused_k,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        softmax_scale=softmax_scale,
+    )
+    out, lse = _attend(q, k, v, p, backend)
+    return (out, lse) if return_lse else out
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, FlashParams]:
+    op = "flash_attention_varlen"
+    q, k, v = _autocast(op, q, k, v)
+    _checks.varlen(op, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    batch = cu_seqlens_q.shape[0] - 1
+    _checks.lengths(op, "seqused_k", seqused_k, q, batch)
+    _checks.max_seqlen(op, "max_seqlen_q", max_seqlen_q)
+    _checks.max_seqlen(op, "max_seqlen_k", max_seqlen_k)
+    # The totals bound every sequence; the operator finds the exact bound on the CPU.
+    sizes = (
+        q.shape[0] if max_seqlen_q is None else max_seqlen_q,
+        k.shape[0] if max_seqlen_k is None else max_seqlen_k,
+    )
+    indices = (cu_seqlens_q, cu_seqlens_k, seqused_k)
+    return q, k, v, _problem(op, q, batch, indices, sizes, **options)
+
+
+def _varlen_requests(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Any
+) -> Sequence[Request]:
+    problem = _varlen(q, k, v, **options)
+    return _requests(("flash_fwd", "flash_bwd"), *problem)  # type: ignore[no-any-return]
+
+
+@explained_by(_varlen_requests)
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of packed sequences of different lengths; otherwise as ``flash_attention``.
+
+    q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv]. cu_seqlens_q, cu_seqlens_k: [B + 1] int32,
+    rising from 0; sequence b is rows cu[b] .. cu[b + 1]. Sequences may be empty. Rows past
+    the last boundary give 0, an LSE of -inf and no gradient.
+
+    max_seqlen_q, max_seqlen_k: bounds of the lengths, checked; default: the totals.
+
+    Returns out [Tq, Hq, Dv], or (out, lse) with lse [Hq, Tq] fp32. Boundaries on the CPU are
+    checked by value: ValueError if they decrease, do not start at 0 or pass the end.
+    """
+    q, k, v, p = _varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        softmax_scale=softmax_scale,
+    )
+    out, lse = _attend(q, k, v, p, backend)
+    return (out, lse) if return_lse else out
+
+
+def _decode_requests(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = None,
+    num_splits: int = 0,
+    causal: bool = True,
+    return_lse: bool = False,
+    **options: Any,
+) -> Sequence[Request]:
+    _checks.num_splits("flash_decode", num_splits)
+    problem = _dense(
+        "flash_decode", q, k_cache, v_cache, "cache_seqlens", cache_seqlens, causal=causal,
+        **options,
+    )  # fmt: skip
+    return _requests(("flash_decode",), *problem)  # type: ignore[no-any-return]
+
+
+@explained_by(_decode_requests)
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor | None = None,
+    num_splits: int = 0,
+    causal: bool = True,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of a few new rows over a long KV cache, split over the keys.
+
+    q [B, Sq, Hq, D] with small Sq (its rows are the last of the sequence), k_cache
+    [B, Sk, Hk, D], v_cache [B, Sk, Hk, Dv]; cache_seqlens [B] int32: the valid keys, the new
+    ones among them; slots past it are never read. The cache is not written.
+
+    num_splits: 0 splits every 2048 keys, which makes the result independent of the batch and of
+        the number of threads; n > 0 makes n equal splits.
+
+    Other arguments and results are those of ``flash_attention``. If a gradient is needed the
+    call runs as ``flash_attention`` with ``seqused_k=cache_seqlens``. Bytes read: the valid
+    part of the cache, once for all query heads of a KV head. Source: Flash-Decoding (2023).
+    """
+    _checks.num_splits("flash_decode", num_splits)
+    q, k, v, p = _dense(
+        "flash_decode",
+        q,
+        k_cache,
+        v_cache,
+        "cache_seqlens",
+        cache_seqlens,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        softmax_scale=softmax_scale,
+    )
+    if _needs_grad(q, k, v, p.sinks) or forward_ad._current_level >= 0:
+        out, lse = _attend(q, k, v, p, backend)
+    else:
+        choice = override.current if backend is None else backend
+        out, lse = _decode(q, k, v, *p[2:5], *p[7:], num_splits, choice)
+    return (out, lse) if return_lse else out
+
+
+def _merge_requests(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Sequence[Request]:
+    _checks.merge_parts("merge_states", outs, lses)
+    meta = (outs[0].device, outs[0].dtype, outs[0].shape[-1])
+    return [_flash_ops.merge_request("merge_states", meta)]
+
+
+@explained_by(_merge_requests)
+def merge_states(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the union of disjoint key sets from the attention over each of them.
+
+        LSE = log sum_n exp(LSE_n);  O = sum_n exp(LSE_n - LSE) O_n
+
+    outs: tensors of one shape, [B, S, H, D] or [T, H, D]; lses: their LSEs [B, H, S] or [H, T].
+    A part whose LSE is -inf or +inf is empty and its output is not used. A sink must have been
+    given to exactly one part. Differentiable in both.
+
+    Returns (out, lse): out of the parts' dtype, lse fp32 (fp64 beside fp64 outputs).
+    """
+    _checks.merge_parts("merge_states", outs, lses)
+    choice = override.current if backend is None else backend
+    outs, lses = list(outs), list(lses)
+    dual = forward_ad._current_level >= 0
+    wrapped = torch._C._are_functorch_transforms_active()
+    wanted = torch.is_grad_enabled() and (wrapped or any(x.requires_grad for x in outs + lses))
+    if dual or wanted:
+        apply: Callable[..., Any] = (MergeStatesDual if dual else MergeStates).apply
+        if torch.compiler.is_compiling():
+            outs, lses = [x.view_as(x) for x in outs], [x.view_as(x) for x in lses]
+        out, lse = apply(choice, *outs, *lses)
+    else:
+        out, lse = _merge(outs, lses, choice)
+    return out, lse

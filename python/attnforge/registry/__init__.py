@@ -1,0 +1,25 @@
+"""Which kernel serves a call, and why. Knows no family of attention and no backend."""
+
+from attnforge.registry.explain import Explanation, explain
+from attnforge.registry.override import backend, debug
+from attnforge.registry.spec import (
+    KernelSpec,
+    Request,
+    add_source,
+    list_kernels,
+    register,
+    unregister,
+)
+
+__all__ = [
+    "Explanation",
+    "KernelSpec",
+    "Request",
+    "add_source",
+    "backend",
+    "debug",
+    "explain",
+    "list_kernels",
+    "register",
+    "unregister",
+]

@@ -1,0 +1,184 @@
+"""``explain(fn, *args)``: which kernel a call would use, where that came from, why not another.
+
+Nothing is run. Arguments may be tensors (real, fake or meta), or shapes with ``dtype=`` and
+``device=``, so that the question can be asked for a device that is not there:
+
+    attnforge.explain(attnforge.flash_attention, (1, 4096, 32, 128), (1, 4096, 8, 128),
+                      (1, 4096, 8, 128), dtype="bf16", device="cuda:sm_90", causal=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from attnforge.registry import override
+from attnforge.registry.predicates import dtype_name
+from attnforge.registry.select import Decision, decide, device_arch
+from attnforge.registry.spec import KernelSpec, Request
+
+__all__ = ["Explanation", "as_described", "dtype_of", "explain", "explained_by"]
+
+_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+Requester = Callable[..., Sequence[Request]]
+F = TypeVar("F", bound=Callable[..., Any])
+_REQUESTERS: dict[Any, Requester] = {}
+
+
+def explained_by(requester: Requester) -> Callable[[F], F]:
+    """Decorator of a public function: ``requester`` takes its arguments and gives the requests."""
+
+    def mark(fn: F) -> F:
+        _REQUESTERS[fn] = requester
+        return fn
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Decisions of one call, one for each operator it may run; ``print`` it."""
+
+    function: str
+    decisions: tuple[Decision, ...]
+
+    @property
+    def chosen(self) -> KernelSpec | None:
+        """The kernel of the first operator (the forward), or None if nothing can serve it."""
+        return self.decisions[0].chosen
+
+    @property
+    def source(self) -> str:
+        """Where the first choice came from: an argument, a block, the environment, the score."""
+        return self.decisions[0].source
+
+    @property
+    def rejected(self) -> tuple[tuple[KernelSpec, tuple[str, ...]], ...]:
+        """Rejected kernels of the first operator, each with its reasons."""
+        return self.decisions[0].rejected
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for ``attnforge explain --json``."""
+        return {"function": self.function, "decisions": [_as_dict(d) for d in self.decisions]}
+
+    def __str__(self) -> str:
+        lines = [f"attnforge.{self.function}"]
+        for d in self.decisions:
+            r = d.request
+            sizes = " ".join(f"{name}={size}" for name, size in r.dims)
+            place = r.device + (f":{r.arch}" if r.arch else "")
+            lines.append(f"  {r.op}: {place} {dtype_name(r.dtype)} {sizes}".rstrip())
+            lines.append(f"    features: {', '.join(sorted(r.features)) or 'none'}")
+            if d.chosen is None:
+                lines.append(f"    error: {d.error}")
+            else:
+                lines.append(f"    chosen: {d.chosen.id} (by {d.source})")
+            lines += [f"    rejected: {s.id}: {'; '.join(why)}" for s, why in d.rejected]
+        return "\n".join(lines)
+
+
+def _as_dict(d: Decision) -> dict[str, Any]:
+    r = d.request
+    return {
+        "op": r.op,
+        "device": r.device,
+        "arch": r.arch,
+        "dtype": dtype_name(r.dtype),
+        "dims": dict(r.dims),
+        "features": sorted(r.features),
+        "chosen": d.chosen.id if d.chosen else None,
+        "source": d.source,
+        "error": d.error,
+        "rejected": {s.id: list(why) for s, why in d.rejected},
+    }
+
+
+def explain(
+    fn: Callable[..., Any],
+    *args: Any,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Explain the kernel choice of ``fn(*args, **kwargs)`` without running it.
+
+    args: what ``fn`` takes. Any tensor may be given as a shape (a tuple of ints); ``dtype``
+    (default fp32) and ``device`` (default cpu) then say the rest. ``device`` also moves real
+    tensors in thought: ``"cuda:sm_90"`` asks for an H100 wherever this runs.
+
+    Returns an Explanation. Raises TypeError for a function that is not attnforge's and the
+    errors of ``fn`` itself for arguments that no kernel could take.
+    """
+    requester = _REQUESTERS.get(fn)
+    if requester is None:
+        known = ", ".join(sorted(f.__name__ for f in _REQUESTERS))
+        raise TypeError(
+            f"attnforge.explain: fn must be a public function of attnforge; got {fn!r}; "
+            f"want one of {known}"
+        )
+    kind = dtype_of(dtype) if dtype is not None else None
+    place = device_arch(device) if device is not None else None
+    forced = kwargs.pop("backend", None)
+    backend = forced if forced is not None else override.current
+    args = tuple(as_described(x, kind) for x in args)
+    kwargs = {name: _described_keyword(name, x, kind) for name, x in kwargs.items()}
+    requests = [_placed(r, place) for r in requester(*args, **kwargs)]
+    decisions = tuple(decide(r, backend, override=forced is None) for r in requests)
+    return Explanation(fn.__name__, decisions)
+
+
+def dtype_of(name: torch.dtype | str) -> torch.dtype:
+    """``"bf16"``, ``"bfloat16"`` or a torch dtype -> the torch dtype."""
+    if isinstance(name, torch.dtype):
+        return name
+    found = _DTYPES.get(name, getattr(torch, name, None))
+    if not isinstance(found, torch.dtype):
+        raise ValueError(
+            f"attnforge.explain: dtype {name!r} is not known; want one of {', '.join(_DTYPES)}"
+        )
+    return found
+
+
+def as_described(x: Any, dtype: torch.dtype | None) -> Any:
+    """A shape becomes a meta tensor of it; a list of shapes a list of them; the rest stays."""
+    if isinstance(x, (tuple, torch.Size)) and x and all(isinstance(n, int) for n in x):
+        return torch.empty(tuple(x), dtype=dtype or torch.float32, device="meta")
+    if isinstance(x, (list, tuple)):
+        return [as_described(item, dtype) for item in x]
+    return x
+
+
+def _described_keyword(name: str, x: Any, dtype: torch.dtype | None) -> Any:
+    # window_size and the like are tuples of plain numbers, index tensors keep their own dtype.
+    if not isinstance(x, (tuple, torch.Size)) or name == "window_size":
+        return x
+    if name in ("q", "k", "v", "k_cache", "v_cache"):
+        return as_described(x, dtype)
+    if name.startswith(("cu_seqlens", "seqused", "cache_seqlens")):
+        return as_described(x, torch.int32)
+    return as_described(x, torch.float32)
+
+
+def _placed(request: Request, place: tuple[str, str] | None) -> Request:
+    # Shapes alone stand for tensors on the CPU unless said otherwise.
+    kind, arch = place or (request.device, request.arch)
+    if kind == "meta":
+        kind = "cpu"
+    return Request(
+        request.op,
+        kind,
+        arch,
+        request.dtype,
+        request.dims,
+        request.features,
+        torch.are_deterministic_algorithms_enabled(),
+    )

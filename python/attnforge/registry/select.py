@@ -1,0 +1,156 @@
+"""From a request to a launcher: argument > ``with backend()`` > ``ATTNFORGE_BACKEND`` > score.
+
+A choice is a backend name, a kernel id, or a comma list ``op=choice`` with ``*`` for the other
+operators. A forced choice that cannot serve raises with the reasons; nothing falls back in
+silence. Results are memoised by a key of metadata and the table's epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attnforge import _settings
+from attnforge.registry import spec as _spec
+from attnforge.registry.spec import KernelSpec, Request
+
+__all__ = ["Decision", "choice_for", "decide", "device_arch", "launcher", "parse_choice"]
+
+_MEMO: dict[Hashable, Callable[..., Any]] = {}
+# Metadata keys hold no sequence lengths, so a real program has tens of them; the bound only
+# stops a program that sweeps head dims and registers kernels for ever.
+_MEMO_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The outcome for one operator: the chosen kernel, where the choice came from, the rest."""
+
+    request: Request
+    chosen: KernelSpec | None
+    source: str  # "argument", "context manager", "ATTNFORGE_BACKEND" or "score"
+    choice: str | None  # the forced backend or kernel id, if any
+    rejected: tuple[tuple[KernelSpec, tuple[str, ...]], ...]
+
+    @property
+    def error(self) -> str | None:
+        """The sentence a call would raise, or None if a kernel serves it."""
+        if self.chosen is not None:
+            return None
+        r = self.request
+        reasons = "; ".join(f"{s.id}: {', '.join(why)}" for s, why in self.rejected)
+        if self.choice is None:
+            return f"attnforge.{r.op}: no kernel serves this call ({reasons or 'none registered'})"
+        others = [s.id for s in _spec.specs_for(r.op) if not s.reasons(r)]
+        forced = [s for s in _spec.specs_for(r.op) if _matches(s, self.choice)]
+        if not forced:
+            have = sorted({s.backend for s in _spec.specs_for(r.op)})
+            reasons = f"it has no kernel for {r.op}; backends that have one: {', '.join(have)}"
+        else:
+            why = {s.id: w for s, w in self.rejected}
+            reasons = "; ".join(f"{s.id}: {', '.join(why[s.id])}" for s in forced)
+        hint = f"; {' and '.join(others)} can: drop the choice" if others else ""
+        return (
+            f"attnforge.{r.op}: backend {self.choice!r} (from {self.source}) "
+            f"cannot serve this call: {reasons}{hint}"
+        )
+
+
+def parse_choice(text: str, where: str) -> dict[str, str]:
+    """``"flash_fwd=reference,*=cpu"`` -> {"flash_fwd": "reference", "*": "cpu"}.
+
+    A bare name stands for ``*=name``. ValueError on a malformed list; names are checked when a
+    call needs them, since a plugin may bring them later.
+    """
+    choices: dict[str, str] = {}
+    for part in text.split(","):
+        op, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            op, name = "*", op
+        if not op or not name or op in choices:
+            raise ValueError(
+                f"{where}: {text!r} is no kernel choice; want a backend such as 'cpu', or "
+                "'<op>=<backend>,*=<backend>' with each operator once"
+            )
+        choices[op] = name
+    return choices
+
+
+def choice_for(op: str, backend: str | None, override: bool = False) -> tuple[str | None, str]:
+    """The forced choice for ``op`` and its source; (None, "score") if nothing forces one."""
+    if backend is not None:
+        source, text = ("context manager" if override else "argument"), backend
+    else:
+        source, text = _settings.BACKEND, _settings.backend() or ""
+    if text:
+        choices = parse_choice(text, source)
+        name = choices.get(op, choices.get("*"))
+        # The id of a kernel of another operator says nothing about this one.
+        if name is not None and not any(s.id == name and s.op != op for s in _spec.list_kernels()):
+            return name, source
+    return None, "score"
+
+
+def _matches(spec: KernelSpec, choice: str) -> bool:
+    return choice in (spec.backend, spec.id)
+
+
+def decide(request: Request, backend: str | None, override: bool = False) -> Decision:
+    """Look at every kernel of the operator; never raises for lack of one (see ``error``)."""
+    choice, source = choice_for(request.op, backend, override)
+    chosen: KernelSpec | None = None
+    rejected: list[tuple[KernelSpec, tuple[str, ...]]] = []
+    for spec in _spec.specs_for(request.op):
+        reasons = spec.reasons(request)
+        if choice is not None and not _matches(spec, choice):
+            reasons = (*reasons, f"{source} asks for {choice!r}")
+        elif not reasons and chosen is not None:
+            reasons = (f"score {spec.score:g} is not above {chosen.score:g} of {chosen.id}",)
+        if reasons:
+            rejected.append((spec, reasons))
+        else:
+            chosen = spec
+    return Decision(request, chosen, source, choice, tuple(rejected))
+
+
+def launcher(
+    op: str, metadata: tuple[Any, ...], describe: Callable[..., Request], backend: str | None
+) -> Callable[..., Any]:
+    """The launcher that serves a call. The hot path is one dictionary look-up.
+
+    ``describe(op, metadata)`` makes the Request on a miss. ValueError if nothing can serve.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    forced = backend or _settings.backend()
+    key = (op, metadata, forced, backend is None, deterministic, _spec._TABLE.epoch)
+    found = _MEMO.get(key)
+    if found is None:
+        decision = decide(describe(op, metadata), backend)
+        if decision.chosen is None:
+            raise ValueError(decision.error)
+        found = decision.chosen.resolve()
+        if len(_MEMO) >= _MEMO_LIMIT:
+            _MEMO.clear()
+        _MEMO[key] = found
+    return found
+
+
+def device_arch(device: Any) -> tuple[str, str]:
+    """(type, arch) of a torch device, or of a name such as ``"cuda:sm_90"`` or ``"cpu"``."""
+    if isinstance(device, str):
+        kind, _, detail = device.partition(":")
+        if not kind or (detail and not detail.startswith("sm_") and not detail.isdigit()):
+            raise ValueError(
+                f"attnforge.explain: device {device!r} is not known; want 'cpu', 'cuda' or a "
+                "described GPU such as 'cuda:sm_90'"
+            )
+        if not detail.isdigit() and detail:
+            return kind, detail
+        device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        return "cuda", f"sm_{major}{minor}"
+    return device.type, ""

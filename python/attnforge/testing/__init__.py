@@ -1,0 +1,1 @@
+"""What proves the kernels, shipped with them: cases, comparisons, benchmarks, generated docs."""

@@ -1,0 +1,476 @@
+"""Honest benchmarks: candidate and peers interleaved in one process, with error beside speed.
+
+Protocol (the same for every family):
+
+- one repeat = one burst of the candidate, one of each peer and one of the roofline probe, in an
+  order that rotates from repeat to repeat; idle time before each burst;
+- a burst is as many calls as fit into 80 ms (one call if a call is longer);
+- the headline is the **median of the paired ratios** peer / candidate, where a pair comes from
+  one repeat, so that a slow second of a shared machine hits both sides; minimum and median times
+  stand beside it, and the steal ticks that the kernel counted meanwhile;
+- the fraction of peak is paired in the same way with a probe burst of that repeat;
+- every number carries its error against float64 and an environment block.
+
+A family describes its cases in `attnforge.testing.bench_<family>`; nothing here knows attention.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnforge.testing.roofline import UNIT, Peaks, Resource, measure_peaks
+
+__all__ = [
+    "Case",
+    "ErrorStat",
+    "Goal",
+    "Progress",
+    "Result",
+    "Timing",
+    "Versus",
+    "Workload",
+    "family_cases",
+    "flash_cases",
+    "from_json",
+    "markdown_table",
+    "render_table",
+    "run_case",
+    "run_cases",
+    "select_cases",
+    "set_threads",
+    "steal_ticks",
+    "table_rows",
+    "to_json",
+]
+
+BURST_S = 0.08
+REST_S = 0.1
+REPEATS = 15
+QUICK_REPEATS = 5
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what, done, total)`: called before each case with what runs next, and at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStat:
+    """Error against float64 on the same rounded inputs.
+
+    `max_abs` is in the tensor's own unit; `bound` is the largest fraction of the per-element error
+    bound that was used (above 1 is a failure), None where only the absolute error was taken.
+    """
+
+    max_abs: float
+    bound: float | None = None
+
+
+@dataclass(slots=True)
+class Workload:
+    """What one case runs, with its inputs already made.
+
+    `peers` maps a name to a callable, or to the sentence that says why the peer cannot run here.
+    `errors` computes the error of the candidate ("attnforge") and of each peer.
+    """
+
+    candidate: Callable[[], object]
+    peers: dict[str, Callable[[], object] | str]
+    errors: Callable[[], dict[str, ErrorStat]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A speed-up over one peer: what must be reached, and what is aimed for."""
+
+    at_least: float
+    aim: float
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of a benchmark.
+
+    `work` is flops (resource "compute") or bytes (resource "read") of the problem itself, from the
+    operator's cost formula: never what an implementation happens to do. `series` and `x` place the
+    case in a plot. `build(backend)` makes the inputs; it is called once, just before the timing.
+    """
+
+    name: str
+    title: str
+    family: str
+    resource: Resource
+    work: float
+    build: Callable[[str | None], Workload]
+    goals: Mapping[str, Goal] = field(default_factory=dict)
+    peak_goal: float | None = None
+    series: str = ""
+    x: int = 0
+    repeats: int = REPEATS
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call: the best and the median burst, and all of them."""
+
+    min_s: float
+    median_s: float
+    calls_per_burst: int
+    bursts_s: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """The candidate against one peer: median and quartiles of the paired ratios (>1: faster)."""
+
+    peer: str
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    timing: Timing
+    rate: float
+    error: ErrorStat | None
+    goal: Goal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A measured case. `rate` and `peak` are in `unit`; `peak_fraction` is a paired median."""
+
+    name: str
+    title: str
+    family: str
+    unit: str
+    work: float
+    series: str
+    x: int
+    timing: Timing
+    rate: float
+    peak: float
+    peak_source: str
+    peak_fraction: float
+    peak_goal: float | None
+    error: ErrorStat | None
+    versus: list[Versus]
+    unavailable: dict[str, str]
+    repeats: int
+    steal_ticks: int
+
+
+def flash_cases(quick: bool = False) -> list[Case]:
+    """The cases of the `flash` family's speed table; `quick` takes 5 repeats instead of 15."""
+    return family_cases("flash", quick)
+
+
+def family_cases(family: str, quick: bool = False, sweep: bool = False) -> list[Case]:
+    """The cases of one family: its table, or its sweep over sequence lengths for the plots.
+
+    Raises:
+        ValueError: the family has no benchmark.
+    """
+    if family != "flash":
+        raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: flash")
+    from attnforge.testing import bench_flash
+
+    return bench_flash.sweep(quick) if sweep else bench_flash.table(quick)
+
+
+def select_cases(cases: Sequence[Case], pattern: str | None) -> list[Case]:
+    """The cases whose name matches a shell pattern; a plain word matches anywhere in the name."""
+    if pattern is None:
+        return list(cases)
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    return [c for c in cases if fnmatch.fnmatchcase(c.name, glob)]
+
+
+def steal_ticks() -> int:
+    """Ticks (usually 10 ms) taken from this machine by its host since boot; 0 if not counted."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        return int(first[8])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _burst(run: Callable[[], object], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def _calls_per_burst(run: Callable[[], object]) -> int:
+    """Warm up, then choose how many calls fill one burst."""
+    run()  # first touch, thread pool, selection
+    best = min(_burst(run, 1) for _ in range(2))
+    return max(1, min(10_000, int(BURST_S / max(best, 1e-9))))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, mid, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, mid, high
+
+
+def run_case(
+    case: Case, peaks: Peaks, backend: str | None = None, rest_s: float = REST_S
+) -> Result:
+    """Measure one case by the protocol above.
+
+    Args:
+        case: what to run.
+        peaks: probes from `measure_peaks`; their best rates are updated.
+        backend: forced backend of the candidate, or None for the registry's choice.
+        rest_s: idle seconds before each burst.
+    """
+    workload = case.build(backend)
+    probe = peaks.of(case.resource)
+    runs: dict[str, Callable[[], object]] = {"attnforge": workload.candidate}
+    unavailable: dict[str, str] = {}
+    calls: dict[str, int] = {"attnforge": _calls_per_burst(workload.candidate)}
+    for name, run in workload.peers.items():
+        if isinstance(run, str):
+            unavailable[name] = run
+            continue
+        try:
+            calls[name] = _calls_per_burst(run)
+        except Exception as error:  # a peer that fails is reported, it does not end the run
+            unavailable[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            continue
+        runs[name] = run
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peak_rates: list[float] = []
+    order = [*runs, "peak"]
+    steal = steal_ticks()
+    for repeat in range(case.repeats):
+        turn = repeat % len(order)
+        for name in order[turn:] + order[:turn]:
+            time.sleep(rest_s)
+            if name == "peak":
+                peak_rates.append(probe.burst())
+            else:
+                times[name].append(_burst(runs[name], calls[name]))
+    steal = steal_ticks() - steal
+
+    errors = workload.errors() if workload.errors is not None else {}
+    timings = {
+        name: Timing(min(t), statistics.median(t), calls[name], t) for name, t in times.items()
+    }
+    ours = times["attnforge"]
+    scale = case.work * 1e-9
+    versus: list[Versus] = []
+    for name in runs:
+        if name == "attnforge":
+            continue
+        low, mid, high = _quartiles([p / o for p, o in zip(times[name], ours, strict=True)])
+        versus.append(
+            Versus(
+                peer=name,
+                ratio=mid,
+                ratio_low=low,
+                ratio_high=high,
+                timing=timings[name],
+                rate=scale / timings[name].median_s,
+                error=errors.get(name),
+                goal=case.goals.get(name),
+            )
+        )
+    fractions = [scale / o / p for o, p in zip(ours, peak_rates, strict=True)]
+    return Result(
+        name=case.name,
+        title=case.title,
+        family=case.family,
+        unit=UNIT[case.resource],
+        work=case.work,
+        series=case.series,
+        x=case.x,
+        timing=timings["attnforge"],
+        rate=scale / timings["attnforge"].median_s,
+        peak=statistics.median(peak_rates),
+        peak_source=probe.source,
+        peak_fraction=statistics.median(fractions),
+        peak_goal=case.peak_goal,
+        error=errors.get("attnforge"),
+        versus=versus,
+        unavailable=unavailable,
+        repeats=case.repeats,
+        steal_ticks=steal,
+    )
+
+
+def run_cases(
+    cases: Sequence[Case],
+    progress: Progress | None = None,
+    *,
+    peaks: Peaks | None = None,
+    backend: str | None = None,
+    rest_s: float = REST_S,
+) -> list[Result]:
+    """Measure every case in turn; inputs of one case are freed before the next is built.
+
+    Args:
+        cases: from `flash_cases()` or `family_cases()`.
+        progress: called as `progress(title, done, total)` before each case and once at the end.
+        peaks: same-run peaks, measured first if not given.
+        backend: forced backend of the candidate.
+        rest_s: idle seconds before each burst.
+
+    Returns:
+        one `Result` per case, in order.
+    """
+    total = len(cases)
+    if peaks is None:
+        if progress is not None:
+            progress("peaks of this machine", 0, total)
+        peaks = measure_peaks()
+    results: list[Result] = []
+    for done, case in enumerate(cases):
+        if progress is not None:
+            progress(case.title, done, total)
+        results.append(run_case(case, peaks, backend, rest_s))
+    if progress is not None:
+        progress("done", total, total)
+    return results
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
+
+
+def _err(stat: ErrorStat | None) -> str:
+    return "-" if stat is None or math.isnan(stat.max_abs) else f"{stat.max_abs:.1e}"
+
+
+HEADER = (
+    "case",
+    "min ms",
+    "median ms",
+    "rate",
+    "of peak",
+    "error",
+    "peer",
+    "peer ms",
+    "peer error",
+    "ratio",
+    "bar / aim",
+)
+
+
+def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The cells under `HEADER`: one row per peer, the case's own cells on its first row."""
+    rows: list[tuple[str, ...]] = []
+    for r in results:
+        own = (
+            r.title,
+            _ms(r.timing.min_s),
+            _ms(r.timing.median_s),
+            f"{r.rate:.1f} {r.unit}",
+            f"{r.peak_fraction:.0%}" + (f" (bar {r.peak_goal:.0%})" if r.peak_goal else ""),
+            _err(r.error),
+        )
+        rest = [
+            (
+                v.peer,
+                _ms(v.timing.median_s),
+                _err(v.error),
+                f"{v.ratio:.2f}x",
+                f"{v.goal.at_least:g}x / {v.goal.aim:g}x" if v.goal else "",
+            )
+            for v in r.versus
+        ]
+        rest += [(name, "not run", "-", "-", why[:40]) for name, why in r.unavailable.items()]
+        rest = rest or [("", "", "", "", "")]
+        for i, cells in enumerate(rest):
+            rows.append((own if i == 0 else ("",) * len(own)) + cells)
+    return rows
+
+
+def render_table(results: Sequence[Result]) -> str:
+    """The results as aligned plain text, the same in a terminal, a log and a pipe."""
+    rows = [HEADER, *table_rows(results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    text_columns = {0, 6, 10}
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = (
+            c.ljust(w) if i in text_columns else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(HEADER), line(tuple("-" * w for w in widths)), *map(line, rows[1:])])
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table, for the measurements page."""
+    rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def to_json(results: Sequence[Result], env: Mapping[str, Any], peaks: Peaks | None = None) -> str:
+    """One JSON document: environment, same-run peaks, results with every burst."""
+    document = {
+        "schema": 1,
+        "environment": dict(env),
+        "peaks": peaks.as_dict() if peaks is not None else {},
+        "results": [asdict(r) for r in results],
+    }
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
+    """What `to_json` wrote: results, environment and peaks.
+
+    Raises:
+        ValueError: another schema.
+    """
+    document = json.loads(text)
+    if document.get("schema") != 1:
+        raise ValueError(f"attnforge.bench: unknown result schema {document.get('schema')!r}")
+
+    def error(raw: dict[str, Any] | None) -> ErrorStat | None:
+        return None if raw is None else ErrorStat(**raw)
+
+    results: list[Result] = []
+    for raw in document["results"]:
+        versus = [
+            Versus(
+                **{
+                    **v,
+                    "timing": Timing(**v["timing"]),
+                    "error": error(v["error"]),
+                    "goal": Goal(**v["goal"]) if v["goal"] else None,
+                }
+            )
+            for v in raw["versus"]
+        ]
+        results.append(
+            Result(
+                **{
+                    **raw,
+                    "timing": Timing(**raw["timing"]),
+                    "error": error(raw["error"]),
+                    "versus": versus,
+                }
+            )
+        )
+    return results, document["environment"], document["peaks"]
+
+
+def set_threads(threads: int | None) -> int:
+    """Set torch's intra-op threads (None: leave them) and return the number in force."""
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"attnforge.bench: threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()

@@ -1,0 +1,211 @@
+"""Generated parts of the documentation: support matrices from the registry, measured tables.
+
+    python -m attnforge.testing.docs            # rewrite the pages of this source tree
+    python -m attnforge.testing.docs --check    # exit 1 if a page is out of date
+
+A page marks a generated part with the comments `<!-- begin NAME -->` and `<!-- end NAME -->`;
+`GENERATORS` says what stands between them. A generator depends on the source tree alone, never on
+the machine: results come from JSON files that are committed under `docs/measurements/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attnforge.registry import KernelSpec, Request, list_kernels
+from attnforge.registry.predicates import Available, Device, Dtypes, dtype_name
+from attnforge.testing import bench
+
+__all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
+
+_PART = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+_PAGES = ("README.md", "docs/*.md")
+_RESULTS = "docs/measurements"
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+
+# What a call may ask of a kernel beyond sizes and dtype, in the words of the documentation.
+_FEATURES = {
+    "causal, right window": "window_right",
+    "sliding window": "window_left",
+    "varlen (`cu_seqlens`)": "varlen",
+    "`seqused_k` / `cache_seqlens`": "seqused_k",
+    "softcap": "softcap",
+    "ALiBi": "alibi",
+    "learned sinks": "sinks",
+}
+# merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
+_NOT_ASKED = {"merge_states": frozenset(_FEATURES.values()), "flash_decode": frozenset({"varlen"})}
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def own_kernels(family: str) -> list[KernelSpec]:
+    """The built-in kernels of one family; those of plugins are documented by the plugins."""
+    return [
+        spec
+        for spec in list_kernels()
+        if spec.describe()["launch"].startswith("attnforge.")
+        and spec.id.split(".")[1:2] == [family]
+    ]
+
+
+def _serves(spec: KernelSpec, feature: str) -> bool:
+    """Whether a kernel has a feature, everything else about the request being to its liking."""
+    devices = next((p.types for p in spec.requires if isinstance(p, Device)), ("cpu",))
+    dtypes = next((p.dtypes for p in spec.requires if isinstance(p, Dtypes)), ())
+    dims = (("head_dim", 64), ("v_head_dim", 64), ("group", 1))
+    request = Request(spec.op, devices[0], "", dtypes[0], dims, frozenset({feature}))
+    # Whether a library is built here says nothing about the kernel.
+    return all(need(request) is None for need in spec.requires if not isinstance(need, Available))
+
+
+def _needs(spec: KernelSpec) -> tuple[str, str, str]:
+    """Device, dtypes and sizes of a kernel, from its predicates."""
+    device, dtypes, sizes = "any", "any", []
+    for need in spec.requires:
+        if isinstance(need, Device):
+            device = ", ".join(need.types)
+        elif isinstance(need, Dtypes):
+            dtypes = ", ".join(_SHORT.get(n, n) for n in map(dtype_name, need.dtypes))
+        elif not isinstance(need, Available):
+            sizes.append(str(need))
+    return device, dtypes, "; ".join(sizes) or "any"
+
+
+def support_matrix(family: str = "flash") -> str:
+    """Two Markdown tables: what each kernel of a family requires, and which features it has."""
+    specs = own_kernels(family)
+    needs = [["kernel", "operator", "device", "dtypes", "sizes", "deterministic"]]
+    for spec in specs:
+        yes = "yes" if spec.deterministic else "no"
+        needs.append([f"`{spec.id}`", f"`{spec.op}`", *_needs(spec), yes])
+    asked = [s for s in specs if _NOT_ASKED.get(s.op, frozenset()) < set(_FEATURES.values())]
+    features = [["feature", *(f"`{s.id}`" for s in asked)]]
+    for label, name in _FEATURES.items():
+        cells = [
+            "–" if name in _NOT_ASKED.get(s.op, ()) else "yes" if _serves(s, name) else "no"
+            for s in asked
+        ]
+        features.append([label, *cells])
+    return _table(needs) + "\n" + _table(features)
+
+
+def short_matrix(family: str = "flash") -> str:
+    """One row per backend and set of requirements, for the README."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for spec in own_kernels(family):
+        groups.setdefault((spec.backend, *_needs(spec)), []).append(f"`{spec.op}`")
+    rows = [["backend", "operators", "device", "dtypes", "sizes"]]
+    for (backend, *needs), ops in groups.items():
+        rows.append([f"`{backend}`", ", ".join(ops), *needs])
+    return _table(rows)
+
+
+def environment_table(env: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
+    """Device, versions, commit, date, and the same-run peaks of a result file."""
+    rows = [["", ""]]
+    rows += [[key.replace("_", " "), str(env[key])] for key in env]
+    for name, entry in peaks.items():
+        rows.append([f"peak {name}", f"{entry['peak']:.1f} {entry['unit']} ({entry['source']})"])
+    return _table(rows)
+
+
+def measured(root: Path, table_only: bool = False) -> str:
+    """Every committed result file as a section: environment, then the table of its cases."""
+    parts: list[str] = []
+    for path in sorted((root / _RESULTS).glob("*.json")):
+        results, env, peaks = bench.from_json(path.read_text(encoding="utf-8"))
+        rows = [r for r in results if not r.series]
+        if not rows:
+            continue
+        limit = "" if env["restricted"] == "no" else f", both sides limited to {env['restricted']}"
+        title = f"{env['device']}, {env['threads']} threads, kernels {env['isa']}{limit}"
+        source = f"[`{path.name}`]({'docs/' if table_only else ''}measurements/{path.name})"
+        if table_only:
+            note = f"commit `{env['commit']}`, {env['date']}, {source}"
+            parts.append(f"**{title}** ({note})\n\n{summary_table(rows)}")
+        else:
+            table = bench.markdown_table(rows)
+            parts.append(
+                f"### {title}\n\nFrom {source}.\n\n{environment_table(env, peaks)}\n{table}\n"
+            )
+    return "\n".join(parts) or "No results are committed yet.\n"
+
+
+def summary_table(results: Sequence[bench.Result]) -> str:
+    """One row per case and peer, for the README: ratio, rate, fraction of peak, error."""
+    rows = [["case", "against", "speed-up", "rate", "of peak", "error (peer's)"]]
+    for r in results:
+        for v in r.versus:
+            ours = f"{r.error.max_abs:.1e}" if r.error else "-"
+            theirs = f" ({v.error.max_abs:.1e})" if v.error else ""
+            rate = f"{r.rate:.0f} {r.unit}"
+            rows.append(
+                [r.title, v.peer, f"{v.ratio:.2f}x", rate, f"{r.peak_fraction:.0%}", ours + theirs]
+            )
+    return _table(rows)
+
+
+GENERATORS: dict[str, Callable[[Path], str]] = {
+    "support-matrix-flash": lambda root: support_matrix("flash"),
+    "support-summary": lambda root: short_matrix("flash"),
+    "measurements": measured,
+    "measurements-summary": lambda root: measured(root, table_only=True),
+}
+
+
+def render_page(text: str, root: Path) -> str:
+    """A page with its generated parts made anew.
+
+    Raises:
+        ValueError: a part has no generator.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in GENERATORS:
+            raise ValueError(f"attnforge.testing.docs: no generator is called {name!r}")
+        return f"{begin}{GENERATORS[name](root)}{end}"
+
+    return _PART.sub(fill, text)
+
+
+def stale_pages(root: Path) -> dict[Path, str]:
+    """Pages whose text differs from what the generators give, with the new text."""
+    stale: dict[Path, str] = {}
+    for pattern in _PAGES:
+        for path in sorted(root.glob(pattern)):
+            text = path.read_text(encoding="utf-8")
+            new = render_page(text, root)
+            if new != text:
+                stale[path] = new
+    return stale
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of this module; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m attnforge.testing.docs", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit 1 if out of date"
+    )
+    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the source tree")
+    options = parser.parse_args(arguments)
+    stale = stale_pages(options.root)
+    for path, text in stale.items():
+        print(f"{'out of date' if options.check else 'rewrote'}: {path.relative_to(options.root)}")
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

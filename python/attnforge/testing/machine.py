@@ -1,0 +1,91 @@
+"""The environment block that stands beside every measured number."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from attnforge import _native
+from attnforge._version import __version__
+
+__all__ = ["commit", "cpu_isa", "cpu_model", "environment", "huge_pages"]
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def cpu_model() -> str:
+    """The processor's own name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_isa() -> str:
+    """ISA level of attnforge's kernels in force, or that there is no native library."""
+    return "no native library" if _native.unavailable() is not None else _native.isa()
+
+
+def huge_pages() -> str:
+    """The transparent-huge-page policy: `always`, `madvise`, `never` or `unknown`."""
+    try:
+        words = _HUGE_PAGES.read_text().split()
+    except OSError:
+        return "unknown"
+    return next((w.strip("[]") for w in words if w.startswith("[")), "unknown")
+
+
+def _git(*args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def commit() -> str:
+    """Short commit of the source tree that runs, `+` appended if files differ; else `unknown`.
+
+    An installed package is not part of a repository, though a repository may lie around it: only a
+    tree that tracks this very file counts.
+    """
+    if not _git("ls-files", "--", Path(__file__).name):
+        return "unknown"
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def environment(restricted: str = "") -> dict[str, str | int]:
+    """Device, levels in force, threads, versions, commit and UTC date.
+
+    Args:
+        restricted: ISA level to which both sides were limited from outside; empty is none.
+    """
+    return {
+        "device": cpu_model(),
+        "architecture": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu_isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "restricted": restricted or "no",
+        "huge_pages": huge_pages(),
+        "attnforge": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
