@@ -11,7 +11,9 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -284,11 +286,24 @@ void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, con
   kernels().merge_states(params, workers());
 }
 
-void probe_read(const Tensor& buffer) {
-  kernels().probe_read(workers(), buffer.const_data_ptr(), buffer.numel() * buffer.element_size());
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-double probe_fma(int64_t iterations) { return kernels().probe_fma(workers(), iterations); }
+// GB/s of streaming `buffer` once with all threads.
+double probe_read(const Tensor& buffer) {
+  int64_t bytes = buffer.numel() * buffer.element_size();
+  auto start = std::chrono::steady_clock::now();
+  kernels().probe_read(workers(), buffer.const_data_ptr(), bytes);
+  return static_cast<double>(bytes) / seconds_since(start) * 1e-9;
+}
+
+// GFLOP/s of `iterations` register tiles per thread on operands in L1.
+double probe_fma(int64_t iterations) {
+  auto start = std::chrono::steady_clock::now();
+  double flops = kernels().probe_fma(workers(), iterations);
+  return flops / seconds_since(start) * 1e-9;
+}
 
 std::string cpu_isa(std::string name) {
   if (!name.empty()) {
@@ -319,7 +334,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
   m.def("flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
         "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES ", int num_splits) -> ()");
   m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("probe_read(Tensor buffer) -> ()");
+  m.def("probe_read(Tensor buffer) -> float");
   m.def("probe_fma(int iterations) -> float");
   m.def("cpu_isa(str name) -> str");
   m.def("cpu_isa_levels() -> str");

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DEVICE_KEYS", "NAMESPACE", "define"]
+__all__ = ["DEVICE_KEYS", "NAMESPACE", "define", "operator"]
 
 NAMESPACE = "attnforge"
 DEVICE_KEYS = ("CPU", "CUDA")
@@ -37,4 +37,9 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=_LIBRARY)
+    return operator(name)
+
+
+def operator(name: str) -> Any:
+    """The overload of a defined operator: bind it once, look-ups cost."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def tiny_shapes() -> Iterator[Shape]:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("shape", tiny_shapes(), ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", list(tiny_shapes()), ids=lambda s: s.name)
 def test_all_implementations_compute_the_same(shape: Shape, backend: str | None) -> None:
     peers = ("sdpa", "sdpa folded") if shape.mode == "decode" else ("sdpa",)
     workload = bench_flash.build(shape, peers, backend)
@@ -175,9 +176,13 @@ def test_restricted_run_limits_both_sides(tmp_path: Path) -> None:
         sys.executable, "-m", "attnforge", "bench", "flash", "--quick", "--isa", "avx2",
         "--case", "forward-causal-fp32-s2048-d64", "--json", str(out),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    source = str(Path(bench.__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": source}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr
-    results, env, _ = bench.from_json(out.read_text(encoding="utf-8"))
+    results, block, _ = bench.from_json(out.read_text(encoding="utf-8"))
     assert [r.name for r in results] == ["forward-causal-fp32-s2048-d64"]
-    assert env["torch_isa"] == "AVX2"
-    assert env["isa"] in ("avx2", "no native library")
+    assert block["torch_isa"] == "AVX2"
+    assert block["isa"] in ("avx2", "no native library")

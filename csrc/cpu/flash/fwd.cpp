@@ -60,27 +60,11 @@ struct Plan {
   int64_t k_floats, v_floats;  // packed floats per key block
 };
 
-// Rows of a (batch, kv head): head-major, so that a tile of a long sequence lies in one head.
-struct RowTiling {
-  int64_t rows_per_band;  // a band is cut into tiles of kBlockM rows
-  int64_t bands;
-  AF_INLINE_MEMBER int64_t tiles_per_band() const { return ceil_div(rows_per_band, kBlockM); }
-  AF_INLINE_MEMBER int64_t tiles() const { return bands * tiles_per_band(); }
-};
-
-AF_INLINE RowTiling row_tiling(int64_t q_len, int64_t group) {
-  bool share = q_len < kBlockM / 2;
-  return share ? RowTiling{q_len * group, 1} : RowTiling{q_len, group};
-}
-
 AF_INLINE Plan make_plan(const FlashProblem& p, int64_t threads) {
   Plan plan;
   plan.blocks = max64(1, ceil_div(p.seqlen_k, kBlockN));
   int64_t group = group_size(p);
-  // Sharing makes the tile count of a shorter sequence at most that of the longest one or of the
-  // longest sequence that still shares.
-  plan.max_tiles = max64(row_tiling(p.seqlen_q, group).tiles(),
-                         row_tiling(min64(p.seqlen_q, kBlockM / 2 - 1), group).tiles());
+  plan.max_tiles = max_tiles(p.seqlen_q, group, kBlockM);
   plan.ldo = padded_columns(p.v_head_dim);
   plan.k_floats = kBlockN * p.head_dim;
   plan.v_floats = kBlockN * plan.ldo;
@@ -297,14 +281,10 @@ AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
       // Late tiles see the most keys under a causal mask: they go first.
       int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots, pair = pair0 + slot;
       Sequence seq = sequence(p, pair / p.heads_k);
-      RowTiling tiling = row_tiling(seq.q_len, group_size(p));
+      RowTiling tiling = row_tiling(seq.q_len, group_size(p), kBlockM);
       if (!served_here(params, seq) || seq.q_len == 0 || index >= tiling.tiles()) return;
-      // Consecutive tasks are the same tile of every head of the group.
-      int64_t band = index % tiling.bands, part = index / tiling.bands;
-      int64_t row0 = part * kBlockM;
-      int64_t rows = min64(kBlockM, tiling.rows_per_band - row0);
       Arena a{tiles + worker * tile_bytes};
-      TileRows t{params, plan, seq, pair % p.heads_k, band * tiling.rows_per_band + row0, rows};
+      TileRows t{params, plan, seq, pair % p.heads_k, tiling.first_row(index), tiling.rows(index)};
       run_tile<T>(t, take_tile(a, p, plan), head_at(slot));
     });
   }

@@ -10,11 +10,12 @@ struct Sequence {
   int64_t batch;
   int64_t q_row, q_len;  // first row in memory (varlen) and number of queries
   int64_t k_row, k_len;
+  int64_t k_rows;  // key rows that exist in memory, k_len of them in use
   int64_t offset;  // query i stands at key position i + offset (bottom-right alignment)
 };
 
 AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch) {
-  Sequence s = {batch, 0, p.seqlen_q, 0, p.seqlen_k, 0};
+  Sequence s = {batch, 0, p.seqlen_q, 0, p.seqlen_k, p.seqlen_k, 0};
   if (p.cu_seqlens_q) {
     s.q_row = max64(0, min64(p.cu_seqlens_q[batch], p.total_q));
     int64_t end = max64(s.q_row, min64(p.cu_seqlens_q[batch + 1], p.total_q));
@@ -25,6 +26,7 @@ AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch) {
     int64_t end = max64(s.k_row, min64(p.cu_seqlens_k[batch + 1], p.total_k));
     s.k_len = min64(end - s.k_row, p.seqlen_k);
   }
+  s.k_rows = s.k_len;
   if (p.seqused_k) s.k_len = max64(0, min64(p.seqused_k[batch], s.k_len));
   s.offset = s.k_len - s.q_len;
   return s;
@@ -53,6 +55,33 @@ AF_INLINE Interval visible_queries(const FlashProblem& p, const Sequence& s, int
 }
 
 AF_INLINE int64_t group_size(const FlashProblem& p) { return p.heads_q / p.heads_k; }
+
+// The query rows of one (batch, kv head), head-major, cut into tiles of block_m rows. Long sequences
+// keep every tile inside one head (a band); short ones put the rows of several heads into one tile.
+struct RowTiling {
+  int64_t block_m, band_rows, bands;
+
+  AF_INLINE_MEMBER int64_t tiles_per_band() const { return ceil_div(band_rows, block_m); }
+  AF_INLINE_MEMBER int64_t tiles() const { return bands * tiles_per_band(); }
+  // Tile `index`: neighbours are the same queries of every head of the group.
+  AF_INLINE_MEMBER int64_t first_row(int64_t index) const {
+    return index % bands * band_rows + index / bands * block_m;
+  }
+  AF_INLINE_MEMBER int64_t rows(int64_t index) const {
+    return min64(block_m, band_rows - index / bands * block_m);
+  }
+};
+
+AF_INLINE RowTiling row_tiling(int64_t q_len, int64_t group, int64_t block_m) {
+  return q_len < block_m / 2 ? RowTiling{block_m, q_len * group, 1}
+                             : RowTiling{block_m, q_len, group};
+}
+
+// An upper bound of tiles() over all sequences of at most q_len queries.
+AF_INLINE int64_t max_tiles(int64_t q_len, int64_t group, int64_t block_m) {
+  return max64(row_tiling(q_len, group, block_m).tiles(),
+               row_tiling(min64(q_len, block_m / 2 - 1), group, block_m).tiles());
+}
 
 template <class T>
 AF_INLINE T* row_ptr(const TensorRef& t, int64_t batch, int64_t row, int64_t head) {

@@ -166,12 +166,17 @@ AF_INLINE void store(float* p, VecF x) { store_raw(p, x); }
 AF_INLINE void store(BFloat16* p, VecF x) { store_raw(p, narrow(x, BFloat16{})); }
 AF_INLINE void store(Half* p, VecF x) { store_raw(p, narrow(x, Half{})); }
 
-// The first n lanes, 0 < n <= kLanes; the rest read as zero and are not touched in memory.
+// The first n lanes, 0 < n; the rest read as zero and are not touched in memory. Head dims are
+// multiples of 8, so a tail is half of a 16-lane vector or nothing; the loop is for completeness.
 template <class T>
 AF_INLINE VecF load_partial(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
   T lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  if (kLanes == 16 && n == 8) {
+    __builtin_memcpy(lanes, p, 8 * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  }
   return load(lanes);
 }
 template <class T>
@@ -179,7 +184,11 @@ AF_INLINE void store_partial(T* p, VecF x, int64_t n) {
   if (n >= kLanes) return store(p, x);
   T lanes[kLanes];
   store(lanes, x);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  if (kLanes == 16 && n == 8) {
+    __builtin_memcpy(p, lanes, 8 * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
 }
 
 // Four consecutive elements, whatever kLanes is: the unit of the packing transposes.

@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 import attnforge
-from attnforge.registry.explain import dtype_of
 
 __all__ = ["register"]
 
@@ -24,6 +23,13 @@ def _shape(text: str, option: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r} is no shape; want sizes such as 1,4096,32,128", None,
                                  param_hint=option)  # fmt: skip
     return shape
+
+
+def _window(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}; want left,right", param_hint="--window") from None
 
 
 def _arguments(
@@ -78,7 +84,7 @@ def register(app: typer.Typer) -> None:
             options["causal"] = causal
             options["softcap"] = softcap
             if window:
-                options["window_size"] = tuple(int(part) for part in window.split(","))
+                options["window_size"] = _window(window)
             if alibi:
                 options["alibi_slopes"] = heads
             if sinks:
@@ -89,7 +95,7 @@ def register(app: typer.Typer) -> None:
             options["backend"] = backend
         try:
             answer = attnforge.explain(
-                getattr(attnforge, function), *args, dtype=dtype_of(dtype), device=device, **options
+                getattr(attnforge, function), *args, dtype=dtype, device=device, **options
             )
         except (TypeError, ValueError) as error:
             typer.echo(str(error), err=True)

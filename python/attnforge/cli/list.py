@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from attnforge.registry import list_kernels
+import attnforge
 
 __all__ = ["register"]
 
@@ -20,12 +20,12 @@ def register(app: typer.Typer) -> None:
         as_json: bool = typer.Option(False, "--json", help="One JSON array of objects."),
     ) -> None:
         """List every kernel: id, operator, backend, requirements."""
-        specs = list_kernels(op or None)
+        specs = attnforge.list_kernels(op or None)
         if as_json:
             typer.echo(json.dumps([spec.describe() for spec in specs], indent=2))
             return
         if not specs:
-            known = ", ".join(sorted({spec.op for spec in list_kernels()}))
+            known = ", ".join(sorted({spec.op for spec in attnforge.list_kernels()}))
             typer.echo(f"attnforge list: no kernel of operator {op!r}; want one of {known}")
             raise typer.Exit(1)
         for spec in specs:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "backend",
     "dense",
     "index_tensors",
     "lengths",
@@ -217,6 +218,15 @@ def _floating(op: str, name: str, x: Any, q: Tensor) -> None:
 
 def scalars(op: str, softmax_scale: float, softcap: float) -> None:
     """A finite scale, a finite non-negative softcap."""
+    try:
+        if 0.0 <= softcap < math.inf and -math.inf < softmax_scale < math.inf:
+            return
+    except TypeError:
+        pass
+    for name, value in (("softcap", softcap), ("softmax_scale", softmax_scale)):
+        if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+            kind = type(value).__name__
+            _fail(op, f"{name} must be a number; got {kind}; want a float; use .item()", TypeError)
     if not 0.0 <= softcap < math.inf:
         _fail(op, f"softcap is {softcap}; want a finite number >= 0; 0 turns it off")
     if not -math.inf < softmax_scale < math.inf:
@@ -250,10 +260,27 @@ def num_splits(op: str, value: Any) -> None:
 
 def max_seqlen(op: str, name: str, value: Any) -> None:
     """None or an int >= 0."""
-    if value is None or (isinstance(value, (int, torch.SymInt)) and value >= 0):
+    if value is None:
         return
-    got = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
-    _fail(op, f"{name} is {got}; want an int >= 0 or None; None takes the total length", TypeError)
+    integer = isinstance(value, (int, torch.SymInt))
+    if not integer or value < 0:
+        got = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
+        _fail(
+            op,
+            f"{name} is {got}; want an int >= 0 or None; None takes the total length",
+            ValueError if integer else TypeError,
+        )
+
+
+def backend(op: str, value: Any) -> None:
+    """None or a string."""
+    if value is not None and not isinstance(value, str):
+        _fail(
+            op,
+            f"backend must be a string or None; got {type(value).__name__}; want a backend such "
+            "as 'cpu'; attnforge.list_kernels() has them",
+            TypeError,
+        )
 
 
 def merge_parts(op: str, outs: Any, lses: Any) -> None:

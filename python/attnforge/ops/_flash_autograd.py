@@ -6,13 +6,16 @@ say so when someone asks for one. ``generate_vmap_rule`` lets vmap reach the ope
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from attnforge._params import FlashParams
 from attnforge.ops import _flash_ops
 
 __all__ = [
@@ -20,8 +23,12 @@ __all__ = [
     "FlashAttentionDual",
     "MergeStates",
     "MergeStatesDual",
-    "apply_attention",
+    "attend",
+    "needs_grad",
 ]
+
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _no_second_order(op: str) -> RuntimeError:
@@ -175,12 +182,52 @@ class MergeStatesDual(MergeStates):
 
 
 # ``Function.apply`` binds default arguments with ``inspect``, 40 us a call; ours are all given.
+_apply_long: Callable[..., Any] = FlashAttention.apply
+_apply_dual: Callable[..., Any] = FlashAttentionDual.apply
 _bound_apply: Any = super(Function, FlashAttention).apply  # type: ignore[misc, unused-ignore]
 
 
-def apply_attention(*args: Any) -> Any:
+def _apply_short(*args: Any) -> Any:
     """``FlashAttention.apply`` by the short way, unless a functorch transform is active."""
     if torch._C._are_functorch_transforms_active():
-        apply: Any = FlashAttention.apply
-        return apply(*args)
+        return _apply_long(*args)
     return _bound_apply(*unwrap_dead_wrappers(args))
+
+
+def needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Whether the call has to be recorded for a backward."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+        # A tensor that vmap wraps does not show whether the one inside requires grad.
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _distinct(q: Tensor, k: Tensor, v: Tensor, p: FlashParams) -> Any:
+    """The same tensors, no two of them one object: Dynamo takes no repeated Function input."""
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    if p.cu_seqlens_k is not None and p.cu_seqlens_k is p.cu_seqlens_q:
+        p = p._replace(cu_seqlens_k=p.cu_seqlens_k.view_as(p.cu_seqlens_k))
+    return q, k, v, p
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) through autograd if a gradient is needed, else straight from the operator."""
+    dual = forward_ad._current_level >= 0
+    if not dual and not needs_grad(q, k, v, p.sinks):
+        out, lse, _ = _flash_ops.flash_fwd(q, k, v, *p, False, backend)
+        return out, lse
+    apply = _apply_dual if dual else _apply_short
+    if torch.compiler.is_compiling():
+        q, k, v, p = _distinct(q, k, v, p)
+        apply = _apply_long
+    out, lse, _ = apply(q, k, v, *p, q.dtype in _HALF, backend)
+    return out, lse

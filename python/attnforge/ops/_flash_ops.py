@@ -104,6 +104,8 @@ def _checked(op: str, q: Tensor, k: Tensor, p: FlashParams, used: str = "seqused
     ):
         return p
     cu = None
+    if op != "flash_decode":  # name the function that the caller knows
+        op = "flash_attention" if p.cu_seqlens_q is None else "flash_attention_varlen"
     if p.cu_seqlens_q is not None and p.cu_seqlens_k is not None:
         cu = (p.cu_seqlens_q, p.cu_seqlens_k)
         totals = (q.shape[0], k.shape[0])

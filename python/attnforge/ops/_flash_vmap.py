@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnforge._ops import operator
+
 __all__ = ["backward", "decode", "forward", "merge"]
 
 Dims = tuple[Any, ...]
-
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.attnforge, name).default
 
 
 def _front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -86,19 +84,19 @@ def _fold_lengths(x: Tensor | None, dim: int | None, size: int) -> Tensor | None
 
 def forward(info: Any, in_dims: Dims, *args: Any) -> Any:
     """``flash_fwd``: q, k, v fold into the batch."""
-    return _mapped(_op("flash_fwd"), 3, args, info, in_dims)
+    return _mapped(operator("flash_fwd"), 3, args, info, in_dims)
 
 
 def backward(info: Any, in_dims: Dims, *args: Any) -> Any:
     """``flash_bwd``: dout, dlse, q, k, v, out, lse, out_lo fold into the batch."""
-    return _mapped(_op("flash_bwd"), 8, args, info, in_dims)
+    return _mapped(operator("flash_bwd"), 8, args, info, in_dims)
 
 
 def decode(info: Any, in_dims: Dims, *args: Any) -> Any:
     """``flash_decode``: as forward, without boundaries."""
 
     def op(*a: Any) -> Any:
-        return _op("flash_decode")(*a[:3], *a[5:])
+        return operator("flash_decode")(*a[:3], *a[5:])
 
     wide = (*args[:3], None, None, *args[3:])
     return _mapped(op, 3, wide, info, (*in_dims[:3], None, None, *in_dims[3:]))
@@ -110,7 +108,7 @@ def merge(info: Any, in_dims: Dims, outs: list[Tensor], lses: list[Tensor], back
     out_dims = out_dims if isinstance(out_dims, (list, tuple)) else [out_dims] * len(outs)
     lse_dims = lse_dims if isinstance(lse_dims, (list, tuple)) else [lse_dims] * len(lses)
     rank = outs[0].dim() - (out_dims[0] is not None)
-    op: Callable[..., Any] = _op("merge_states")
+    op: Callable[..., Any] = operator("merge_states")
     if rank == 3:
         return _looped(op, size, (out_dims, lse_dims, None), (outs, lses, backend))
     out, lse = op(

@@ -18,13 +18,7 @@ from torch.autograd import forward_ad
 
 from attnforge._params import FlashParams
 from attnforge.ops import _checks, _flash_ops
-from attnforge.ops._flash_autograd import (
-    FlashAttention,
-    FlashAttentionDual,
-    MergeStates,
-    MergeStatesDual,
-    apply_attention,
-)
+from attnforge.ops._flash_autograd import MergeStates, MergeStatesDual, attend, needs_grad
 from attnforge.ops._flash_cost import Cost, cost
 from attnforge.registry import override
 from attnforge.registry.explain import explained_by
@@ -40,8 +34,6 @@ __all__ = [
 ]
 
 Window = tuple[int, int]
-_HALF = (torch.bfloat16, torch.float16)
-_fwd = _flash_ops.flash_fwd
 _decode = _flash_ops.flash_decode
 _merge = _flash_ops.merge_states
 
@@ -68,45 +60,12 @@ def _stat_inputs(q: Tensor, alibi: Tensor | None, sinks: Tensor | None) -> Any:
     return alibi, sinks
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (sinks is not None and sinks.requires_grad)
-        # A tensor that vmap wraps does not show whether the one inside requires grad.
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def _distinct(q: Tensor, k: Tensor, v: Tensor, p: FlashParams) -> Any:
-    """The same tensors, no two of them one object: Dynamo takes no repeated Function input."""
-    if k is q:
-        k = k.view_as(k)
-    if v is q or v is k:
-        v = v.view_as(v)
-    if p.cu_seqlens_k is not None and p.cu_seqlens_k is p.cu_seqlens_q:
-        p = p._replace(cu_seqlens_k=p.cu_seqlens_k.view_as(p.cu_seqlens_k))
-    return q, k, v, p
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) through autograd if a gradient is needed, else straight from the operator."""
+def _choice(op: str, backend: str | None) -> str | None:
+    """The argument, else the enclosing ``attnforge.backend``."""
     if backend is None:
-        backend = override.current
-    dual = forward_ad._current_level >= 0
-    if dual or _needs_grad(q, k, v, p.sinks):
-        apply_plain: Callable[..., Any] = apply_attention
-        if torch.compiler.is_compiling():
-            q, k, v, p = _distinct(q, k, v, p)
-            apply_plain = FlashAttention.apply
-        apply = FlashAttentionDual.apply if dual else apply_plain
-        out, lse, _ = apply(q, k, v, *p, q.dtype in _HALF, backend)
-    else:
-        out, lse, _ = _fwd(q, k, v, *p, False, backend)
-    return out, lse
+        return override.current
+    _checks.backend(op, backend)
+    return backend
 
 
 def _problem(
@@ -216,7 +175,7 @@ def flash_attention(
         sinks=sinks,
         softmax_scale=softmax_scale,
     )
-    out, lse = _attend(q, k, v, p, backend)
+    out, lse = attend(q, k, v, p, _choice("flash_attention", backend))
     return (out, lse) if return_lse else out
 
 
@@ -302,7 +261,7 @@ def flash_attention_varlen(
         sinks=sinks,
         softmax_scale=softmax_scale,
     )
-    out, lse = _attend(q, k, v, p, backend)
+    out, lse = attend(q, k, v, p, _choice("flash_attention_varlen", backend))
     return (out, lse) if return_lse else out
 
 
@@ -370,10 +329,10 @@ def flash_decode(
         sinks=sinks,
         softmax_scale=softmax_scale,
     )
-    if _needs_grad(q, k, v, p.sinks) or forward_ad._current_level >= 0:
-        out, lse = _attend(q, k, v, p, backend)
+    choice = _choice("flash_decode", backend)
+    if needs_grad(q, k, v, p.sinks) or forward_ad._current_level >= 0:
+        out, lse = attend(q, k, v, p, choice)
     else:
-        choice = override.current if backend is None else backend
         out, lse = _decode(q, k, v, *p[2:5], *p[7:], num_splits, choice)
     return (out, lse) if return_lse else out
 
@@ -399,7 +358,7 @@ def merge_states(
     Returns (out, lse): out of the parts' dtype, lse fp32 (fp64 beside fp64 outputs).
     """
     _checks.merge_parts("merge_states", outs, lses)
-    choice = override.current if backend is None else backend
+    choice = _choice("merge_states", backend)
     outs, lses = list(outs), list(lses)
     dual = forward_ad._current_level >= 0
     wrapped = torch._C._are_functorch_transforms_active()

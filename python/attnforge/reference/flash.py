@@ -282,8 +282,9 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     The sink is a key whose value is zero: its dS is ``p_sink * (0 - delta)``.
     """
     prob = _exp_gap(sinks.to(lse.dtype).unsqueeze(-1), lse)
-    terms = prob * delta
-    terms = terms.masked_fill(prob == 0, 0.0)  # a sink of -inf takes no part, whatever delta is
+    # No part: a sink of -inf, and rows of no sequence (their LSE is -inf in spite of the sink).
+    absent = (prob == 0) | (lse == float("-inf"))
+    terms = (prob * delta).masked_fill(absent, 0.0)
     total = terms.sum(-1)
     return -(total.sum(0) if total.dim() == 2 else total)
 

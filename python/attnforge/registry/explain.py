@@ -132,7 +132,7 @@ def explain(
     args = tuple(as_described(x, kind) for x in args)
     kwargs = {name: _described_keyword(name, x, kind) for name, x in kwargs.items()}
     requests = [_placed(r, place) for r in requester(*args, **kwargs)]
-    decisions = tuple(decide(r, backend, override=forced is None) for r in requests)
+    decisions = tuple(decide(r, backend, outer=forced is None) for r in requests)
     return Explanation(fn.__name__, decisions)
 
 

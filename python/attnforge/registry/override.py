@@ -16,6 +16,7 @@ __all__ = ["backend", "checks", "current", "debug"]
 
 current: str | None = None  # read by public functions as ``override.current``
 checks: bool = _settings.debug()
+_open: list[backend] = []  # blocks entered and not left, the innermost last
 
 
 class backend:
@@ -37,11 +38,10 @@ class backend:
 
             parse_choice(name, "attnforge.backend")
         self.name = name
-        self._outer: list[str | None] = []
 
     def __enter__(self) -> backend:
         global current
-        self._outer.append(current)
+        _open.append(self)
         current = self.name
         return self
 
@@ -52,7 +52,12 @@ class backend:
         trace: TracebackType | None,
     ) -> None:
         global current
-        current = self._outer.pop()
+        # Blocks of other threads may have opened since: leave theirs, take back one's own.
+        for n in reversed(range(len(_open))):
+            if _open[n] is self:
+                del _open[n]
+                break
+        current = _open[-1].name if _open else None
 
 
 class debug:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from attnforge import _settings
+from attnforge.registry import override
 from attnforge.registry import spec as _spec
 from attnforge.registry.spec import KernelSpec, Request
 
@@ -79,14 +80,20 @@ def parse_choice(text: str, where: str) -> dict[str, str]:
     return choices
 
 
-def choice_for(op: str, backend: str | None, override: bool = False) -> tuple[str | None, str]:
+def choice_for(op: str, backend: str | None, outer: bool = False) -> tuple[str | None, str]:
     """The forced choice for ``op`` and its source; (None, "score") if nothing forces one."""
     if backend is not None:
-        source, text = ("context manager" if override else "argument"), backend
+        source, text = ("context manager" if outer else "argument"), backend
     else:
         source, text = _settings.BACKEND, _settings.backend() or ""
     if text:
-        choices = parse_choice(text, source)
+        choices = parse_choice(text, f"attnforge.{op}: backend (from {source})")
+        known = {s.op for s in _spec.list_kernels()}
+        if unknown := sorted(choices.keys() - known - {"*"}):
+            raise ValueError(
+                f"attnforge.{op}: backend {text!r} (from {source}) names {', '.join(unknown)}; "
+                f"want operators of {', '.join(sorted(known))}, or * for the others"
+            )
         name = choices.get(op, choices.get("*"))
         # The id of a kernel of another operator says nothing about this one.
         if name is not None and not any(s.id == name and s.op != op for s in _spec.list_kernels()):
@@ -98,9 +105,12 @@ def _matches(spec: KernelSpec, choice: str) -> bool:
     return choice in (spec.backend, spec.id)
 
 
-def decide(request: Request, backend: str | None, override: bool = False) -> Decision:
-    """Look at every kernel of the operator; never raises for lack of one (see ``error``)."""
-    choice, source = choice_for(request.op, backend, override)
+def decide(request: Request, backend: str | None, outer: bool = False) -> Decision:
+    """Look at every kernel of the operator; never raises for lack of one (see ``error``).
+
+    outer: ``backend`` came from an enclosing ``attnforge.backend`` and not from an argument.
+    """
+    choice, source = choice_for(request.op, backend, outer)
     chosen: KernelSpec | None = None
     rejected: list[tuple[KernelSpec, tuple[str, ...]]] = []
     for spec in _spec.specs_for(request.op):
@@ -128,7 +138,9 @@ def launcher(
     key = (op, metadata, forced, backend is None, deterministic, _spec._TABLE.epoch)
     found = _MEMO.get(key)
     if found is None:
-        decision = decide(describe(op, metadata), backend)
+        # The operator gets one string; that it equals the override says where it came from.
+        outer = backend is not None and backend == override.current
+        decision = decide(describe(op, metadata), backend, outer)
         if decision.chosen is None:
             raise ValueError(decision.error)
         found = decision.chosen.resolve()

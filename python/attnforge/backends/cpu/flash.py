@@ -34,9 +34,8 @@ def _unit(x: Tensor) -> Tensor:
 
 def _contiguous(p: FlashParams) -> FlashParams:
     """Index and per-head tensors contiguous (a no-op for all but sliced ones)."""
-    return p._replace(
-        **{name: x.contiguous() for name, x in p._asdict().items() if isinstance(x, Tensor)}
-    )
+    fields: Any = {n: x.contiguous() for n, x in p._asdict().items() if isinstance(x, Tensor)}
+    return p._replace(**fields)
 
 
 def _has_extras(p: FlashParams) -> bool:
@@ -54,7 +53,6 @@ def fwd(
     """Launcher of ``flash_fwd``."""
     if _has_extras(p):
         p = _contiguous(p)
-        _clear_tail(p.cu_seqlens_q, q, out, lse, out_lo)
     low = out_lo if out_lo.dim() > 1 else None
     _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:])
 
@@ -65,13 +63,13 @@ def bwd(
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
     q, k, v, out, lse, out_lo = tape
     dq, dk, dv, dsinks = grads
+    if q.numel() == 0:  # no rows: nothing reaches the keys
+        for x in grads:
+            x.zero_()
+        return
     if _has_extras(p):
         p = _contiguous(p)
-        _clear_tail(p.cu_seqlens_q, q, dq, None)
-        _clear_tail(p.cu_seqlens_k, k, dk, None)
-        _clear_tail(p.cu_seqlens_k, k, dv, None)
     delta = torch.empty_like(lse)
-    _clear_tail(p.cu_seqlens_q, q, None, delta, stat_fill=0.0)
     low = out_lo if out_lo.dim() > 1 else None
     _native_op("flash_bwd")(
         _unit(dout),
@@ -90,28 +88,6 @@ def bwd(
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))
 
 
-def _clear_tail(
-    cu_seqlens: Tensor | None,
-    like: Tensor,
-    rows: Tensor | None,
-    stat: Tensor | None,
-    low: Tensor | None = None,
-    stat_fill: float = float("-inf"),
-) -> None:
-    """Rows past the last sequence belong to none; kernels do not touch them."""
-    if cu_seqlens is None:
-        return
-    end = int(cu_seqlens[-1])
-    if end == like.shape[0]:
-        return
-    if rows is not None:
-        rows[end:].zero_()
-    if stat is not None:
-        stat[:, end:].fill_(stat_fill)
-    if low is not None and low.dim() > 1:
-        low[end:].zero_()
-
-
 def decode(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
 ) -> None:
@@ -123,7 +99,7 @@ def decode(
 
 def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """Launcher of ``merge_states``; the kernel takes the parts as one stacked tensor."""
-    values, stats = torch.stack(outs), torch.stack(lses)
+    values, stats = torch.stack(outs), torch.stack(lses).float()
     if values.dim() == 4:  # packed [T, H, D]: one sequence to the kernel
         values, stats = values.unsqueeze(1), stats.unsqueeze(1)
         out, lse = out.unsqueeze(0), lse.unsqueeze(0)

@@ -1,0 +1,498 @@
+// Flash attention, backward.
+//
+// Algorithm (FlashAttention-2, Dao 2023, section 3.1.2) on the tiles of gemm.h. From S = Q K^T, the
+// stored LSE and delta = rowsum(dO * O) - dLSE:
+//   P = 2^(S - LSE)    dP = dO V^T    dS = P * (dP - delta) [* (1 - tanh^2) under a softcap]
+//   dV += P^T dO       dK += dS^T Q   dQ += dS K
+// O is the forward's output plus its rounding residue, so delta is good to fp32 for 16-bit inputs.
+//
+//   phases     1  per query tile: Q and dO widened and packed in both operand layouts, delta, LSE
+//              2  per (batch, kv head, chunk): for each of its key blocks, all query tiles of all
+//                 heads of the group; dK, dV of a block stay in L2, dQ goes to the chunk's fp32 slab
+//              3  per query tile: the slabs summed in chunk order, scaled, rounded
+//   chunks     key blocks are dealt round-robin to ceil(kChunksWanted / kv heads) chunks: work for
+//              all threads where heads are few, balanced under a causal mask, and the same sums for
+//              any number of threads and any batch. No atomics
+//   tile       96 queries x 96 keys (64 when D > 96): S and dP 84 KiB, operands stream from L2
+//   transpose  P^T and dS^T are the same tiles read with swapped compile-time strides
+//   flops      5 products: 10 D per visible pair (6 D + 4 Dv when they differ)
+//   bytes      Q, K, V, O, dO once, dQ, dK, dV once; packed fp32 copies from cache
+//   memory     per wave of heads: 4 fp32 copies of Q / dO rows and one dQ slab per chunk
+//
+// Masked pairs are skipped or exactly zero; where an operand holds NaN or infinity and a tile is
+// masked in part, products run over visible pairs only, so that nothing leaks through 0 * NaN.
+#include "cpu/flash/problem.h"
+#include "cpu/kernels.h"
+#include "cpu/micro/pack.h"
+#include "cpu/micro/parallel.h"
+#include "cpu/micro/softmax.h"
+
+namespace attnforge::cpu {
+ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+}
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+namespace {
+
+constexpr int64_t kBlockM = 96;
+constexpr int64_t kMaxBlockN = 96;
+constexpr int64_t kLds = kMaxBlockN + 16;
+constexpr int64_t kChunksWanted = 16;
+constexpr int64_t kWaveBytes = 32 << 20;
+
+struct Plan {
+  int64_t group, block_n;
+  int64_t max_tiles, max_blocks;
+  int64_t chunks, slots;
+  int64_t ldd, ldv;  // padded D and Dv
+};
+
+AF_INLINE int64_t chunks_of(const FlashProblem& p, int64_t blocks) {
+  return max64(1, min64(ceil_div(kChunksWanted, p.heads_k), blocks));
+}
+
+// A packed query tile: everything phase 2 reads of it.
+struct QueryTile {
+  float* q_groups;    // scaled for the base-2 logits
+  float* q_panels;    // scaled for dK
+  float* do_groups;
+  float* do_panels;
+  float* lse2;        // [kBlockM]
+  float* delta;       // [kBlockM]
+  Interval* keys;     // [kBlockM]
+  bool* finite;       // one flag: Q and dO of the tile hold no NaN or infinity
+};
+
+struct Head {
+  Arena tiles;
+  float* slabs;  // [chunks][max_tiles * kBlockM][ldd]
+};
+
+struct Scratch {
+  float *k_panels, *k_columns, *v_panels;  // K^T, K and V^T operands of one key block
+  float *s, *dp, *s_cap;                   // [kBlockM][kLds]; s_cap keeps tanh under a softcap
+  float *dk, *dv;                          // [kMaxBlockN + kMR][ldd], [..][ldv]
+};
+
+AF_INLINE QueryTile take_query_tile(Arena& a, const FlashProblem& p, const Plan& plan) {
+  QueryTile t;
+  t.q_groups = a.take<float>(kBlockM * p.head_dim);
+  t.q_panels = a.take<float>(kBlockM * plan.ldd);
+  t.do_groups = a.take<float>(kBlockM * p.v_head_dim);
+  t.do_panels = a.take<float>(kBlockM * plan.ldv);
+  t.lse2 = a.take<float>(kBlockM);
+  t.delta = a.take<float>(kBlockM);
+  t.keys = a.take<Interval>(kBlockM);
+  t.finite = a.take<bool>(1);
+  return t;
+}
+
+AF_INLINE Scratch take_scratch(Arena& a, const FlashProblem& p, const Plan& plan) {
+  Scratch s;
+  int64_t keys = round_up(kMaxBlockN, kNR);
+  s.k_panels = a.take<float>(keys * p.head_dim);
+  s.k_columns = a.take<float>(kMaxBlockN * plan.ldd);
+  s.v_panels = a.take<float>(keys * p.v_head_dim);
+  s.s = a.take<float>(kBlockM * kLds + kMR);
+  s.dp = a.take<float>(kBlockM * kLds + kMR);
+  s.s_cap = a.take<float>(p.softcap > 0.0f ? kBlockM * kLds : 0);
+  s.dk = a.take<float>((kMaxBlockN + kMR) * plan.ldd);
+  s.dv = a.take<float>((kMaxBlockN + kMR) * plan.ldv);
+  return s;
+}
+
+struct Layout {
+  Plan plan;
+  int64_t tile_bytes, scratch_bytes, slab_floats, head_bytes, total;
+};
+
+AF_INLINE Layout make_layout(const FlashProblem& p, int64_t threads) {
+  Layout l;
+  Plan& plan = l.plan;
+  plan.group = group_size(p);
+  plan.block_n = p.head_dim > 96 ? 64 : kMaxBlockN;
+  plan.max_tiles = max_tiles(p.seqlen_q, plan.group, kBlockM);
+  plan.max_blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
+  plan.chunks = chunks_of(p, plan.max_blocks);
+  plan.ldd = padded_columns(p.head_dim);
+  plan.ldv = padded_columns(p.v_head_dim);
+  Arena tile{nullptr}, scratch{nullptr};
+  take_query_tile(tile, p, plan);
+  take_scratch(scratch, p, plan);
+  l.tile_bytes = tile.used;
+  l.scratch_bytes = scratch.used;
+  l.slab_floats = plan.max_tiles * kBlockM * plan.ldd;
+  l.head_bytes = plan.max_tiles * l.tile_bytes + plan.chunks * l.slab_floats * 4;
+  int64_t pairs = p.batch * p.heads_k;
+  int64_t enough = ceil_div(2 * threads, plan.chunks);
+  plan.slots = max64(1, min64(pairs, max64(enough, kWaveBytes / max64(1, l.head_bytes))));
+  l.total = threads * l.scratch_bytes + plan.slots * l.head_bytes;
+  return l;
+}
+
+// One (batch, kv head) of the current wave.
+struct Pair {
+  const FlashBwdParams& params;
+  const Layout& layout;
+  Sequence seq;
+  RowTiling tiling;
+  int64_t kv_head;
+  char* memory;
+
+  AF_INLINE_MEMBER const FlashProblem& problem() const { return params.problem; }
+  AF_INLINE_MEMBER QueryTile tile(int64_t index) const {
+    Arena a{memory + index * layout.tile_bytes};
+    return take_query_tile(a, problem(), layout.plan);
+  }
+  AF_INLINE_MEMBER float* slab(int64_t chunk, int64_t tile_index) const {
+    char* slabs = memory + layout.plan.max_tiles * layout.tile_bytes;
+    return reinterpret_cast<float*>(slabs) + chunk * layout.slab_floats +
+           tile_index * kBlockM * layout.plan.ldd;
+  }
+  AF_INLINE_MEMBER int64_t chunks() const {
+    return chunks_of(problem(), ceil_div(seq.k_len, layout.plan.block_n));
+  }
+  AF_INLINE_MEMBER int64_t head(int64_t row) const {
+    return kv_head * layout.plan.group + row / seq.q_len;
+  }
+  AF_INLINE_MEMBER int64_t query(int64_t row) const { return row % seq.q_len; }
+};
+
+template <class T>
+AF_INLINE float dot_residue(const T* dout, const T* out, const T* lo, int64_t dim) {
+  VecF sum{};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    int64_t n = dim - d;
+    VecF o = load_partial(out + d, n);
+    if (lo) o += load_partial(lo + d, n);
+    sum = fma(load_partial(dout + d, n), o, sum);
+  }
+  return reduce_add(sum);
+}
+
+// Phase 1: packs one query tile and computes its row statistics.
+template <class T>
+AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
+  const FlashBwdParams& params = pair.params;
+  const FlashProblem& p = params.problem;
+  const QueryTile tile = pair.tile(index);
+  const int64_t first = pair.tiling.first_row(index), rows = pair.tiling.rows(index);
+  const float q_scale = score_map(p).q_scale;
+  bool finite = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t head = pair.head(first + r), i = pair.query(first + r);
+    const int64_t row = pair.seq.q_row + i, batch = pair.seq.batch;
+    const T* q = row_ptr<const T>(params.q, batch, row, head);
+    const T* dout = row_ptr<const T>(params.dout, batch, row, head);
+    pack_row(q, p.head_dim, q_scale, r, tile.q_groups);
+    pack_row(dout, p.v_head_dim, 1.0f, r, tile.do_groups);
+    finite &= pack_column_panels(q, 0, 1, p.head_dim, p.softmax_scale, tile.q_panels + r * kNR,
+                                 kBlockM * kNR);
+    finite &= pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR,
+                                 kBlockM * kNR);
+    const T* lo = params.out_lo.data ? row_ptr<const T>(params.out_lo, batch, row, head) : nullptr;
+    float delta = dot_residue(dout, row_ptr<const T>(params.out, batch, row, head), lo, p.v_head_dim);
+    if (params.dlse.data) delta -= *stat_ptr(params.dlse, pair.seq, head, i);
+    *stat_ptr(params.delta, pair.seq, head, i) = delta;
+    tile.delta[r] = delta;
+    tile.lse2[r] = *stat_ptr(params.lse, pair.seq, head, i) * kLog2E;
+    tile.keys[r] = visible_keys(p, pair.seq, i);
+  }
+  zero_rows(rows, round_up(rows, kMR), p.head_dim, tile.q_groups);
+  zero_rows(rows, round_up(rows, kMR), p.v_head_dim, tile.do_groups);
+  *tile.finite = finite;
+}
+
+// One (query tile, key block) of phase 2.
+struct Step {
+  const Pair& pair;
+  const QueryTile& tile;
+  const Scratch& scratch;
+  const ScoreMap& map;
+  int64_t first, rows;  // of the tile
+  int64_t key0, keys;   // of the block
+  float* dq;            // slab of the tile
+};
+
+// S and dP of row r, columns [c0, c0 + n), become P and dS.
+AF_INLINE void differentiate_row(const Step& t, int64_t r, int64_t c0, int64_t n, bool masked) {
+  const FlashProblem& p = t.pair.problem();
+  float* s = t.scratch.s + r * kLds + c0;
+  float* dp = t.scratch.dp + r * kLds + c0;
+  int64_t lo = 0, hi = n;
+  if (masked) {
+    lo = max64(0, min64(n, t.tile.keys[r].lo - t.key0 - c0));
+    hi = max64(lo, min64(n, t.tile.keys[r].hi - t.key0 - c0));
+    if (lo == hi) {
+      fill(s, 0, n, 0.0f);
+      fill(dp, 0, n, 0.0f);
+      return;
+    }
+  }
+  const float* slope = nullptr;
+  if (t.map.cap2 > 0.0f) {
+    float* keep = t.scratch.s_cap + r * kLds + c0;
+    for (int64_t c = 0; c < n; c += kLanes) {
+      VecF tanh_x = tanh(load(s + c));
+      store(keep + c, fma(splat(0.0f) - tanh_x, tanh_x, splat(1.0f)));
+      store(s + c, splat(t.map.cap2) * tanh_x);
+    }
+    slope = keep;
+  }
+  if (p.alibi_slopes) {
+    int64_t row = t.first + r;
+    add_alibi(s, n, alibi_slope2(p, t.pair.seq.batch, t.pair.head(row)),
+              t.pair.query(row) + t.pair.seq.offset - (t.key0 + c0));
+  }
+  const VecF lse2 = splat(t.tile.lse2[r]), delta = splat(t.tile.delta[r]);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    VecF prob = exp2(load(s + c) - lse2);
+    VecF ds = prob * (load(dp + c) - delta);
+    if (slope) ds *= load(slope + c);
+    store(s + c, prob);
+    store(dp + c, ds);
+  }
+  if (masked) {
+    mask_row(s, n, lo, hi, 0.0f);
+    mask_row(dp, n, lo, hi, 0.0f);
+  }
+}
+
+// A block that every row of the tile sees whole.
+AF_INLINE void full_step(const Step& t) {
+  const FlashProblem& p = t.pair.problem();
+  const Plan& plan = t.pair.layout.plan;
+  const Scratch& w = t.scratch;
+  const int64_t d = p.head_dim, dv = p.v_head_dim;
+  const int64_t n = round_up(t.keys, kNR);
+  gemm<1, kMR>(t.rows, vectors_of(n), d, t.tile.q_groups, d, w.k_panels, d * kNR, w.s, kLds, false);
+  gemm<1, kMR>(t.rows, vectors_of(n), dv, t.tile.do_groups, dv, w.v_panels, dv * kNR, w.dp, kLds,
+               false);
+  for (int64_t r = 0; r < t.rows; ++r) differentiate_row(t, r, 0, n, n != t.keys);
+  gemm<1, kLds>(t.keys, vectors_of(dv), t.rows, w.s, 1, t.tile.do_panels, kBlockM * kNR, w.dv,
+                plan.ldv, true);
+  gemm<1, kLds>(t.keys, vectors_of(d), t.rows, w.dp, 1, t.tile.q_panels, kBlockM * kNR, w.dk,
+                plan.ldd, true);
+  gemm<kLds, 1>(t.rows, vectors_of(d), t.keys, w.dp, kLds, w.k_columns, kMaxBlockN * kNR, t.dq,
+                plan.ldd, true);
+}
+
+AF_INLINE void axpy_panels(float a, const float* panels, int64_t panel_stride, int64_t dim, float* y) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const float* x = panels + d / kNR * panel_stride + d % kNR;
+    store(y + d, fma(splat(a), load(x), load(y + d)));
+  }
+}
+
+// The three sums over visible pairs only: for partly masked tiles with NaN or infinity inside.
+AF_INLINE void accumulate_pairs(const Step& t) {
+  const FlashProblem& p = t.pair.problem();
+  const Plan& plan = t.pair.layout.plan;
+  const Scratch& w = t.scratch;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    int64_t lo = max64(0, t.tile.keys[r].lo - t.key0);
+    int64_t hi = min64(t.keys, t.tile.keys[r].hi - t.key0);
+    for (int64_t c = lo; c < hi; ++c) {
+      float prob = w.s[r * kLds + c], ds = w.dp[r * kLds + c];
+      axpy_panels(prob, t.tile.do_panels + r * kNR, kBlockM * kNR, p.v_head_dim, w.dv + c * plan.ldv);
+      axpy_panels(ds, t.tile.q_panels + r * kNR, kBlockM * kNR, p.head_dim, w.dk + c * plan.ldd);
+      axpy_panels(ds, w.k_columns + c * kNR, kMaxBlockN * kNR, p.head_dim, t.dq + r * plan.ldd);
+    }
+  }
+}
+
+// A block that some row sees in part: products are cut to what groups of rows, or of keys, see.
+AF_INLINE void partial_step(const Step& t, bool finite) {
+  const FlashProblem& p = t.pair.problem();
+  const Plan& plan = t.pair.layout.plan;
+  const Scratch& w = t.scratch;
+  const int64_t d = p.head_dim, dv = p.v_head_dim;
+  const int64_t width = round_up(t.keys, kNR);
+  for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+    int64_t rows = min64(kMR, t.rows - r0);
+    int64_t lo = t.keys, hi = 0;
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      if (t.tile.keys[r].lo == t.tile.keys[r].hi) continue;
+      lo = min64(lo, t.tile.keys[r].lo - t.key0);
+      hi = max64(hi, t.tile.keys[r].hi - t.key0);
+    }
+    lo = max64(0, lo) / kNR * kNR;
+    hi = min64(t.keys, hi);
+    int64_t n = lo < hi ? round_up(hi - lo, kNR) : 0;
+    if (n > 0) {
+      gemm<1, kMR>(rows, vectors_of(n), d, t.tile.q_groups + r0 * d, d, w.k_panels + lo * d, d * kNR,
+                   w.s + r0 * kLds + lo, kLds, false);
+      gemm<1, kMR>(rows, vectors_of(n), dv, t.tile.do_groups + r0 * dv, dv, w.v_panels + lo * dv,
+                   dv * kNR, w.dp + r0 * kLds + lo, kLds, false);
+    } else {
+      lo = 0;
+    }
+    for (int64_t r = r0; r < r0 + rows; ++r) {
+      differentiate_row(t, r, lo, n, true);
+      // The products over keys read whole columns.
+      mask_row(w.s + r * kLds, width, lo, lo + n, 0.0f);
+      mask_row(w.dp + r * kLds, width, lo, lo + n, 0.0f);
+    }
+    if (n > 0 && finite) {
+      gemm<kLds, 1>(rows, vectors_of(d), hi - lo, w.dp + r0 * kLds + lo, kLds, w.k_columns + lo * kNR,
+                    kMaxBlockN * kNR, t.dq + r0 * plan.ldd, plan.ldd, true);
+    }
+  }
+  if (!finite) return accumulate_pairs(t);
+  for (int64_t c0 = 0; c0 < t.keys; c0 += kMR) {
+    int64_t keys = min64(kMR, t.keys - c0);
+    int64_t lo = t.rows, hi = 0;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      if (t.tile.keys[r].lo >= t.key0 + c0 + keys || t.tile.keys[r].hi <= t.key0 + c0) continue;
+      lo = min64(lo, r);
+      hi = r + 1;
+    }
+    if (lo >= hi) continue;
+    gemm<1, kLds>(keys, vectors_of(dv), hi - lo, w.s + lo * kLds + c0, 1, t.tile.do_panels + lo * kNR,
+                  kBlockM * kNR, w.dv + c0 * plan.ldv, plan.ldv, true);
+    gemm<1, kLds>(keys, vectors_of(d), hi - lo, w.dp + lo * kLds + c0, 1, t.tile.q_panels + lo * kNR,
+                  kBlockM * kNR, w.dk + c0 * plan.ldd, plan.ldd, true);
+  }
+}
+
+template <class T>
+AF_INLINE void store_keys(const Pair& pair, const TensorRef& out, int64_t dim, const float* acc,
+                          int64_t ld, int64_t key0, int64_t keys) {
+  for (int64_t c = 0; c < keys; ++c) {
+    T* row = row_ptr<T>(out, pair.seq.batch, pair.seq.k_row + key0 + c, pair.kv_head);
+    store_output<T>(acc + c * ld, 1.0f, dim, row, nullptr);
+  }
+}
+
+// Phase 2: the key blocks of one chunk against all query tiles.
+template <class T>
+AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
+  const FlashBwdParams& params = pair.params;
+  const FlashProblem& p = params.problem;
+  const Plan& plan = pair.layout.plan;
+  const Sequence& seq = pair.seq;
+  const ScoreMap map = score_map(p);
+  const int64_t tiles = pair.tiling.tiles(), chunks = pair.chunks();
+  fill(pair.slab(chunk, 0), 0, tiles * kBlockM * plan.ldd, 0.0f);
+  for (int64_t key0 = chunk * plan.block_n; key0 < seq.k_len; key0 += chunks * plan.block_n) {
+    const int64_t keys = min64(plan.block_n, seq.k_len - key0);
+    const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, pair.kv_head);
+    const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, pair.kv_head);
+    for (int64_t c = 0; c < keys; c += kNR) {
+      int64_t n = min64(kNR, keys - c);
+      pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, n, p.head_dim,
+                     w.k_panels + c * p.head_dim);
+      pack_key_panel(v + c * params.v.seq_stride, params.v.seq_stride, n, p.v_head_dim,
+                     w.v_panels + c * p.v_head_dim);
+    }
+    bool k_finite = pack_column_panels(k, params.k.seq_stride, keys, p.head_dim, 1.0f, w.k_columns,
+                                       kMaxBlockN * kNR);
+    fill(w.dk, 0, (keys + kMR) * plan.ldd, 0.0f);
+    fill(w.dv, 0, (keys + kMR) * plan.ldv, 0.0f);
+    for (int64_t index = 0; index < tiles; ++index) {
+      const QueryTile tile = pair.tile(index);
+      const int64_t rows = pair.tiling.rows(index);
+      bool any = false, all = true;
+      for (int64_t r = 0; r < rows; ++r) {
+        any |= tile.keys[r].lo < key0 + keys && tile.keys[r].hi > key0;
+        all &= tile.keys[r].lo <= key0 && tile.keys[r].hi >= key0 + keys;
+      }
+      if (!any) continue;
+      Step step{pair, tile,        w,    map,  pair.tiling.first_row(index),
+                rows, key0, keys, pair.slab(chunk, index)};
+      if (all) {
+        full_step(step);
+      } else {
+        partial_step(step, k_finite && *tile.finite);
+      }
+    }
+    store_keys<T>(pair, params.dk, p.head_dim, w.dk, plan.ldd, key0, keys);
+    store_keys<T>(pair, params.dv, p.v_head_dim, w.dv, plan.ldv, key0, keys);
+  }
+}
+
+// Keys that exist in memory behind k_len, or that no query can see: zero gradients.
+template <class T>
+AF_INLINE void zero_keys(const Pair& pair, const Scratch& w, int64_t begin) {
+  const FlashProblem& p = pair.problem();
+  const Plan& plan = pair.layout.plan;
+  fill(w.dk, 0, plan.ldd, 0.0f);
+  fill(w.dv, 0, plan.ldv, 0.0f);
+  for (int64_t key = begin; key < pair.seq.k_rows; ++key) {
+    store_keys<T>(pair, pair.params.dk, p.head_dim, w.dk, plan.ldd, key, 1);
+    store_keys<T>(pair, pair.params.dv, p.v_head_dim, w.dv, plan.ldv, key, 1);
+  }
+}
+
+// Phase 3: dQ of one tile, the slabs summed in chunk order.
+template <class T>
+AF_INLINE void finish_tile(const Pair& pair, int64_t index) {
+  const FlashProblem& p = pair.problem();
+  const Plan& plan = pair.layout.plan;
+  const int64_t first = pair.tiling.first_row(index), rows = pair.tiling.rows(index);
+  const int64_t chunks = pair.chunks();
+  float* sum = pair.slab(0, index);
+  for (int64_t chunk = 1; chunk < chunks && pair.seq.k_len > 0; ++chunk) {
+    const float* part = pair.slab(chunk, index);
+    for (int64_t e = 0; e < rows * plan.ldd; e += kLanes) store(sum + e, load(sum + e) + load(part + e));
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t row = pair.seq.q_row + pair.query(first + r);
+    store_output<T>(sum + r * plan.ldd, p.softmax_scale, p.head_dim,
+                    row_ptr<T>(pair.params.dq, pair.seq.batch, row, pair.head(first + r)), nullptr);
+  }
+}
+
+template <class T>
+AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
+  const FlashProblem& p = params.problem;
+  const Layout layout = make_layout(p, workers.num_threads);
+  const Plan& plan = layout.plan;
+  char* scratch = static_cast<char*>(params.workspace);
+  char* heads = scratch + workers.num_threads * layout.scratch_bytes;
+  const int64_t pairs = p.batch * p.heads_k;
+  for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
+    const int64_t slots = min64(plan.slots, pairs - pair0);
+    auto pair_at = [&](int64_t slot) {
+      Sequence seq = sequence(p, (pair0 + slot) / p.heads_k);
+      return Pair{params, layout, seq, row_tiling(seq.q_len, plan.group, kBlockM),
+                  (pair0 + slot) % p.heads_k, heads + slot * layout.head_bytes};
+    };
+    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t) {
+      const Pair pair = pair_at(task / plan.max_tiles);
+      int64_t index = task % plan.max_tiles;
+      if (pair.seq.q_len > 0 && index < pair.tiling.tiles()) prepare_tile<T>(pair, index);
+    });
+    parallel_tasks(workers, slots * plan.chunks, [&](int64_t task, int64_t worker) {
+      const Pair pair = pair_at(task / plan.chunks);
+      int64_t chunk = task % plan.chunks;
+      Arena a{scratch + worker * layout.scratch_bytes};
+      const Scratch w = take_scratch(a, p, plan);
+      if (pair.seq.q_len == 0) {
+        if (chunk == 0) zero_keys<T>(pair, w, 0);
+        return;
+      }
+      if (chunk == 0) zero_keys<T>(pair, w, pair.seq.k_len);
+      if (chunk < pair.chunks()) run_chunk<T>(pair, chunk, w);
+    });
+    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t) {
+      const Pair pair = pair_at(task / plan.max_tiles);
+      int64_t index = task % plan.max_tiles;
+      if (pair.seq.q_len > 0 && index < pair.tiling.tiles()) finish_tile<T>(pair, index);
+    });
+  }
+}
+
+}  // namespace
+
+int64_t flash_bwd_workspace(const FlashBwdParams& params, int64_t num_threads) {
+  return make_layout(params.problem, num_threads).total;
+}
+
+void flash_bwd(const FlashBwdParams& params, const Workers& workers) {
+  dispatch_dtype(params.problem.dtype, [&](auto element) {
+    run<decltype(element)>(params, workers);
+  });
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -1,0 +1,506 @@
+// Flash attention for few query rows against many keys (decode): split-KV, bound by memory.
+//
+// Algorithm (Flash-Decoding, Dao et al. 2023): the keys are cut into splits of fixed length; each
+// (batch, split, range of kv heads) is a task that leaves (m, l, O) per row; a second pass merges the
+// splits in ascending order. Splits are anchored at key 0 and their length does not depend on the
+// machine or the batch, so neither do results.
+//
+//   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are read
+//              from memory once, from L1 once per four rows
+//   chunk      a few KiB of K and V: scores [key][4], online softmax on that layout, then P V
+//   QK         dot products, 2 keys x 4 rows of accumulators; 4 rows are reduced by one transpose
+//   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
+//   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of the
+//              range, so that a memory page is walked once. Heads stored as planes go one by one
+//   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
+//   flops      2 (D + Dv) per visible (row, key) pair
+//
+// Keys outside a row's interval are not multiplied into it: they may hold NaN.
+#include "cpu/flash/problem.h"
+#include "cpu/kernels.h"
+#include "cpu/micro/pack.h"
+#include "cpu/micro/parallel.h"
+#include "cpu/micro/softmax.h"
+
+namespace attnforge::cpu {
+ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+}
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+namespace {
+
+constexpr int64_t kRows = 4;             // rows of a register group
+constexpr int64_t kSplitKeys = 2048;     // 1-2 MiB of K and V: tasks enough for any core count at 32k
+constexpr int64_t kChunkBytes = 8 << 10;  // of K: with V and the next K about an L1
+constexpr int64_t kMaxChunk = 64;
+constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
+constexpr int64_t kColumnVectors = kLanes == 16 ? 4 : 2;  // PV: 16 or 8 accumulators
+
+struct Plan {
+  int64_t group, rows;  // rows per kv head, padded to kRows
+  int64_t split_keys, splits, chunk;
+  int64_t ranges, heads;  // head ranges per (batch, split), heads in one
+  int64_t ldq, ldo;
+  int64_t threads;
+};
+
+// What one split leaves for the rows of one kv head.
+struct Partial {
+  float* m;
+  float* l;
+  float* o;  // [rows][ldo], not normalised
+};
+
+AF_INLINE Partial take_partial(Arena& a, const Plan& plan) {
+  Partial part;
+  part.m = a.take<float>(plan.rows);
+  part.l = a.take<float>(plan.rows);
+  part.o = a.take<float>(plan.rows * plan.ldo);
+  return part;
+}
+
+AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
+  const FlashProblem& p = params.problem;
+  int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
+  Plan plan;
+  plan.group = group_size(p);
+  int64_t q_len = params.route == RowRoute::kFewRows ? min64(p.seqlen_q, kFewRows) : p.seqlen_q;
+  plan.rows = round_up(q_len * plan.group, kRows);
+  plan.split_keys = params.split_keys > 0 ? params.split_keys : kSplitKeys;
+  plan.splits = max64(1, ceil_div(p.seqlen_k, plan.split_keys));
+  plan.chunk = max64(16, min64(kMaxChunk, kChunkBytes / (p.head_dim * item) / 16 * 16));
+  int64_t bytes = p.batch * p.heads_k * p.seqlen_k * (p.head_dim + p.v_head_dim) * item;
+  plan.threads = bytes * max64(1, plan.rows / kRows) < kInlineBytes ? 1 : threads;
+  bool planes = params.k.head_stride > params.k.seq_stride;
+  int64_t wanted = ceil_div(4 * plan.threads, p.batch * plan.splits);
+  plan.heads = planes ? 1 : ceil_div(p.heads_k, min64(p.heads_k, wanted));
+  plan.ranges = ceil_div(p.heads_k, plan.heads);
+  plan.ldq = round_up(p.head_dim, kLanes);
+  plan.ldo = round_up(p.v_head_dim, kLanes);
+  return plan;
+}
+
+// ---- QK: scores [key][kRows] ----
+
+AF_INLINE Vec4 fold4(VecF x) {
+#if ATTNFORGE_LANES == 4
+  return x;
+#else
+  struct Quads {
+    Vec4 v[kLanes / 4];
+  } q = __builtin_bit_cast(Quads, x);
+  Vec4 sum = q.v[0];
+  for (int i = 1; i < kLanes / 4; ++i) sum += q.v[i];
+  return sum;
+#endif
+}
+
+AF_INLINE Vec4 reduce_rows(VecF a, VecF b, VecF c, VecF d) {
+  Vec4 r0 = fold4(a), r1 = fold4(b), r2 = fold4(c), r3 = fold4(d);
+  transpose4(r0, r1, r2, r3);
+  return (r0 + r1) + (r2 + r3);
+}
+
+// Two keys against R rows; q rows are ldq apart and zero-padded to whole vectors.
+template <int R, class T>
+AF_INLINE void dot_pair(const float* q, int64_t ldq, const T* k0, const T* k1, int64_t dim, float* s) {
+  VecF a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+  auto step = [&](int64_t d, VecF x, VecF y) __attribute__((always_inline)) {
+    VecF q0 = load(q + d);
+    a0 = fma(q0, x, a0), b0 = fma(q0, y, b0);
+    if constexpr (R > 1) {
+      VecF q1 = load(q + ldq + d);
+      a1 = fma(q1, x, a1), b1 = fma(q1, y, b1);
+    }
+    if constexpr (R > 2) {
+      VecF q2 = load(q + 2 * ldq + d);
+      a2 = fma(q2, x, a2), b2 = fma(q2, y, b2);
+    }
+    if constexpr (R > 3) {
+      VecF q3 = load(q + 3 * ldq + d);
+      a3 = fma(q3, x, a3), b3 = fma(q3, y, b3);
+    }
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) step(d, load(k0 + d), load(k1 + d));
+  if (d < dim) step(d, load_partial(k0 + d, dim - d), load_partial(k1 + d, dim - d));
+  store4(s, reduce_rows(a0, a1, a2, a3));
+  store4(s + kRows, reduce_rows(b0, b1, b2, b3));
+}
+
+template <class T>
+AF_INLINE void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// A run of keys of one kv head.
+template <class T>
+struct Keys {
+  const T *k, *v;  // first key
+  int64_t k_stride, v_stride;
+  const T* next_k;  // what will be read next: prefetched meanwhile
+};
+
+template <int R, class T>
+[[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys<T>& keys, int64_t n,
+                                     int64_t dim, int64_t v_dim, bool prefetch, float* s) {
+  for (int64_t c = 0; c < n; c += 2) {
+    const T* k0 = keys.k + c * keys.k_stride;
+    const T* k1 = c + 1 < n ? k0 + keys.k_stride : k0;
+    if (prefetch) {
+      const T* v0 = keys.v + c * keys.v_stride;
+      prefetch_row(v0, v_dim);
+      if (c + 1 < n) prefetch_row(v0 + keys.v_stride, v_dim);
+      if (keys.next_k) {
+        prefetch_row(keys.next_k + c * keys.k_stride, dim);
+        prefetch_row(keys.next_k + (c + 1) * keys.k_stride, dim);
+      }
+    }
+    dot_pair<R>(q, ldq, k0, k1, dim, s + c * kRows);
+  }
+}
+
+// ---- PV: O[r] += sum over keys of p[key][r] * V[key] ----
+
+template <int R, int NV, bool kTail, class T>
+AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t n, int64_t tail,
+                             float* o, int64_t ldo) {
+  VecF acc[R][NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
+  for (int64_t c = 0; c < n; ++c, p += kRows, v += stride) {
+    VecF x[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) x[j] = kTail ? load_partial(v, tail) : load(v + j * kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      VecF weight = splat(p[r]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(o + r * ldo + j * kLanes, acc[r][j]);
+}
+
+template <int R, class T>
+[[gnu::noinline]] static void weigh(const float* p, const T* v, int64_t stride, int64_t n,
+                                    int64_t dim, float* o, int64_t ldo) {
+  int64_t d = 0;
+  for (; d + kColumnVectors * kLanes <= dim; d += kColumnVectors * kLanes) {
+    weigh_columns<R, kColumnVectors, false>(p, v + d, stride, n, 0, o + d, ldo);
+  }
+  for (; d + kLanes <= dim; d += kLanes) {
+    weigh_columns<R, 1, false>(p, v + d, stride, n, 0, o + d, ldo);
+  }
+  if (d < dim) weigh_columns<R, 1, true>(p, v + d, stride, n, dim - d, o + d, ldo);
+}
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+template <class F>
+AF_INLINE void dispatch_rows(int64_t rows, const F& f) {
+  if (rows == 1) return f(Int<1>{});
+  if (rows == 2) return f(Int<2>{});
+  if (rows == 3) return f(Int<3>{});
+  f(Int<4>{});
+}
+
+// ---- one row group over one run of keys ----
+
+// Four rows of a kv head: the register group, with what each row sees.
+struct RowGroup {
+  int64_t rows;
+  const float* q;
+  float *m, *l, *o;
+  Interval keys[kRows];
+  float slope2[kRows];
+  int64_t position[kRows];  // of the query among the keys
+  int64_t lo, hi;           // union of the intervals
+  bool same;                // all rows see [lo, hi)
+};
+
+AF_INLINE VecF repeat4(const float* x) {
+  VecF v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i % kRows];
+  return v;
+}
+
+// Online softmax on [key][kRows] scores; n keys, padded here to a whole vector with -inf.
+AF_INLINE void softmax_group(float* s, int64_t n, float* m, float* l, float* alpha) {
+  constexpr int64_t kStep = kLanes / kRows;
+  int64_t padded = round_up(n, kStep);
+  fill(s, n * kRows, padded * kRows, -kInf);
+  VecF top = splat(-kInf);
+  for (int64_t c = 0; c < padded; c += kStep) top = vmax(load(s + c * kRows), top);
+  float tops[kLanes], base[kRows];
+  store(tops, top);
+  for (int64_t r = 0; r < kRows; ++r) {
+    float m_new = m[r];
+    for (int64_t i = r; i < kLanes; i += kRows) m_new = tops[i] > m_new ? tops[i] : m_new;
+    alpha[r] = m_new == m[r] ? 1.0f : m[r] == -kInf ? 0.0f : exp2(splat(m[r] - m_new))[0];
+    m[r] = m_new;
+    base[r] = m_new == -kInf ? 0.0f : m_new;
+  }
+  VecF bases = repeat4(base), sum{};
+  for (int64_t c = 0; c < padded; c += kStep) {
+    VecF prob = exp2(load(s + c * kRows) - bases);
+    store(s + c * kRows, prob);
+    sum += prob;
+  }
+  Vec4 sums = fold4(sum);
+  for (int64_t r = 0; r < kRows; ++r) l[r] = l[r] * alpha[r] + sums[r];
+}
+
+template <class T>
+AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& map,
+                      const RowGroup& rows, const Keys<T>& all, int64_t key0, int64_t key_end,
+                      bool prefetch) {
+  int64_t lo = max64(key0, rows.lo), hi = min64(key_end, rows.hi);
+  if (lo >= hi) return;
+  const int64_t n = hi - lo;
+  Keys<T> keys = all;
+  keys.k += (lo - key0) * keys.k_stride;
+  keys.v += (lo - key0) * keys.v_stride;
+  float s[(kMaxChunk + kLanes) * kRows];
+  dispatch_rows(rows.rows, [&](auto r) {
+    scores<decltype(r)::value>(rows.q, plan.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+  });
+  const int64_t flat = round_up(n * kRows, kLanes);
+  fill(s, n * kRows, flat, 0.0f);
+  if (map.cap2 > 0.0f) apply_softcap(s, flat, map.cap2);
+  if (p.alibi_slopes) {
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t r = 0; r < kRows; ++r) {
+        int64_t distance = rows.position[r] - (lo + c);
+        s[c * kRows + r] -= rows.slope2[r] * static_cast<float>(distance < 0 ? -distance : distance);
+      }
+    }
+  }
+  bool masked = false;
+  for (int64_t r = 0; r < rows.rows && !rows.same; ++r) {
+    masked |= rows.keys[r].lo > lo || rows.keys[r].hi < hi;
+  }
+  if (masked) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      for (int64_t c = 0; c < n; ++c) {
+        if (lo + c < rows.keys[r].lo || lo + c >= rows.keys[r].hi) s[c * kRows + r] = -kInf;
+      }
+    }
+  }
+  float alpha[kRows];
+  softmax_group(s, n, rows.m, rows.l, alpha);
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    if (alpha[r] == 1.0f) continue;
+    float* o = rows.o + r * plan.ldo;
+    for (int64_t d = 0; d < plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha[r]));
+  }
+  if (!masked) {
+    dispatch_rows(rows.rows, [&](auto r) {
+      weigh<decltype(r)::value>(s, keys.v, keys.v_stride, n, p.v_head_dim, rows.o, plan.ldo);
+    });
+    return;
+  }
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    int64_t first = max64(lo, rows.keys[r].lo), end = min64(hi, rows.keys[r].hi);
+    if (first >= end) continue;
+    weigh<1>(s + (first - lo) * kRows + r, keys.v + (first - lo) * keys.v_stride, keys.v_stride,
+             end - first, p.v_head_dim, rows.o + r * plan.ldo, plan.ldo);
+  }
+}
+
+// ---- tasks ----
+
+struct Memory {
+  char* partials;
+  int64_t partial_bytes;
+  char* scratch;
+  int64_t scratch_bytes;  // per worker: scaled q of a head range, and its row groups
+
+  AF_INLINE_MEMBER Partial partial(const Plan& plan, int64_t pair, int64_t split) const {
+    Arena a{partials + (pair * plan.splits + split) * partial_bytes};
+    return take_partial(a, plan);
+  }
+};
+
+AF_INLINE int64_t groups_of(const Plan& plan) { return plan.rows / kRows; }
+
+AF_INLINE void take_scratch(Arena& a, const Plan& plan, float*& q, RowGroup*& groups) {
+  q = a.take<float>(plan.heads * plan.rows * plan.ldq);
+  groups = a.take<RowGroup>(plan.heads * groups_of(plan));
+}
+
+AF_INLINE int64_t place(Memory& memory, const FlashProblem& p, const Plan& plan, char* base) {
+  Arena part{nullptr}, scratch{nullptr};
+  float* q;
+  RowGroup* groups;
+  take_partial(part, plan);
+  take_scratch(scratch, plan, q, groups);
+  memory.partial_bytes = part.used;
+  memory.scratch_bytes = scratch.used;
+  memory.partials = base;
+  int64_t partials = part.used * p.batch * p.heads_k * plan.splits;
+  memory.scratch = base + partials;
+  return partials + scratch.used * plan.threads;
+}
+
+// Scaled fp32 copies of the rows of one kv head, and its register groups.
+template <class T>
+AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
+                            int64_t kv_head, const Partial& part, float* q, RowGroup* groups) {
+  const FlashProblem& p = params.problem;
+  const float q_scale = score_map(p).q_scale;
+  const int64_t rows = seq.q_len * plan.group;
+  fill(part.m, 0, plan.rows, -kInf);
+  fill(part.l, 0, plan.rows, 0.0f);
+  fill(part.o, 0, plan.rows * plan.ldo, 0.0f);
+  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+    RowGroup& g = groups[r0 / kRows];
+    g.rows = min64(kRows, rows - r0);
+    g.q = q + r0 * plan.ldq;
+    g.m = part.m + r0, g.l = part.l + r0, g.o = part.o + r0 * plan.ldo;
+    g.lo = seq.k_len, g.hi = 0, g.same = true;
+    for (int64_t r = 0; r < kRows; ++r) {
+      g.slope2[r] = 0.0f, g.position[r] = 0, g.keys[r] = {0, 0};
+      if (r >= g.rows) continue;
+      const int64_t head = kv_head * plan.group + (r0 + r) / seq.q_len, i = (r0 + r) % seq.q_len;
+      const T* src = row_ptr<const T>(params.q, seq.batch, seq.q_row + i, head);
+      float* dst = q + (r0 + r) * plan.ldq;
+      for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+        store(dst + d, load_partial(src + d, p.head_dim - d) * splat(q_scale));
+      }
+      g.keys[r] = visible_keys(p, seq, i);
+      g.slope2[r] = alibi_slope2(p, seq.batch, head);
+      g.position[r] = i + seq.offset;
+      g.same &= g.keys[r].lo == g.keys[0].lo && g.keys[r].hi == g.keys[0].hi;
+      if (g.keys[r].lo < g.keys[r].hi) {
+        g.lo = min64(g.lo, g.keys[r].lo);
+        g.hi = max64(g.hi, g.keys[r].hi);
+      }
+    }
+  }
+}
+
+template <class T>
+AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const Memory& memory,
+                         const Sequence& seq, int64_t split, int64_t head0, int64_t worker) {
+  const FlashProblem& p = params.problem;
+  const ScoreMap map = score_map(p);
+  Arena a{memory.scratch + worker * memory.scratch_bytes};
+  float* q;
+  RowGroup* groups;
+  take_scratch(a, plan, q, groups);
+  const int64_t heads = min64(plan.heads, p.heads_k - head0);
+  const int64_t row_groups = ceil_div(seq.q_len * plan.group, kRows);
+  int64_t lo = seq.k_len, hi = 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    Partial part = memory.partial(plan, seq.batch * p.heads_k + head0 + h, split);
+    RowGroup* mine = groups + h * groups_of(plan);
+    prepare_head<T>(params, plan, seq, head0 + h, part, q + h * plan.rows * plan.ldq, mine);
+    for (int64_t g = 0; g < row_groups; ++g) {
+      lo = min64(lo, mine[g].lo);
+      hi = max64(hi, mine[g].hi);
+    }
+  }
+  // Chunks are anchored at the split, whatever the window leaves of it.
+  const int64_t split0 = split * plan.split_keys;
+  hi = min64(hi, split0 + plan.split_keys);
+  lo = split0 + max64(0, lo - split0) / plan.chunk * plan.chunk;
+  for (int64_t key0 = lo; key0 < hi; key0 += plan.chunk) {
+    const int64_t key_end = min64(key0 + plan.chunk, hi);
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t head = head0 + h;
+      Keys<T> keys{row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, head),
+                   row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, head),
+                   params.k.seq_stride, params.v.seq_stride, nullptr};
+      if (h + 1 < heads) {
+        keys.next_k = keys.k + params.k.head_stride;
+      } else if (key0 + 2 * plan.chunk <= hi) {
+        keys.next_k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0 + plan.chunk, head0);
+      }
+      const RowGroup* mine = groups + h * groups_of(plan);
+      for (int64_t g = 0; g < row_groups; ++g) {
+        attend<T>(p, plan, map, mine[g], keys, key0, key_end, g == 0);
+      }
+    }
+  }
+}
+
+// Merges the splits of one kv head in ascending order, adds the sink, rounds and stores.
+template <class T>
+AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const Memory& memory,
+                          const Sequence& seq, int64_t kv_head) {
+  const FlashProblem& p = params.problem;
+  const int64_t pair = seq.batch * p.heads_k + kv_head;
+  const int64_t splits = max64(1, ceil_div(seq.k_len, plan.split_keys));
+  const Partial total = memory.partial(plan, pair, 0);
+  for (int64_t r = 0; r < seq.q_len * plan.group; ++r) {
+    float m = total.m[r], l = total.l[r];
+    float* o = total.o + r * plan.ldo;
+    for (int64_t split = 1; split < splits; ++split) {
+      const Partial part = memory.partial(plan, pair, split);
+      if (part.l[r] == 0.0f) continue;  // saw nothing; NaN goes on
+      const float top = part.m[r] > m ? part.m[r] : m;
+      const float base = top == -kInf ? 0.0f : top;
+      const float keep = l == 0.0f ? 0.0f : exp2(splat(m - base))[0];
+      const float add = exp2(splat(part.m[r] - base))[0];
+      const float* x = part.o + r * plan.ldo;
+      for (int64_t d = 0; d < plan.ldo; d += kLanes) {
+        store(o + d, fma(splat(add), load(x + d), splat(keep) * load(o + d)));
+      }
+      l = l * keep + part.l[r] * add;
+      m = top;
+    }
+    const int64_t head = kv_head * plan.group + r / seq.q_len, i = r % seq.q_len;
+    const RowEnd end = finish_softmax(m, l, p.sinks ? p.sinks[head] : -kInf);
+    *stat_ptr(params.lse, seq, head, i) = end.lse;
+    T* lo = params.out_lo.data ? row_ptr<T>(params.out_lo, seq.batch, seq.q_row + i, head) : nullptr;
+    store_output(o, end.scale, p.v_head_dim,
+                 row_ptr<T>(params.out, seq.batch, seq.q_row + i, head), lo);
+  }
+}
+
+template <class T>
+AF_INLINE void run(const FlashFwdParams& params, const Workers& all_workers) {
+  const FlashProblem& p = params.problem;
+  const Plan plan = make_plan(params, all_workers.num_threads);
+  Memory memory;
+  place(memory, p, plan, static_cast<char*>(params.workspace));
+  Workers workers = all_workers;
+  workers.num_threads = plan.threads;
+  parallel_tasks(workers, p.batch * plan.splits * plan.ranges, [&](int64_t task, int64_t worker) {
+    const int64_t range = task % plan.ranges, split = task / plan.ranges % plan.splits;
+    const Sequence seq = sequence(p, task / plan.ranges / plan.splits);
+    if (!served_here(params, seq) || seq.q_len == 0) return;
+    if (split > 0 && split * plan.split_keys >= seq.k_len) return;
+    run_split<T>(params, plan, memory, seq, split, range * plan.heads, worker);
+  });
+  parallel_tasks(workers, p.batch * p.heads_k, [&](int64_t pair, int64_t) {
+    const Sequence seq = sequence(p, pair / p.heads_k);
+    if (!served_here(params, seq) || seq.q_len == 0) return;
+    merge_head<T>(params, plan, memory, seq, pair % p.heads_k);
+  });
+}
+
+}  // namespace
+
+int64_t flash_decode_workspace(const FlashFwdParams& params, int64_t num_threads) {
+  const Plan plan = make_plan(params, num_threads);
+  Memory memory;
+  return place(memory, params.problem, plan, nullptr);
+}
+
+void flash_decode(const FlashFwdParams& params, const Workers& workers) {
+  dispatch_dtype(params.problem.dtype, [&](auto element) {
+    run<decltype(element)>(params, workers);
+  });
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA
