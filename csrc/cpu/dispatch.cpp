@@ -5,14 +5,8 @@
 
 namespace attnforge::cpu {
 
-// The build defines ATTNFORGE_HAVE_<LEVEL> for what it compiled; baseline is always there. In order of
+// The build defines ATTNFORGE_ISA_LIST as X(<level>) X(<level>) ... for what it compiled, in order of
 // preference, worst first.
-#ifdef ATTNFORGE_HAVE_AVX2
-#define ATTNFORGE_ISA_LIST X(baseline) X(avx512_soft) X(avx2) X(avx512)
-#else
-#define ATTNFORGE_ISA_LIST X(baseline)
-#endif
-
 #define X(ISA) ATTNFORGE_DECLARE_ISA(ISA)
 ATTNFORGE_ISA_LIST
 #undef X

@@ -1,0 +1,281 @@
+"""The float64 truth of a flash attention call, and how far a right kernel may be from it.
+
+Whole matrices, explicit masks, explicit gradient formulas: nothing here is shared with the
+library's own reference. Inputs are taken as they were rounded. For row i of one head, with
+P = softmax and M_i = sum_j p_ij |v_j|, the bound of each element is (u: unit roundoff of the
+stored dtype, u32 = 2^-24, K_i = 4 u32 (1 + S_max,i) + 16 u32)
+
+    O     1.05 u |o| + K M                                LSE   K
+    dV    (2 u16 + K) sum_i p |dO|                        dsink K sum p_sink |delta|
+    dQ    (2 u16 + K) scale sum_j p (|dP| + |delta|) |k|  dK    the same over i with |q|
+
+where u16 counts for 16-bit dtypes only. S_max,i bounds the row's logits: scale |q_i| max |k_j|
+over visible keys, plus the ALiBi term and the sink. dP and delta are dot products themselves, so
+their own rounding, a few u32 of sum |dO| |v|, is added where cancellation makes |dP| small.
+Per-element bounds see a single wrong row of a long sequence, which norms and ratios average away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Truth", "merged_truth", "truth", "unit_roundoff", "visible"]
+
+_UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance of 1 to the next number of ``dtype``."""
+    return _UNIT[dtype]
+
+
+@dataclass
+class Truth:
+    """Values in float64 by name (``out lse dq dk dv dsinks``) and the bound of each element."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    bounds: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, name: str, value: Tensor, bound: Tensor) -> None:
+        """Add one result."""
+        self.values[name], self.bounds[name] = value, bound
+
+
+def visible(sq: int, sk: int, causal: bool, window: tuple[int, int]) -> Tensor:
+    """[sq, sk] bool: which keys each query sees; query i stands at key i + sk - sq."""
+    at = torch.arange(sq).unsqueeze(1) + (sk - sq)
+    key = torch.arange(sk).unsqueeze(0)
+    seen = torch.ones(sq, sk, dtype=torch.bool)
+    if causal:
+        seen &= key <= at
+    if window[0] >= 0:
+        seen &= at - key <= window[0]
+    if window[1] >= 0:
+        seen &= key - at <= window[1]
+    return seen
+
+
+@dataclass
+class _Part:
+    """One sequence: rows and keys as [H, S, D] float64, and where its results go."""
+
+    index: Any  # of the batch (dense) or slice of rows (varlen)
+    keys: Any
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    batch: int
+
+
+def _parts(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Iterator[_Part]:
+    group = q.shape[-2] // max(1, k.shape[-2])
+
+    def heads(x: Tensor, repeat: int) -> Tensor:
+        return x.detach().double().transpose(0, 1).repeat_interleave(repeat, 0)
+
+    used = options.get("seqused_k", options.get("cache_seqlens"))
+    lengths = None if used is None else used.tolist()
+    if options.get("cu_seqlens_q") is not None:
+        cu_q, cu_k = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
+        for b in range(len(cu_q) - 1):
+            rows = slice(cu_q[b], cu_q[b + 1])
+            stop = cu_k[b + 1] if lengths is None else cu_k[b] + lengths[b]
+            keys = slice(cu_k[b], stop)
+            yield _Part(rows, keys, heads(q[rows], 1), heads(k[keys], group),
+                        heads(v[keys], group), b)  # fmt: skip
+        return
+    for b in range(q.shape[0]):
+        length = k.shape[1] if lengths is None else lengths[b]
+        yield _Part((b, slice(None)), (b, slice(0, length)), heads(q[b], 1),
+                    heads(k[b, :length], group), heads(v[b, :length], group), b)  # fmt: skip
+
+
+def _slopes(options: Mapping[str, Any], batch: int) -> Tensor | None:
+    slopes = options.get("alibi_slopes")
+    if slopes is None:
+        return None
+    per_head = slopes[batch] if slopes.dim() == 2 else slopes
+    column: Tensor = per_head.float().double().view(-1, 1, 1)
+    return column
+
+
+def _sum_heads(x: Tensor, heads_kv: int) -> Tensor:
+    """[Hq, S, D] -> [S, Hk, D]: gradients of the query heads that share a KV head add up."""
+    hq, s, d = x.shape
+    return x.view(heads_kv, hq // heads_kv, s, d).sum(1).transpose(0, 1)
+
+
+def truth(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Mapping[str, Any],
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> Truth:
+    """What ``flash_attention(_varlen)`` or ``flash_decode`` should give for these arguments.
+
+    options: the keywords of the call. Gradients are those of <out, dout> + <lse, dlse>; they
+    are left out if both are None. Needs O(Hq Sq Sk) memory in float64, one sequence at a time.
+    """
+    acc = torch.float64 if q.dtype is torch.float64 else torch.float32
+    u, ua = unit_roundoff(q.dtype), unit_roundoff(acc)
+    half = u if q.dtype in _HALF else 0.0
+    # Below the normal range rounding is absolute, once per term that is added up.
+    floor = torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps
+    causal = bool(options.get("causal", False))
+    window = tuple(options.get("window_size", (-1, -1)))
+    cap = float(options.get("softcap", 0.0))
+    scale = options.get("softmax_scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    sinks = options.get("sinks")
+    sink = None if sinks is None else sinks.detach().to(acc).double().view(-1, 1)
+    heads_kv, varlen = k.shape[-2], q.dim() == 3
+
+    zeros = torch.zeros
+    out = zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
+    stat_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    lse = torch.full(stat_shape, float("-inf"), dtype=torch.float64)
+    out_b, lse_b = torch.zeros_like(out), zeros(stat_shape, dtype=torch.float64)
+    with_grad = dout is not None or dlse is not None
+    grads = {n: zeros(x.shape, dtype=torch.float64) for n, x in (("dq", q), ("dk", k), ("dv", v))}
+    grad_b = {n: torch.zeros_like(x) for n, x in grads.items()}
+    dsink, dsink_b = (
+        zeros(q.shape[-2], dtype=torch.float64),
+        zeros(q.shape[-2], dtype=torch.float64),
+    )
+
+    for part in _parts(q, k, v, options):
+        sq, sk = part.q.shape[1], part.k.shape[1]
+        seen = visible(sq, sk, causal, window)
+        raw = scale * part.q @ part.k.transpose(1, 2)  # [H, Sq, Sk]
+        s, slope = raw, torch.ones_like(raw)
+        if cap > 0:
+            t = torch.tanh(raw / cap)
+            s, slope = cap * t, 1 - t * t
+        row_norm = part.q.norm(dim=-1, keepdim=True)
+        key_norm = part.k.norm(dim=-1).unsqueeze(1) * seen  # [H, Sq, Sk]
+        s_max = abs(scale) * row_norm * _top(key_norm) + cap
+        alibi = _slopes(options, part.batch)
+        if alibi is not None:
+            distance = (torch.arange(sq).unsqueeze(1) + (sk - sq) - torch.arange(sk)).abs()
+            s = s - alibi * distance
+            s_max = s_max + _top(alibi.abs() * distance * seen)
+        s = s.masked_fill(~seen, float("-inf"))
+        all_s = s
+        if sink is not None:
+            column = sink.unsqueeze(-1).expand(-1, sq, 1)
+            all_s = torch.cat([s, column], -1)
+            s_max = s_max + torch.where(sink.isfinite(), sink.abs(), 0.0).unsqueeze(-1)
+        total = (
+            torch.logsumexp(all_s, -1)
+            if all_s.shape[-1]
+            else lse.new_full((s.shape[0], sq), float("-inf"))
+        )
+        base = total.unsqueeze(-1)
+        p = torch.where(base == float("-inf"), 0.0, torch.exp(s - base))
+        p = torch.where(base == float("inf"), 0.0, p) if sink is not None else p
+        o = p @ part.v
+        rel = 4 * ua * (1 + s_max) + 16 * ua  # [H, Sq, 1]
+        mass = p @ part.v.abs()
+        bound = 1.05 * u * o.abs() + rel * mass + floor * (1 + sk)
+        place = part.index
+        out[place] = o.transpose(0, 1)
+        out_b[place] = bound.transpose(0, 1)
+        stat_place = (slice(None), place) if varlen else place[0]
+        lse[stat_place] = total
+        lse_b[stat_place] = rel.squeeze(-1)
+
+        if not with_grad:
+            continue
+        d_o = zeros(out.shape, dtype=torch.float64)[place] if dout is None else dout.double()[place]
+        d_o = d_o.transpose(0, 1)  # [H, Sq, Dv]
+        d_l = zeros(s.shape[0], sq, dtype=torch.float64)
+        if dlse is not None:
+            d_l = dlse.double()[stat_place]
+        dead = torch.isinf(total)
+        d_l = d_l.masked_fill(dead & (total < 0), 0.0).unsqueeze(-1)
+        dp = d_o @ part.v.transpose(1, 2)
+        dp_abs = d_o.abs() @ part.v.abs().transpose(1, 2)
+        delta = (d_o * o).sum(-1, keepdim=True) - d_l
+        delta_abs = (d_o * o).abs().sum(-1, keepdim=True) + d_l.abs()
+        ds = p * (dp - delta) * slope * scale
+        weight = p * slope * (dp.abs() + delta.abs()) * abs(scale)
+        # Rounding inside the dot products; O is known to u^2 from out + out_lo; 1 - tanh^2 cancels.
+        inner = p * (4 * ua * (dp_abs + delta_abs) + half * half * delta_abs) * abs(scale)
+        if cap > 0:
+            inner = inner + 16 * ua * p * (dp_abs + delta_abs) * abs(scale)
+        each = (2 * half + rel) * weight + inner
+        group_floor = floor * (1 + sk + sq)
+        key_place = part.keys
+        grads["dq"][place] = (ds @ part.k).transpose(0, 1)
+        grad_b["dq"][place] = (each @ part.k.abs()).transpose(0, 1) + group_floor
+        grads["dk"][key_place] = _sum_heads(ds.transpose(1, 2) @ part.q, heads_kv)
+        grad_b["dk"][key_place] = (
+            _sum_heads(each.transpose(1, 2) @ part.q.abs(), heads_kv) + group_floor
+        )
+        grads["dv"][key_place] = _sum_heads(p.transpose(1, 2) @ d_o, heads_kv)
+        p_each = (2 * half + rel) * p
+        grad_b["dv"][key_place] = (
+            _sum_heads(p_each.transpose(1, 2) @ d_o.abs(), heads_kv) + group_floor
+        )
+        if sink is not None:
+            p_sink = torch.exp(sink - total).masked_fill(torch.isneginf(sink), 0.0).unsqueeze(-1)
+            p_sink = torch.where(torch.isposinf(sink).unsqueeze(-1), 1.0, p_sink)
+            dsink -= (p_sink * delta).sum((1, 2))
+            error = rel * delta.abs() + (4 * ua + half * half) * delta_abs
+            dsink_b += (p_sink * error).sum((1, 2))
+
+    found = Truth()
+    found.put("out", out, out_b)
+    found.put("lse", lse, lse_b)
+    if with_grad:
+        for name, value in grads.items():
+            found.put(name, value, grad_b[name])
+        if sink is not None:
+            found.put("dsinks", dsink, dsink_b + torch.finfo(torch.float32).tiny)
+    return found
+
+
+def _top(x: Tensor) -> Tensor:
+    """max over the last dimension, kept; 0 if that is empty."""
+    return x.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+
+
+def merged_truth(outs: list[Tensor], lses: list[Tensor]) -> Truth:
+    """What ``merge_states`` should give: a weighted sum in float64, empty parts left out."""
+    dtype = outs[0].dtype
+    u, ua = (
+        unit_roundoff(dtype),
+        unit_roundoff(torch.float64 if dtype is torch.float64 else torch.float32),
+    )
+    stats = torch.stack([x.double() for x in lses])
+    stats = stats.masked_fill(stats == float("inf"), float("-inf"))
+    lse = torch.logsumexp(stats, 0)
+    out = torch.zeros(outs[0].shape, dtype=torch.float64)
+    mass = torch.zeros_like(out)
+    for o, s in zip(outs, stats, strict=True):
+        weight = torch.where(s == float("-inf"), 0.0, torch.exp(s - lse))
+        weight = weight.transpose(-1, -2).unsqueeze(-1)
+        clean = torch.where(weight == 0, 0.0, o.double())
+        out += weight * clean
+        mass += weight * clean.abs()
+    spread = torch.where(lse.isfinite(), lse.abs(), 0.0)
+    rel = 4 * ua * (1 + spread) + 16 * ua
+    found = Truth()
+    wide = rel.transpose(-1, -2).unsqueeze(-1)
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    found.put("out", out, 1.05 * u * out.abs() + wide * mass + tiny * (1 + len(outs)))
+    found.put("lse", lse, rel)
+    return found

@@ -1,0 +1,115 @@
+"""Settings of every test: 2 threads, fixed seeds, poisoned memory, counted targets.
+
+Poison is the default: ``torch.empty`` gives NaN, so an output that a kernel forgets to write fails
+any comparison. The marker ``plain_memory`` turns that off where a test needs torch's own mode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+# Two xdist workers of two threads each on two cores: spinning at barriers would cost most of it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+for _name in ("ATTNFORGE_BACKEND", "ATTNFORGE_DEBUG"):
+    os.environ.pop(_name, None)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from attnforge import _native  # noqa: E402
+from attnforge.testing.cases import Target, use_isa  # noqa: E402
+from attnforge.testing.poison import poisoned_memory  # noqa: E402
+
+THREADS = 2
+ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_soft")
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,  # time is not what is tested
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile(
+    "explore", hypothesis.settings.get_profile("default"), derandomize=False, max_examples=2000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "plain_memory: without the poison of uninitialised memory")
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    if request.node.get_closest_marker("plain_memory"):
+        yield
+        return
+    with poisoned_memory():
+        yield
+
+
+def _on(target: Target) -> Iterator[Target]:
+    if target.backend == "cpu":
+        if reason := _native.unavailable():
+            pytest.skip(reason)
+        if target.isa and target.isa not in _native.isa_levels():
+            pytest.skip(f"this CPU does not run {target.isa}")
+        with use_isa(target.isa):
+            yield target
+    else:
+        yield target
+
+
+@pytest.fixture(params=["reference", *ISA_LEVELS])
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The reference, and the CPU kernels on every ISA level that runs here."""
+    name = request.param
+    yield from _on(Target(name) if name == "reference" else Target("cpu", name))
+
+
+@pytest.fixture(params=ISA_LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The CPU kernels on every ISA level that runs here."""
+    yield from _on(Target("cpu", request.param))
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends; the CPU kernels on the level that was chosen for this machine."""
+    yield from (target.backend for target in _on(Target(request.param)))
+
+
+@pytest.fixture
+def cpu() -> Iterator[str]:
+    """The CPU kernels alone."""
+    yield from (target.backend for target in _on(Target("cpu")))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tests by folder and by target, so that a level that did not run is seen."""
+    folders: Counter[tuple[str, str]] = Counter()
+    targets: Counter[tuple[str, str]] = Counter()
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            file, _, name = report.nodeid.partition("::")
+            folders["/".join(file.split("/")[:2]), outcome] += 1
+            ids = set(name.partition("[")[2].rstrip("]").split("-"))
+            for label in ("reference", "cpu", *ISA_LEVELS):
+                if label in ids:
+                    targets[label, outcome] += 1
+    for title, counts in (("folder", folders), ("target", targets)):
+        for label in dict.fromkeys(name for name, _ in counts):
+            parts = [
+                f"{counts[label, o]} {o}"
+                for o in ("passed", "failed", "skipped")
+                if counts[label, o]
+            ]
+            terminalreporter.write_line(f"{title} {label:<18} {', '.join(parts)}")
