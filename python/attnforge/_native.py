@@ -6,6 +6,7 @@ it is complete but slow: the reference serves, and ``unavailable()`` says why.
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def _load() -> None:
     path = library_path()
     if not path.is_file():
         _reason = (
-            f"{_LIBRARY} is not built; install a C++20 compiler and reinstall attnforge "
-            f"(looked in {path.parent})"
+            f"{_LIBRARY} is not built{_why_not_built()}; install a C++20 compiler and reinstall "
+            f"attnforge (looked in {path.parent})"
         )
     else:
         try:
@@ -58,6 +59,15 @@ def _load() -> None:
         else:
             _select_isa(_settings.cpu_isa())
     _loaded = True
+
+
+def _why_not_built() -> str:
+    """What the build lacked, as it recorded beside the package; empty if it recorded nothing."""
+    try:
+        reason = json.loads((Path(__file__).parent / "_build_info.json").read_text()).get("reason")
+    except (OSError, ValueError):
+        return ""
+    return f": {reason}" if reason else ""
 
 
 def _select_isa(level: str) -> None:

@@ -35,8 +35,9 @@ ALLOWED: dict[str, set[str]] = {
 PUBLIC = {"__init__", "ops", "reference", "registry"}
 BUILD_FACTS = {"_host", "_native", "_settings", "_version"}
 ALLOWED |= {
+    "diagnose": PUBLIC | BUILD_FACTS,
     "testing": PUBLIC | BUILD_FACTS,
-    "cli": PUBLIC | BUILD_FACTS | {"integrations", "testing"},
+    "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
     "integrations": PUBLIC,
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},

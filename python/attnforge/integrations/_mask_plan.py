@@ -330,7 +330,7 @@ def plan_from_dense(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
     """Pieces of a materialised mask in which every row is one interval of keys.
 
     Args:
-        mask: [B or 1, 1, q_len, >= kv_len], bool (True = visible), or floating point with 0 for
+        mask: [B or 1, 1, q_len, kv_len], bool (True = visible), or floating point with 0 for
             visible and the dtype's minimum or -inf for hidden.
         batch, q_len, kv_len: sizes of the call.
 
@@ -351,12 +351,10 @@ def plan_from_dense(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
             f"{_WHERE}: attention_mask has {mask.shape[1]} heads; masks that differ between heads "
             'are not supported; use attn_implementation="sdpa"'
         )
-    if mask.shape[3] < kv_len:
+    if mask.shape[3] != kv_len:
         raise ValueError(
             f"{_WHERE}: attention_mask covers {mask.shape[3]} keys, but there are {kv_len}"
         )
-    if mask.shape[3] > kv_len and mask.shape[3] != 1:
-        mask = mask[..., :kv_len]
     mask = mask[:, 0].expand(-1, q_len, kv_len).detach()
     if mask.dtype == torch.bool:
         seen = mask

@@ -134,6 +134,8 @@ def truth(
     half = u if q.dtype in _HALF else 0.0
     # Below the normal range rounding is absolute, once per term that is added up.
     floor = torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps
+    # A probability below the normal range may become 0: exp need not give subnormal numbers.
+    flush = 2 * torch.finfo(acc).smallest_normal
     causal = bool(options.get("causal", False))
     window = tuple(options.get("window_size", (-1, -1)))
     cap = float(options.get("softcap", 0.0))
@@ -189,7 +191,8 @@ def truth(
         o = p @ part.v
         rel = 4 * ua * (1 + s_max) + 16 * ua  # [H, Sq, 1]
         mass = p @ part.v.abs()
-        bound = 1.05 * u * o.abs() + rel * mass + floor * (1 + sk)
+        lost = flush * part.v.abs().sum(1, keepdim=True)
+        bound = 1.05 * u * o.abs() + rel * mass + lost + floor * (1 + sk)
         place = part.index
         out[place] = o.transpose(0, 1)
         out_b[place] = bound.transpose(0, 1)
@@ -216,7 +219,7 @@ def truth(
         inner = p * (4 * ua * (dp_abs + delta_abs) + half * half * delta_abs) * abs(scale)
         if cap > 0:
             inner = inner + 16 * ua * p * (dp_abs + delta_abs) * abs(scale)
-        each = (2 * half + rel) * weight + inner
+        each = (2 * half + rel) * weight + inner + flush * (dp_abs + delta_abs) * abs(scale)
         group_floor = floor * (1 + sk + sq)
         key_place = part.keys
         grads["dq"][place] = (ds @ part.k).transpose(0, 1)
@@ -226,7 +229,7 @@ def truth(
             _sum_heads(each.transpose(1, 2) @ part.q.abs(), heads_kv) + group_floor
         )
         grads["dv"][key_place] = _sum_heads(p.transpose(1, 2) @ d_o, heads_kv)
-        p_each = (2 * half + rel) * p
+        p_each = (2 * half + rel) * p + flush
         grad_b["dv"][key_place] = (
             _sum_heads(p_each.transpose(1, 2) @ d_o.abs(), heads_kv) + group_floor
         )

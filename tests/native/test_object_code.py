@@ -1,0 +1,185 @@
+"""What the compiler made of the kernels: no spills in inner loops, no instruction of a wider level.
+
+Speed rests on accumulators staying in registers and safety on each level using only its own
+instructions; neither shows in results, and both can break with a compiler or a harmless-looking edit.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 object code"),
+]
+
+Objects = dict[str, list[Path]]
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_soft")
+# avx512_soft holds 16 lanes in two ymm registers and so must spill: it is there for results only.
+SPILL_FREE = ("baseline", "avx2", "avx512")
+MIN_MULTIPLIES = 8  # packed multiplies that make a loop an inner loop of a matrix product
+
+MICRO_KERNELS = ("gemm_tile",)
+
+MULTIPLY = re.compile(r"vf(?:n?m(?:add|sub))\d+ps|v?mulps")
+VECTOR = re.compile(r"\b[xyz]mm\d+")
+JUMP = re.compile(r"j[a-z]+\s+([0-9a-f]+)\b")
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
+INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\t(.*)$")
+# A spill slot: stack pointer plus a constant. With an index register it is an array, not a spill.
+SLOT = {
+    "rsp": re.compile(r"\[rsp(?:[+-]0x[0-9a-f]+)?\]"),
+    "rbp": re.compile(r"\[rbp(?:[+-]0x[0-9a-f]+)?\]"),
+}
+
+
+@dataclass
+class Function:
+    name: str
+    code: list[tuple[int, str]] = field(default_factory=list)  # (address, text)
+
+
+def parse(text: str) -> list[Function]:
+    functions: list[Function] = []
+    for line in text.splitlines():
+        if start := FUNCTION.match(line):
+            functions.append(Function(start[1]))
+        elif functions and (found := INSTRUCTION.match(line)):
+            functions[-1].code.append((int(found[1], 16), found[2].split("#")[0].strip()))
+    return functions
+
+
+def disassemble(path: Path) -> list[Function]:
+    command = ["objdump", "-d", "-C", "-M", "intel", "--no-show-raw-insn", str(path)]
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def inner_loops(function: Function) -> list[list[str]]:
+    """Bodies of the loops (backward jump's target .. jump) that contain no other loop."""
+    if not function.code:
+        return []
+    first = function.code[0][0]
+    spans = {
+        (int(jump[1], 16), address)
+        for address, text in function.code
+        if (jump := JUMP.match(text)) and first <= int(jump[1], 16) <= address
+    }
+    inner = [
+        (a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
+    ]
+    return [[t for address, t in function.code if a <= address <= b] for a, b in sorted(inner)]
+
+
+def product_loops(function: Function) -> list[list[str]]:
+    return [
+        body
+        for body in inner_loops(function)
+        if sum(bool(MULTIPLY.match(text)) for text in body) >= MIN_MULTIPLIES
+    ]
+
+
+def spills(function: Function, body: list[str]) -> list[str]:
+    """Vector instructions of a loop body that touch a stack slot and should not.
+
+    In a register tile (MICRO_KERNELS) that is every one. Elsewhere it is a slot that the loop writes:
+    a value that changes and lives in memory. Slots only read hold loop constants, such as the
+    polynomial of exp2 with 16 registers, and cost what reading them from .rodata would.
+    """
+    framed = any(re.match(r"mov\s+rbp,rsp", text) for _, text in function.code)
+    touching: dict[str, list[tuple[bool, str]]] = {}  # slot -> (writes it, instruction)
+    for text in body:
+        slot = SLOT["rsp"].search(text) or (framed and SLOT["rbp"].search(text))
+        if VECTOR.search(text) and slot:
+            operands = text.split(None, 1)[1].split(",")
+            touching.setdefault(slot[0], []).append((slot[0] in operands[0], text))
+    strict = any(name in function.name for name in MICRO_KERNELS)
+    return [
+        text
+        for uses in touching.values()
+        if strict or any(writes for writes, _ in uses)
+        for _, text in uses
+    ]
+
+
+@pytest.mark.parametrize("level", SPILL_FREE)
+def test_inner_product_loops_keep_their_registers(level: str, objects: Objects) -> None:
+    if level not in objects:
+        pytest.skip(f"{level} is not built here")
+    tiles, found = 0, []
+    for path in objects[level]:
+        for function in disassemble(path):
+            for body in product_loops(function):
+                tiles += any(name in function.name for name in MICRO_KERNELS)
+                found += [f"{path.name}: {function.name}: {t}" for t in spills(function, body)]
+    assert tiles > 0, "no register tile recognised: the check would prove nothing"
+    assert found == []
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_only_instructions_of_the_level(level: str, objects: Objects) -> None:
+    if level not in objects:
+        pytest.skip(f"{level} is not built here")
+    forbidden = {
+        "baseline": re.compile(r"^v(?!err|erw)[a-z]|\b[yz]mm\d"),  # VEX and EVEX mnemonics
+        "avx2": re.compile(r"\bzmm\d|\b[xy]mm(?:1[6-9]|2\d|3[01])\b|\{k[1-7]\}"),  # EVEX
+        "avx512_soft": re.compile(r"\bzmm\d|\b[xy]mm(?:1[6-9]|2\d|3[01])\b|\{k[1-7]\}"),
+    }.get(level)
+    widest = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm", "avx512_soft": "ymm"}[level]
+    seen = False
+    found = []
+    for path in objects[level]:
+        for function in disassemble(path):
+            for _, text in function.code:
+                seen = seen or widest in text
+                if forbidden is not None and forbidden.search(text):
+                    found.append(f"{path.name}: {function.name}: {text}")
+    assert found[:20] == []
+    assert seen, f"{level} uses no {widest} register"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_objects_define_no_weak_symbol(level: str, objects: Objects) -> None:
+    """Of a weak symbol that several levels define, the linker keeps one: perhaps the AVX-512 copy."""
+    if level not in objects:
+        pytest.skip(f"{level} is not built here")
+    weak = []
+    for path in objects[level]:
+        command = ["nm", "-C", "--defined-only", str(path)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        weak += [line for line in listed.splitlines() if re.search(r" [WwVvu] ", line)]
+    assert weak == []
+
+
+def test_the_checker_sees_a_spill() -> None:
+    """On text with a known answer: changing values are spills; constants only in a register tile."""
+    multiplies = "".join(f"  {a:x}:\tvfmadd231ps ymm{a % 8},ymm8,ymm9\n" for a in range(0x20, 0x28))
+    text = (
+        "0000000000000010 <NAME>:\n"
+        "  10:\tvmovaps YMMWORD PTR [rsp+0x20],ymm1\n"
+        f"{multiplies}"
+        "  28:\tvaddps ymm1,ymm2,YMMWORD PTR [rsp+0x20]\n"
+        "  29:\tvmovaps ymm1,YMMWORD PTR [rsp+rax*4+0x20]\n"
+        "  2a:\tmov    rcx,QWORD PTR [rsp+0x8]\n"
+        "  2b:\tvmovaps YMMWORD PTR [rbp-0x20],ymm1\n"
+        "  2c:\tvmovaps ymm3,YMMWORD PTR [rbp-0x20]\n"
+        "  2d:\tjne    20 <NAME+0x10>\n"
+        "  2e:\tjmp    10 <NAME>\n"
+    )
+    constant = "vaddps ymm1,ymm2,YMMWORD PTR [rsp+0x20]"
+    changing = ["vmovaps YMMWORD PTR [rbp-0x20],ymm1", "vmovaps ymm3,YMMWORD PTR [rbp-0x20]"]
+    for name, unframed, framed in (
+        ("softmax", [], changing),
+        ("gemm_tile<6, 2>", [constant], [constant, *changing]),
+    ):
+        (function,) = parse(text.replace("NAME", name))
+        (body,) = product_loops(function)
+        assert spills(function, body) == unframed
+        function.code.insert(0, (0x10, "mov    rbp,rsp"))
+        assert spills(function, body) == framed

@@ -1,0 +1,222 @@
+"""The sdist is complete, the wheel installs and works in a clean environment, with and without g++.
+
+Each environment is new and empty; torch and the command line's packages come from the running one
+through a path file, so nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.packaging
+
+ATTEND = """
+import torch, attnforge
+q = torch.randn(1, 3, 2, 16)
+out = attnforge.flash_attention(q, q, q, causal=True{extra})
+assert out.shape == q.shape and out.isfinite().all()
+print(attnforge.__file__)
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what would let it see the source tree."""
+    dropped = ("PYTHONPATH", "ATTNFORGE_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    return {**kept, "CMAKE_BUILD_PARALLEL_LEVEL": "2", **changes}
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A clean environment with one wheel in it."""
+
+    root: Path
+    wheel: Path
+    log: str
+
+    @property
+    def python(self) -> Path:
+        return self.root / "bin" / "python"
+
+    @property
+    def package(self) -> Path:
+        paths = sysconfig.get_paths(vars={"base": str(self.root), "platbase": str(self.root)})
+        return Path(paths["purelib"]) / "attnforge"
+
+
+def build_wheel(source: Path, out: Path, **changes: str) -> tuple[Path, str]:
+    log = run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"),
+        *("--no-index", "-w", out, source),
+        cwd=source,
+        env=environment(**changes),
+    )
+    (wheel,) = out.glob("attnforge-*.whl")
+    return wheel, log
+
+
+def install(wheel: Path, root: Path, log: str) -> Installed:
+    run(sys.executable, "-m", "venv", "--without-pip", root, cwd=root.parent)
+    installed = Installed(root, wheel, log)
+    run(
+        *(sys.executable, "-m", "pip", "--python", installed.python, "install", "-q"),
+        *("--no-deps", "--no-index", wheel),
+        cwd=root.parent,
+    )
+    # Plain paths, so .pth files over there (an editable attnforge) are not read.
+    others = [*site.getsitepackages(), site.getusersitepackages()]
+    lines = [path for path in others if Path(path).is_dir()]
+    (installed.package.parent / "torch_from_elsewhere.pth").write_text("\n".join(lines) + "\n")
+    return installed
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    # Built from a copy: setuptools writes egg-info and build folders beside the sources.
+    source = out / "source"
+    keep_out = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
+    )
+    shutil.copytree(ROOT, source, ignore=keep_out)
+    pytest.importorskip("build", reason="the package `build` is not installed")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", out, source, cwd=out)
+    (archive,) = out.glob("attnforge-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    (source,) = out.iterdir()
+    return source
+
+
+@pytest.fixture(scope="module")
+def native(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("native")
+    wheel, log = build_wheel(unpacked, out / "dist")
+    return install(wheel, out / "venv", log)
+
+
+@pytest.fixture(scope="module")
+def pure(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    out = tmp_path_factory.mktemp("pure")
+    source = out / "source"
+    shutil.copytree(unpacked, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    wheel, log = build_wheel(source, out / "dist", CXX="/nonexistent")
+    return install(wheel, out / "venv", log)
+
+
+def test_sdist_holds_every_source(unpacked: Path) -> None:
+    folders = ("csrc", "python", "tests", "triton_kernels", "tools", "bench", "docs", "examples")
+    suffixes = {".py", ".cpp", ".h", ".md", ".typed"}
+    sources = {
+        path.relative_to(ROOT)
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and "__pycache__" not in path.parts
+    }
+    top = ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
+    sources |= {Path(name) for name in top} | {Path("requirements/torch.txt")}
+    assert sorted(str(p) for p in sources if not (unpacked / p).is_file()) == []
+    assert list(unpacked.rglob("*.so")) == []
+
+
+def test_wheel_contents(native: Installed) -> None:
+    names = set(zipfile.ZipFile(native.wheel).namelist())
+    assert {"attnforge/py.typed", "attnforge/lib/libattnforge_cpu.so"} <= names
+    assert "attnforge/triton_kernels/__init__.py" in names
+    assert "attnforge/_build_info.json" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    foreign = {n.split("/")[0] for n in names} - {"attnforge"}
+    assert all(name.endswith(".dist-info") for name in foreign), foreign
+    assert native.wheel.stat().st_size < 8 << 20
+
+
+def test_metadata(native: Installed) -> None:
+    archive = zipfile.ZipFile(native.wheel)
+    (path,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    lines = archive.read(path).decode().splitlines()
+    assert "License-Expression: Apache-2.0" in lines
+    assert "Requires-Python: >=3.10" in lines
+    required = [line for line in lines if line.startswith("Requires-Dist:") and "extra" not in line]
+    assert required == ["Requires-Dist: torch>=2.10"]
+
+
+def test_wheel_works_in_a_clean_environment(native: Installed) -> None:
+    where = run(native.python, "-c", ATTEND.format(extra=', backend="cpu"'), cwd=native.root)
+    assert str(native.package) in where
+    for command in ((native.root / "bin" / "attnforge",), (native.python, "-m", "attnforge")):
+        listed = json.loads(run(*command, "list", "--json", cwd=native.root))
+        assert "cpu" in json.dumps(listed)
+    host = "from attnforge import _host; print(_host.build_info())"
+    assert "isa_levels" in run(native.python, "-c", host, cwd=native.root)
+
+
+def test_without_a_compiler_the_python_part_installs(pure: Installed) -> None:
+    assert pure.wheel.name.endswith("-py3-none-any.whl")
+    assert "native CPU kernels are NOT built: no C++ compiler" in pure.log
+    assert not (pure.package / "lib").exists()
+    info = json.loads((pure.package / "_build_info.json").read_text())
+    assert info["native"] is False
+    where = run(pure.python, "-c", ATTEND.format(extra=""), cwd=pure.root)
+    assert str(pure.package) in where
+    assert "reference" in run(pure.python, "-m", "attnforge", "list", "--json", cwd=pure.root)
+
+
+def test_without_a_compiler_doctor_gives_the_reason(pure: Installed) -> None:
+    done = subprocess.run(
+        [str(pure.python), "-m", "attnforge", "doctor"],
+        cwd=pure.root,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "no C++ compiler" in done.stdout, done.stdout + done.stderr
+
+
+def test_command_without_its_extra_says_so(pure: Installed) -> None:
+    code = "import sys; sys.path_hooks.insert(0, None) if False else None\n"
+    code += (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n in ('typer', 'rich') else find(n, *a)\n"
+        "from attnforge.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [str(pure.python), "-c", code], cwd=pure.root, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "attnforge[cli]" in done.stderr
+    assert "Traceback" not in done.stderr

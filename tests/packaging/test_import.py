@@ -1,0 +1,48 @@
+"""Importing attnforge is cheap and silent: it prints, patches, compiles and initialises nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET_MS = 150.0  # over torch
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("ATTNFORGE_")}
+    env["PYTHONPATH"] = str(ROOT / "python")
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+
+
+def test_import_time() -> None:
+    code = (
+        "import time, torch; t = time.perf_counter(); import attnforge; "
+        "print(1e3 * (time.perf_counter() - t))"
+    )
+    # The least of some runs: the machine may be busy, the import is the same every time.
+    times = [float(python(code).stdout) for _ in range(3)]
+    assert min(times) < BUDGET_MS, f"import attnforge takes {times} ms over torch"
+
+
+def test_import_is_silent_and_lazy() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules); threads = torch.get_num_threads(); kept = torch.nn.functional\n"
+        "sdpa = kept.scaled_dot_product_attention\n"
+        "import attnforge\n"
+        "assert torch.get_num_threads() == threads\n"
+        "assert kept.scaled_dot_product_attention is sdpa\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'transformers', 'triton', 'cupy', 'matplotlib', 'rich', 'typer', 'numpy', 'gguf'}\n"
+        "assert not new & heavy, new & heavy\n"
+        "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
+        "assert 'libattnforge' not in maps\n"
+    )
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("", "")
