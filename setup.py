@@ -38,7 +38,9 @@ def find_compiler() -> str | None:
     if "CXX" in os.environ:
         words = shlex.split(os.environ["CXX"])
         return os.environ["CXX"] if words and shutil.which(words[-1]) else None
-    return next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None
+    )
 
 
 def find_torch() -> Path | None:
@@ -75,7 +77,11 @@ def missing_for_native() -> str | None:
 
 def package_dir(command: Command, in_source: bool) -> Path:
     """Where attnforge's files go: the source tree (editable, in place) or the build tree."""
-    return ROOT / "python" / "attnforge" if in_source else Path(command.build_lib, "attnforge").resolve()
+    return (
+        ROOT / "python" / "attnforge"
+        if in_source
+        else Path(command.build_lib, "attnforge").resolve()
+    )
 
 
 def write_pure_build(target: Path, reason: str) -> None:
@@ -103,7 +109,9 @@ class BuildNative(build_ext):
     def run(self) -> None:
         in_source = bool(self.inplace or self.editable_mode)
         target = package_dir(self, in_source)
-        build_dir = ROOT / "build" / "native" if in_source else Path(self.build_temp, "native").resolve()
+        build_dir = (
+            ROOT / "build" / "native" if in_source else Path(self.build_temp, "native").resolve()
+        )
         build_dir.mkdir(parents=True, exist_ok=True)
         with (build_dir / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two ninjas in one directory corrupt each other

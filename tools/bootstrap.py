@@ -6,7 +6,7 @@ Standard library only; works on a machine with Python 3.10+, g++ and nothing els
 a stamp in the environment lets an unchanged setup return at once (the build itself is incremental).
 
 Which torch (requirements/torch.txt):
-  system    the one of the base interpreter, through --system-site-packages; nothing is downloaded
+  system    the one that the interpreter running this file imports; none is downloaded
   default   whatever pip's configured sources give: on Linux a build with gigabytes of CUDA packages
   cpu       a "+cpu" build: from pip's configured sources if they have one, else from pytorch.org
   auto      an installed one if it is new enough, else "default" with an NVIDIA GPU, else "cpu"
@@ -19,6 +19,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def create_environment(venv: Path, system_site_packages: bool) -> Path:
             # Debian without python3-venv has no ensurepip; its pip can still furnish the environment.
             run([sys.executable, "-m", "venv", "--without-pip", *options, venv])
             run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "pip"])
+        if system_site_packages and sys.prefix != sys.base_prefix:
+            # This interpreter is itself a virtual environment: "system" would mean the one below.
+            for folder in (venv / "lib").glob("python3.*/site-packages"):
+                (folder / "base_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 

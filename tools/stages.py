@@ -71,7 +71,9 @@ def stages() -> list[Stage]:
                 ("clang-format", "--dry-run", "-Werror", *native_sources()),
             ),
         ),
-        Stage("native build", commands=((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),)),
+        Stage(
+            "native build", commands=((sys.executable, "setup.py", "-q", "build_ext", "--inplace"),)
+        ),
         Stage(
             "repository rules",
             paths=("tests/packaging/test_import_rules.py", "tests/packaging/test_repository.py"),
@@ -92,7 +94,9 @@ def stages() -> list[Stage]:
 def run_commands(stage: Stage, count: Count) -> None:
     for command in stage.commands:
         program = command[0] if "/" in command[0] else str(BIN / command[0])
-        code = subprocess.run([program, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(
+            [program, *command[1:]], cwd=ROOT, stdin=subprocess.DEVNULL
+        ).returncode
         if code == 0:
             count.passed += 1
         else:

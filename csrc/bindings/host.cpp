@@ -36,7 +36,9 @@ uint64_t saved_states(bool osxsave) {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-constexpr bool bit(uint32_t word, int index) { return ((word >> index) & 1u) != 0; }
+constexpr bool bit(uint32_t word, int index) {
+  return ((word >> index) & 1u) != 0;
+}
 #endif
 
 py::dict cpu_features() {

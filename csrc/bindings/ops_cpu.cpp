@@ -1,5 +1,5 @@
-// Private CPU operators (namespace attnforge_native) over the torch-free kernels: unpack tensors into
-// params structs, lend torch's thread pool and a workspace, call. LibTorch stable ABI only.
+// Private CPU operators (namespace attnforge_native) over the torch-free kernels: unpack tensors
+// into params structs, lend torch's thread pool and a workspace, call. LibTorch stable ABI only.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,8 +36,8 @@ Workers workers() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
-// Scratch memory from torch's allocator. Large pieces ask for huge pages: packed panels are walked in
-// an order that costs a TLB entry per few KiB otherwise.
+// Scratch memory from torch's allocator. Large pieces ask for huge pages: packed panels are walked
+// in an order that costs a TLB entry per few KiB otherwise.
 Tensor workspace(int64_t bytes) {
   Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
 #if defined(__linux__)
@@ -52,10 +52,14 @@ Tensor workspace(int64_t bytes) {
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "attnforge_native: dtype must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "attnforge_native: dtype must be float32, float16 or bfloat16");
   }
   return DType::kFloat32;
 }
@@ -87,8 +91,9 @@ RowStatRef stat(const Tensor& t) {
 template <class T>
 const T* data(const OptionalTensor& t, ScalarType type) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == type && t->is_contiguous(),
-                  "attnforge_native: index, slope and sink tensors must be contiguous int32/float32");
+  STD_TORCH_CHECK(
+      t->scalar_type() == type && t->is_contiguous(),
+      "attnforge_native: index, slope and sink tensors must be contiguous int32/float32");
   return static_cast<const T*>(t->const_data_ptr());
 }
 
@@ -98,7 +103,9 @@ struct Scores {
   double softcap;
 };
 
-int64_t window(int64_t size) { return std::clamp<int64_t>(size, -1, int64_t{1} << 40); }
+int64_t window(int64_t size) {
+  return std::clamp<int64_t>(size, -1, int64_t{1} << 40);
+}
 
 FlashProblem problem(const Tensor& q, const Tensor& k, const Tensor& v,
                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -138,9 +145,9 @@ FlashProblem problem(const Tensor& q, const Tensor& k, const Tensor& v,
   p.seqused_k = data<int32_t>(seqused_k, ScalarType::Int);
   p.alibi_slopes = data<float>(alibi_slopes, ScalarType::Float);
   if (alibi_slopes && alibi_slopes->dim() == 2) p.alibi_batch_stride = p.heads_q;
-  STD_TORCH_CHECK(!alibi_slopes ||
-                      alibi_slopes->numel() == p.heads_q * (p.alibi_batch_stride ? p.batch : 1),
-                  "attnforge_native: alibi_slopes must be [heads] or [batch, heads]");
+  STD_TORCH_CHECK(
+      !alibi_slopes || alibi_slopes->numel() == p.heads_q * (p.alibi_batch_stride ? p.batch : 1),
+      "attnforge_native: alibi_slopes must be [heads] or [batch, heads]");
   p.sinks = data<float>(sinks, ScalarType::Float);
   STD_TORCH_CHECK(!sinks || sinks->numel() == p.heads_q,
                   "attnforge_native: sinks must have one entry per query head");
@@ -151,7 +158,9 @@ FlashProblem problem(const Tensor& q, const Tensor& k, const Tensor& v,
   return p;
 }
 
-bool empty(const FlashProblem& p) { return p.batch <= 0 || p.heads_q == 0; }
+bool empty(const FlashProblem& p) {
+  return p.batch <= 0 || p.heads_q == 0;
+}
 
 // Varlen rows behind the last sequence belong to nobody; no returned element stays unwritten.
 void zero_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch) {
@@ -172,7 +181,8 @@ void fill_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch, float 
   RowStatRef r = stat(t);
   int64_t first = batch > 0 ? std::clamp<int64_t>(cu_seqlens[batch], 0, t.size(1)) : 0;
   for (int64_t head = 0; head < t.size(0); ++head) {
-    std::fill(r.data + head * r.head_stride + first, r.data + head * r.head_stride + t.size(1), value);
+    std::fill(r.data + head * r.head_stride + first, r.data + head * r.head_stride + t.size(1),
+              value);
   }
 }
 
@@ -183,12 +193,12 @@ void run_decode(FlashFwdParams& params) {
   kernels().flash_decode(params, workers());
 }
 
-void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
-               const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k,
-               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
-               const Tensor& lse, const OptionalTensor& out_lo, int64_t max_seqlen_q,
-               int64_t max_seqlen_k, double softmax_scale, int64_t window_left,
-               int64_t window_right, double softcap) {
+void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+               const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+               const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
+               const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
+               const OptionalTensor& out_lo, int64_t max_seqlen_q, int64_t max_seqlen_k,
+               double softmax_scale, int64_t window_left, int64_t window_right, double softcap) {
   FlashFwdParams params;
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
@@ -215,10 +225,11 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Optional
   }
 }
 
-void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& seqused_k,
-                  const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
-                  const Tensor& lse, double softmax_scale, int64_t window_left,
-                  int64_t window_right, double softcap, int64_t num_splits) {
+void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
+                  const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
+                  const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
+                  double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+                  int64_t num_splits) {
   FlashFwdParams params;
   FlashProblem& p = params.problem;
   p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
@@ -227,7 +238,8 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
   params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
   params.out = ref(out, p.dtype);
   params.lse = stat(lse);
-  if (num_splits > 0) params.split_keys = std::max<int64_t>(1, (p.seqlen_k + num_splits - 1) / num_splits);
+  if (num_splits > 0)
+    params.split_keys = std::max<int64_t>(1, (p.seqlen_k + num_splits - 1) / num_splits);
   run_decode(params);
 }
 
@@ -261,11 +273,12 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
 }
 
 void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse) {
-  STD_TORCH_CHECK((outs.dim() == 4 || outs.dim() == 5) && lses.dim() == outs.dim() - 1 &&
-                      outs.is_contiguous() && lses.is_contiguous() && out.is_contiguous() &&
-                      lse.is_contiguous() && dtype_of(out) == dtype_of(outs) &&
-                      lses.scalar_type() == ScalarType::Float,
-                  "attnforge_native: merge_states wants contiguous [N, B, S, H, D] and [N, B, H, S]");
+  STD_TORCH_CHECK(
+      (outs.dim() == 4 || outs.dim() == 5) && lses.dim() == outs.dim() - 1 &&
+          outs.is_contiguous() && lses.is_contiguous() && out.is_contiguous() &&
+          lse.is_contiguous() && dtype_of(out) == dtype_of(outs) &&
+          lses.scalar_type() == ScalarType::Float,
+      "attnforge_native: merge_states wants contiguous [N, B, S, H, D] and [N, B, H, S]");
   MergeParams params;
   bool batched = outs.dim() == 5;
   int64_t s = batched ? 2 : 1;
@@ -313,26 +326,31 @@ std::string cpu_isa(std::string name) {
   return kernels().isa;
 }
 
-std::string cpu_isa_levels() { return isa_levels(); }
+std::string cpu_isa_levels() {
+  return isa_levels();
+}
 
 }  // namespace
 }  // namespace attnforge::cpu
 
 #define ATTNFORGE_SCORES "float softmax_scale, int window_left, int window_right, float softcap"
-#define ATTNFORGE_EXTRAS \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, Tensor? sinks, "
+#define ATTNFORGE_EXTRAS                                                                          \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, Tensor? " \
+  "sinks, "
 #define ATTNFORGE_LENGTHS "int max_seqlen_q, int max_seqlen_k, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
   m.def("flash_fwd(Tensor q, Tensor k, Tensor v, " ATTNFORGE_EXTRAS
         "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES
         ") -> ()");
-  m.def("flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "Tensor? out_lo, " ATTNFORGE_EXTRAS
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, " ATTNFORGE_LENGTHS
-        ATTNFORGE_SCORES ") -> ()");
-  m.def("flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
-        "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES ", int num_splits) -> ()");
+  m.def(
+      "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor? out_lo, " ATTNFORGE_EXTRAS
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
+      "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ") -> ()");
+  m.def(
+      "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
+      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES ", int num_splits) -> ()");
   m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("probe_read(Tensor buffer) -> float");
   m.def("probe_fma(int iterations) -> float");

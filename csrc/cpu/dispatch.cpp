@@ -1,12 +1,13 @@
-// Chooses the ISA level: one function table per level, the best that this CPU runs unless told otherwise.
+// Chooses the ISA level: one function table per level, the best that this CPU runs unless told
+// otherwise.
 #include <cstring>
 
 #include "cpu/kernels.h"
 
 namespace attnforge::cpu {
 
-// The build defines ATTNFORGE_ISA_LIST as X(<level>) X(<level>) ... for what it compiled, in order of
-// preference, worst first.
+// The build defines ATTNFORGE_ISA_LIST as X(<level>) X(<level>) ... for what it compiled, in order
+// of preference, worst first.
 #define X(ISA) ATTNFORGE_DECLARE_ISA(ISA)
 ATTNFORGE_ISA_LIST
 #undef X
@@ -31,10 +32,18 @@ bool runs_here(const char* isa) {
 }
 
 const KernelTable kTables[] = {
-#define X(ISA)                                                                               \
-  {#ISA,                  ISA::lanes(),      ISA::flash_fwd_workspace, ISA::flash_fwd,       \
-   ISA::flash_decode_workspace, ISA::flash_decode, ISA::flash_bwd_workspace, ISA::flash_bwd, \
-   ISA::merge_states,     ISA::probe_fma,    ISA::probe_read},
+#define X(ISA)                  \
+  {#ISA,                        \
+   ISA::lanes(),                \
+   ISA::flash_fwd_workspace,    \
+   ISA::flash_fwd,              \
+   ISA::flash_decode_workspace, \
+   ISA::flash_decode,           \
+   ISA::flash_bwd_workspace,    \
+   ISA::flash_bwd,              \
+   ISA::merge_states,           \
+   ISA::probe_fma,              \
+   ISA::probe_read},
     ATTNFORGE_ISA_LIST
 #undef X
 };
@@ -51,7 +60,9 @@ const KernelTable* in_force = best();
 
 }  // namespace
 
-const KernelTable& kernels() { return *in_force; }
+const KernelTable& kernels() {
+  return *in_force;
+}
 
 const char* isa_levels() {
   static char list[64];

@@ -16,27 +16,27 @@ struct KernelTable {
   int64_t (*flash_bwd_workspace)(const FlashBwdParams&, int64_t num_threads);
   void (*flash_bwd)(const FlashBwdParams&, const Workers&);
   void (*merge_states)(const MergeParams&, const Workers&);
-  double (*probe_fma)(const Workers&, int64_t iterations);                 // flops done
-  void (*probe_read)(const Workers&, const void* data, int64_t bytes);     // streams the buffer
+  double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
+  void (*probe_read)(const Workers&, const void* data, int64_t bytes);  // streams the buffer
 };
 
 // Declares the functions that one ISA level defines; each lives in namespace attnforge::cpu::<isa>.
-#define ATTNFORGE_DECLARE_ISA(ISA)                                             \
-  namespace ISA {                                                              \
-  int64_t flash_fwd_workspace(const FlashFwdParams&, int64_t num_threads);     \
-  void flash_fwd(const FlashFwdParams&, const Workers&);                       \
-  int64_t flash_decode_workspace(const FlashFwdParams&, int64_t num_threads);  \
-  void flash_decode(const FlashFwdParams&, const Workers&);                    \
-  int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);     \
-  void flash_bwd(const FlashBwdParams&, const Workers&);                       \
-  void merge_states(const MergeParams&, const Workers&);                       \
-  double probe_fma(const Workers&, int64_t iterations);                        \
-  void probe_read(const Workers&, const void* data, int64_t bytes);            \
-  int64_t lanes();                                                             \
+#define ATTNFORGE_DECLARE_ISA(ISA)                                            \
+  namespace ISA {                                                             \
+  int64_t flash_fwd_workspace(const FlashFwdParams&, int64_t num_threads);    \
+  void flash_fwd(const FlashFwdParams&, const Workers&);                      \
+  int64_t flash_decode_workspace(const FlashFwdParams&, int64_t num_threads); \
+  void flash_decode(const FlashFwdParams&, const Workers&);                   \
+  int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);    \
+  void flash_bwd(const FlashBwdParams&, const Workers&);                      \
+  void merge_states(const MergeParams&, const Workers&);                      \
+  double probe_fma(const Workers&, int64_t iterations);                       \
+  void probe_read(const Workers&, const void* data, int64_t bytes);           \
+  int64_t lanes();                                                            \
   }
 
-const KernelTable& kernels();            // the level in force
-const char* isa_levels();                // comma list of those that can run here
-bool select_isa(const char* name);       // "auto" or a level; false: unknown or not runnable here
+const KernelTable& kernels();       // the level in force
+const char* isa_levels();           // comma list of those that can run here
+bool select_isa(const char* name);  // "auto" or a level; false: unknown or not runnable here
 
 }  // namespace attnforge::cpu

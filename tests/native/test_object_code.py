@@ -72,7 +72,9 @@ def inner_loops(function: Function) -> list[list[str]]:
         if (jump := JUMP.match(text)) and first <= int(jump[1], 16) <= address
     }
     inner = [
-        (a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
+        (a, b)
+        for a, b in spans
+        if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)
     ]
     return [[t for address, t in function.code if a <= address <= b] for a, b in sorted(inner)]
 

@@ -24,7 +24,8 @@ def check(case: FlashCase, target: Target | str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
-    ("sq", "sk"), [(1, 1), (1, 128), (3, 199), (16, 500), (64, 128), (113, 203), (239, 1), (130, 67)]
+    ("sq", "sk"),
+    [(1, 1), (1, 128), (3, 199), (16, 500), (64, 128), (113, 203), (239, 1), (130, 67)],
 )
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_bounds_on_a_grid_of_lengths(

@@ -68,9 +68,7 @@ def test_wide_window_is_causal_bitwise(target: Target, dtype: torch.dtype) -> No
         assert_same(inputs.with_(window_size=window).run(target.backend), want, str(window))
     plain = inputs.with_(causal=False)
     assert_same(plain.with_(window_size=(-1, 0)).run(target.backend), want)
-    assert_same(
-        plain.with_(window_size=(140, 140)).run(target.backend), plain.run(target.backend)
-    )
+    assert_same(plain.with_(window_size=(140, 140)).run(target.backend), plain.run(target.backend))
 
 
 @pytest.mark.parametrize("sinks", ["", "normal", "mixed"])

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"attnforge_tools_{name}", ROOT / "tools" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"attnforge_tools_{name}", ROOT / "tools" / f"{name}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,6 +68,11 @@ def test_system_torch_is_never_replaced(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
     with pytest.raises(SystemExit, match="TORCH=system"):
         bootstrap.install_torch(bare / "bin" / "python", "system")
+
+
+def test_system_torch_is_seen_through(tmp_path: Path) -> None:
+    python = bootstrap.create_environment(tmp_path / "venv", True)
+    assert bootstrap.installed_torch(python) == bootstrap.installed_torch(Path(sys.executable))
 
 
 def test_stamp_follows_group_and_choice() -> None:

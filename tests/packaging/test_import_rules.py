@@ -79,7 +79,10 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 inside = full.removeprefix("attnforge.")
-                yield node.lineno, full if full.startswith("attnforge.") and exists(inside) else base
+                yield (
+                    node.lineno,
+                    full if full.startswith("attnforge.") and exists(inside) else base,
+                )
 
 
 def violations(module: str, path: Path) -> list[str]:
@@ -126,7 +129,9 @@ CORE = ("_", "backends.cpu", "backends.reference", "ops", "reference", "registry
 
 
 @pytest.mark.parametrize(
-    ("module", "path"), [m for m in modules() if m[0].startswith(CORE)], ids=lambda value: str(value)
+    ("module", "path"),
+    [m for m in modules() if m[0].startswith(CORE)],
+    ids=lambda value: str(value),
 )
 def test_core_needs_torch_only(module: str, path: Path) -> None:
     known = sys.stdlib_module_names | {"attnforge", "torch"}
@@ -154,7 +159,9 @@ def test_registry_knows_no_family() -> None:
                 text = node.id
             elif isinstance(node, ast.Attribute):
                 text = node.attr
-            found += [f"{path.name}:{node.lineno}: {text}" for f in FAMILIES if f in text.split("_")]
+            found += [
+                f"{path.name}:{node.lineno}: {text}" for f in FAMILIES if f in text.split("_")
+            ]
     assert found == []
 
 
@@ -170,7 +177,7 @@ def test_kernels_include_no_torch_and_isa_files_no_library() -> None:
             words = line.split()
             if not words or words[0] != "#include":
                 continue
-            name = words[1].strip("<>\"")
+            name = words[1].strip('<>"')
             torch = name.startswith(("torch/", "ATen/", "c10/"))
             if torch or (per_isa and words[1].startswith("<") and name not in plain):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {name}")

@@ -86,7 +86,9 @@ def test_no_path_of_somebodys_machine() -> None:
             continue
         for number, line in enumerate(data.splitlines(), 1):
             if pattern.search(line):
-                found.append(f"{path.relative_to(ROOT)}:{number}: {line.decode(errors='replace')[:90]}")
+                found.append(
+                    f"{path.relative_to(ROOT)}:{number}: {line.decode(errors='replace')[:90]}"
+                )
     assert found == []
 
 
@@ -115,6 +117,8 @@ def test_pins_cover_the_extras(group: str, extras: list[str]) -> None:
     } - {"attnforge"}
     pinned: set[str] = set()
     for name in (group, "model"):
-        pinned |= requirement_names((ROOT / "requirements" / f"{name}.txt").read_text().splitlines())
+        pinned |= requirement_names(
+            (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+        )
     assert wanted - pinned == set()
     assert "torch" not in pinned, "torch's source is chosen by tools/bootstrap.py"

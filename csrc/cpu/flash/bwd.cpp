@@ -8,7 +8,8 @@
 //
 //   phases     1  per query tile: Q and dO widened and packed in both operand layouts, delta, LSE
 //              2  per (batch, kv head, chunk): for each of its key blocks, all query tiles of all
-//                 heads of the group; dK, dV of a block stay in L2, dQ goes to the chunk's fp32 slab
+//                 heads of the group; dK, dV of a block stay in L2, dQ goes to the chunk's fp32
+//                 slab
 //              3  per query tile: the slabs summed in chunk order, scaled, rounded
 //   chunks     key blocks are dealt round-robin to ceil(kChunksWanted / kv heads) chunks: work for
 //              all threads where heads are few, balanced under a causal mask, and the same sums for
@@ -53,14 +54,14 @@ AF_INLINE int64_t chunks_of(const FlashProblem& p, int64_t blocks) {
 
 // A packed query tile: everything phase 2 reads of it.
 struct QueryTile {
-  float* q_groups;    // scaled for the base-2 logits
-  float* q_panels;    // scaled for dK
+  float* q_groups;  // scaled for the base-2 logits
+  float* q_panels;  // scaled for dK
   float* do_groups;
   float* do_panels;
-  float* lse2;        // [kBlockM]
-  float* delta;       // [kBlockM]
-  Interval* keys;     // [kBlockM]
-  bool* finite;       // one flag: Q and dO of the tile hold no NaN or infinity
+  float* lse2;     // [kBlockM]
+  float* delta;    // [kBlockM]
+  Interval* keys;  // [kBlockM]
+  bool* finite;    // one flag: Q and dO of the tile hold no NaN or infinity
 };
 
 struct Head {
@@ -188,10 +189,11 @@ AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
     pack_row(dout, p.v_head_dim, 1.0f, r, tile.do_groups);
     finite &= pack_column_panels(q, 0, 1, p.head_dim, p.softmax_scale, tile.q_panels + r * kNR,
                                  kBlockM * kNR);
-    finite &= pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR,
-                                 kBlockM * kNR);
+    finite &=
+        pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR, kBlockM * kNR);
     const T* lo = params.out_lo.data ? row_ptr<const T>(params.out_lo, batch, row, head) : nullptr;
-    float delta = dot_residue(dout, row_ptr<const T>(params.out, batch, row, head), lo, p.v_head_dim);
+    float delta =
+        dot_residue(dout, row_ptr<const T>(params.out, batch, row, head), lo, p.v_head_dim);
     if (params.dlse.data) delta -= *stat_ptr(params.dlse, pair.seq, head, i);
     *stat_ptr(params.delta, pair.seq, head, i) = delta;
     tile.delta[r] = delta;
@@ -277,7 +279,8 @@ AF_INLINE void full_step(const Step& t) {
                 plan.ldd, true);
 }
 
-AF_INLINE void axpy_panels(float a, const float* panels, int64_t panel_stride, int64_t dim, float* y) {
+AF_INLINE void axpy_panels(float a, const float* panels, int64_t panel_stride, int64_t dim,
+                           float* y) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     const float* x = panels + d / kNR * panel_stride + d % kNR;
     store(y + d, fma(splat(a), load(x), load(y + d)));
@@ -294,7 +297,8 @@ AF_INLINE void accumulate_pairs(const Step& t) {
     int64_t hi = min64(t.keys, t.tile.keys[r].hi - t.key0);
     for (int64_t c = lo; c < hi; ++c) {
       float prob = w.s[r * kLds + c], ds = w.dp[r * kLds + c];
-      axpy_panels(prob, t.tile.do_panels + r * kNR, kBlockM * kNR, p.v_head_dim, w.dv + c * plan.ldv);
+      axpy_panels(prob, t.tile.do_panels + r * kNR, kBlockM * kNR, p.v_head_dim,
+                  w.dv + c * plan.ldv);
       axpy_panels(ds, t.tile.q_panels + r * kNR, kBlockM * kNR, p.head_dim, w.dk + c * plan.ldd);
       axpy_panels(ds, w.k_columns + c * kNR, kMaxBlockN * kNR, p.head_dim, t.dq + r * plan.ldd);
     }
@@ -320,8 +324,8 @@ AF_INLINE void partial_step(const Step& t, bool finite) {
     hi = min64(t.keys, hi);
     int64_t n = lo < hi ? round_up(hi - lo, kNR) : 0;
     if (n > 0) {
-      gemm<1, kMR>(rows, vectors_of(n), d, t.tile.q_groups + r0 * d, d, w.k_panels + lo * d, d * kNR,
-                   w.s + r0 * kLds + lo, kLds, false);
+      gemm<1, kMR>(rows, vectors_of(n), d, t.tile.q_groups + r0 * d, d, w.k_panels + lo * d,
+                   d * kNR, w.s + r0 * kLds + lo, kLds, false);
       gemm<1, kMR>(rows, vectors_of(n), dv, t.tile.do_groups + r0 * dv, dv, w.v_panels + lo * dv,
                    dv * kNR, w.dp + r0 * kLds + lo, kLds, false);
     } else {
@@ -334,8 +338,8 @@ AF_INLINE void partial_step(const Step& t, bool finite) {
       mask_row(w.dp + r * kLds, width, lo, lo + n, 0.0f);
     }
     if (n > 0 && finite) {
-      gemm<kLds, 1>(rows, vectors_of(d), hi - lo, w.dp + r0 * kLds + lo, kLds, w.k_columns + lo * kNR,
-                    kMaxBlockN * kNR, t.dq + r0 * plan.ldd, plan.ldd, true);
+      gemm<kLds, 1>(rows, vectors_of(d), hi - lo, w.dp + r0 * kLds + lo, kLds,
+                    w.k_columns + lo * kNR, kMaxBlockN * kNR, t.dq + r0 * plan.ldd, plan.ldd, true);
     }
   }
   if (!finite) return accumulate_pairs(t);
@@ -348,10 +352,10 @@ AF_INLINE void partial_step(const Step& t, bool finite) {
       hi = r + 1;
     }
     if (lo >= hi) continue;
-    gemm<1, kLds>(keys, vectors_of(dv), hi - lo, w.s + lo * kLds + c0, 1, t.tile.do_panels + lo * kNR,
-                  kBlockM * kNR, w.dv + c0 * plan.ldv, plan.ldv, true);
-    gemm<1, kLds>(keys, vectors_of(d), hi - lo, w.dp + lo * kLds + c0, 1, t.tile.q_panels + lo * kNR,
-                  kBlockM * kNR, w.dk + c0 * plan.ldd, plan.ldd, true);
+    gemm<1, kLds>(keys, vectors_of(dv), hi - lo, w.s + lo * kLds + c0, 1,
+                  t.tile.do_panels + lo * kNR, kBlockM * kNR, w.dv + c0 * plan.ldv, plan.ldv, true);
+    gemm<1, kLds>(keys, vectors_of(d), hi - lo, w.dp + lo * kLds + c0, 1,
+                  t.tile.q_panels + lo * kNR, kBlockM * kNR, w.dk + c0 * plan.ldd, plan.ldd, true);
   }
 }
 
@@ -398,8 +402,15 @@ AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
         all &= tile.keys[r].lo <= key0 && tile.keys[r].hi >= key0 + keys;
       }
       if (!any) continue;
-      Step step{pair, tile,        w,    map,  pair.tiling.first_row(index),
-                rows, key0, keys, pair.slab(chunk, index)};
+      Step step{pair,
+                tile,
+                w,
+                map,
+                pair.tiling.first_row(index),
+                rows,
+                key0,
+                keys,
+                pair.slab(chunk, index)};
       if (all) {
         full_step(step);
       } else {
@@ -434,7 +445,8 @@ AF_INLINE void finish_tile(const Pair& pair, int64_t index) {
   float* sum = pair.slab(0, index);
   for (int64_t chunk = 1; chunk < chunks && pair.seq.k_len > 0; ++chunk) {
     const float* part = pair.slab(chunk, index);
-    for (int64_t e = 0; e < rows * plan.ldd; e += kLanes) store(sum + e, load(sum + e) + load(part + e));
+    for (int64_t e = 0; e < rows * plan.ldd; e += kLanes)
+      store(sum + e, load(sum + e) + load(part + e));
   }
   for (int64_t r = 0; r < rows; ++r) {
     int64_t row = pair.seq.q_row + pair.query(first + r);
@@ -455,8 +467,12 @@ AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
     const int64_t slots = min64(plan.slots, pairs - pair0);
     auto pair_at = [&](int64_t slot) {
       Sequence seq = sequence(p, (pair0 + slot) / p.heads_k);
-      return Pair{params, layout, seq, row_tiling(seq.q_len, plan.group, kBlockM),
-                  (pair0 + slot) % p.heads_k, heads + slot * layout.head_bytes};
+      return Pair{params,
+                  layout,
+                  seq,
+                  row_tiling(seq.q_len, plan.group, kBlockM),
+                  (pair0 + slot) % p.heads_k,
+                  heads + slot * layout.head_bytes};
     };
     parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t) {
       const Pair pair = pair_at(task / plan.max_tiles);
@@ -490,9 +506,8 @@ int64_t flash_bwd_workspace(const FlashBwdParams& params, int64_t num_threads) {
 }
 
 void flash_bwd(const FlashBwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.problem.dtype, [&](auto element) {
-    run<decltype(element)>(params, workers);
-  });
+  dispatch_dtype(params.problem.dtype,
+                 [&](auto element) { run<decltype(element)>(params, workers); });
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

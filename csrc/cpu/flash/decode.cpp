@@ -1,16 +1,18 @@
 // Flash attention for few query rows against many keys (decode): split-KV, bound by memory.
 //
 // Algorithm (Flash-Decoding, Dao et al. 2023): the keys are cut into splits of fixed length; each
-// (batch, split, range of kv heads) is a task that leaves (m, l, O) per row; a second pass merges the
-// splits in ascending order. Splits are anchored at key 0 and their length does not depend on the
-// machine or the batch, so neither do results.
+// (batch, split, range of kv heads) is a task that leaves (m, l, O) per row; a second pass merges
+// the splits in ascending order. Splits are anchored at key 0 and their length does not depend on
+// the machine or the batch, so neither do results.
 //
-//   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are read
+//   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
+//   read
 //              from memory once, from L1 once per four rows
 //   chunk      a few KiB of K and V: scores [key][4], online softmax on that layout, then P V
 //   QK         dot products, 2 keys x 4 rows of accumulators; 4 rows are reduced by one transpose
 //   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
-//   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of the
+//   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
+//   the
 //              range, so that a memory page is walked once. Heads stored as planes go one by one
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
 //   flops      2 (D + Dv) per visible (row, key) pair
@@ -29,8 +31,8 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-constexpr int64_t kRows = 4;             // rows of a register group
-constexpr int64_t kSplitKeys = 2048;     // 1-2 MiB of K and V: tasks enough for any core count at 32k
+constexpr int64_t kRows = 4;          // rows of a register group
+constexpr int64_t kSplitKeys = 2048;  // 1-2 MiB of K and V: tasks enough for any core count at 32k
 constexpr int64_t kChunkBytes = 4 << 10;  // of K: with V and the next K a part of L1
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
@@ -106,7 +108,8 @@ AF_INLINE Vec4 reduce_rows(VecF a, VecF b, VecF c, VecF d) {
 
 // Two keys against R rows; q rows are ldq apart and zero-padded to whole vectors.
 template <int R, class T>
-AF_INLINE void dot_pair(const float* q, int64_t ldq, const T* k0, const T* k1, int64_t dim, float* s) {
+AF_INLINE void dot_pair(const float* q, int64_t ldq, const T* k0, const T* k1, int64_t dim,
+                        float* s) {
   VecF a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
   auto step = [&](int64_t d, VecF x, VecF y) __attribute__((always_inline)) {
     VecF q0 = load(q + d);
@@ -131,11 +134,12 @@ AF_INLINE void dot_pair(const float* q, int64_t ldq, const T* k0, const T* k1, i
   store4(s + kRows, reduce_rows(b0, b1, b2, b3));
 }
 
-// Into L2: as many requests for L1 fill its miss queue and halve the rate (measured, Zen 4: 43% of the
-// read bandwidth against 70 to 90%).
+// Into L2: as many requests for L1 fill its miss queue and halve the rate (measured, Zen 4: 43% of
+// the read bandwidth against 70 to 90%).
 template <class T>
 AF_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + d, 0, 2);
 }
 
 // A run of keys of one kv head.
@@ -285,7 +289,8 @@ AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& m
     for (int64_t c = 0; c < n; ++c) {
       for (int64_t r = 0; r < kRows; ++r) {
         int64_t distance = rows.position[r] - (lo + c);
-        s[c * kRows + r] -= rows.slope2[r] * static_cast<float>(distance < 0 ? -distance : distance);
+        s[c * kRows + r] -=
+            rows.slope2[r] * static_cast<float>(distance < 0 ? -distance : distance);
       }
     }
   }
@@ -335,7 +340,9 @@ struct Memory {
   }
 };
 
-AF_INLINE int64_t groups_of(const Plan& plan) { return plan.rows / kRows; }
+AF_INLINE int64_t groups_of(const Plan& plan) {
+  return plan.rows / kRows;
+}
 
 AF_INLINE void take_scratch(Arena& a, const Plan& plan, float*& q, RowGroup*& groups) {
   q = a.take<float>(plan.heads * plan.rows * plan.ldq);
@@ -466,9 +473,10 @@ AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const 
     const int64_t head = kv_head * plan.group + r / seq.q_len, i = r % seq.q_len;
     const RowEnd end = finish_softmax(m, l, p.sinks ? p.sinks[head] : -kInf);
     *stat_ptr(params.lse, seq, head, i) = end.lse;
-    T* lo = params.out_lo.data ? row_ptr<T>(params.out_lo, seq.batch, seq.q_row + i, head) : nullptr;
-    store_output(o, end.scale, p.v_head_dim,
-                 row_ptr<T>(params.out, seq.batch, seq.q_row + i, head), lo);
+    T* lo =
+        params.out_lo.data ? row_ptr<T>(params.out_lo, seq.batch, seq.q_row + i, head) : nullptr;
+    store_output(o, end.scale, p.v_head_dim, row_ptr<T>(params.out, seq.batch, seq.q_row + i, head),
+                 lo);
   }
 }
 
@@ -503,9 +511,8 @@ int64_t flash_decode_workspace(const FlashFwdParams& params, int64_t num_threads
 }
 
 void flash_decode(const FlashFwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.problem.dtype, [&](auto element) {
-    run<decltype(element)>(params, workers);
-  });
+  dispatch_dtype(params.problem.dtype,
+                 [&](auto element) { run<decltype(element)>(params, workers); });
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -1,22 +1,24 @@
 // Flash attention, forward, for sequences with many query rows.
 //
 // Algorithm (FlashAttention-2 order, Dao 2023, on CPU tiles): K and V of each (batch, kv head) are
-// widened and packed once into panels, shared by all query tiles of all heads of the group. A task is
-// one tile of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q times
-// packed K), online softmax in base 2, O += P V, everything fp32 and resident in L1/L2.
+// widened and packed once into panels, shared by all query tiles of all heads of the group. A task
+// is one tile of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q
+// times packed K), online softmax in base 2, O += P V, everything fp32 and resident in L1/L2.
 //
 //   tile       48 rows x 256 keys: S 51 KiB + Q 12 KiB + O 12 KiB at D 64 beside a K and V block of
-//              128 KiB, inside a 512 KiB L2. Long rows pay for the maximum, the sum and the rescaling
-//              once per 256 keys: 3% over 96 x 128 on Zen 4. 48 is a multiple of every kMR (4, 6, 12)
+//              128 KiB, inside a 512 KiB L2. Long rows pay for the maximum, the sum and the
+//              rescaling once per 256 keys: 3% over 96 x 128 on Zen 4. 48 is a multiple of every
+//              kMR (4, 6, 12)
 //   heads      short sequences put the rows of several heads of a group into one tile
 //   masks      every mask is one interval of keys per row. Blocks that all rows see whole take the
 //              unmasked path; others go kMR rows at a time, over the columns those rows see
 //   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
 //   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
-//   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles first
+//   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles
+//   first
 //
-// A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch, or
-// the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
+// A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch,
+// or the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
 #include "cpu/flash/problem.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
@@ -32,7 +34,7 @@ namespace {
 
 constexpr int64_t kBlockM = 48;
 constexpr int64_t kBlockN = 256;
-constexpr int64_t kLds = kBlockN + 16;  // off the power of two: rows do not share L1 sets
+constexpr int64_t kLds = kBlockN + 16;   // off the power of two: rows do not share L1 sets
 constexpr int64_t kWaveBytes = 8 << 20;  // a quarter of a 32 MiB L3: packed K and V stay cached
 
 // The packed K and V of one (batch, kv head), block after block.
@@ -107,9 +109,8 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
                    k_block + c * p.head_dim);
   }
   const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, kv_head);
-  head.finite[block] =
-      pack_column_panels(v, params.v.seq_stride, n, p.v_head_dim, 1.0f,
-                         head.v + block * plan.v_floats, kBlockN * kNR);
+  head.finite[block] = pack_column_panels(v, params.v.seq_stride, n, p.v_head_dim, 1.0f,
+                                          head.v + block * plan.v_floats, kBlockN * kNR);
 }
 
 // What a tile of rows [row0, row0 + rows) of one band needs to know about itself.
@@ -152,8 +153,8 @@ AF_INLINE void update_row(const TileRows& t, const Tile& tile, const ScoreMap& m
 }
 
 // O += P V of one row over exactly the keys it sees: for blocks whose V is not finite everywhere.
-AF_INLINE void accumulate_row(const Plan& plan, const Tile& tile, const float* v_block, int64_t key0,
-                              int64_t r) {
+AF_INLINE void accumulate_row(const Plan& plan, const Tile& tile, const float* v_block,
+                              int64_t key0, int64_t r) {
   int64_t lo = max64(0, tile.keys[r].lo - key0), hi = min64(kBlockN, tile.keys[r].hi - key0);
   for (int64_t c = lo; c < hi; ++c) {
     VecF weight = splat(tile.s[r * kLds + c]);
@@ -301,9 +302,8 @@ int64_t flash_fwd_workspace(const FlashFwdParams& params, int64_t num_threads) {
 }
 
 void flash_fwd(const FlashFwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.problem.dtype, [&](auto element) {
-    run<decltype(element)>(params, workers);
-  });
+  dispatch_dtype(params.problem.dtype,
+                 [&](auto element) { run<decltype(element)>(params, workers); });
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

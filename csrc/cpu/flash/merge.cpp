@@ -1,11 +1,11 @@
-// Merging of partial attention states: outs [n, B, S, H, D] with lses [n, B, H, S] of the same queries
-// over disjoint keys become one state.
+// Merging of partial attention states: outs [n, B, S, H, D] with lses [n, B, H, S] of the same
+// queries over disjoint keys become one state.
 //
 //   LSE = log sum exp LSE_n      O = sum exp(LSE_n - LSE) O_n
 //
 // A part whose LSE is -inf saw no key, one whose LSE is +inf is treated as such: neither is read.
-// No part at all: O = 0, LSE = -inf. NaN propagates. One pass; bytes: (n + 1) rows of D, so it runs at
-// memory speed; fp32 arithmetic for every dtype, weights from one maximum.
+// No part at all: O = 0, LSE = -inf. NaN propagates. One pass; bytes: (n + 1) rows of D, so it runs
+// at memory speed; fp32 arithmetic for every dtype, weights from one maximum.
 #include "cpu/flash/problem.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
@@ -19,9 +19,12 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-AF_INLINE bool empty_state(float lse) { return lse == -kInf || lse == kInf; }
+AF_INLINE bool empty_state(float lse) {
+  return lse == -kInf || lse == kInf;
+}
 
-// Parts are merged from the first to the last, so that the order of the caller is the order of sums.
+// Parts are merged from the first to the last, so that the order of the caller is the order of
+// sums.
 template <class T>
 AF_INLINE void merge_row(const MergeParams& p, int64_t batch, int64_t row, int64_t head) {
   const int64_t stat_step = p.batch * p.heads * p.seqlen;

@@ -1,5 +1,6 @@
-// Where a sequence lies and what each of its queries may see: the one copy of that arithmetic, used by
-// forward, backward and decode. Index tensors are data: every value is clamped to the memory that exists.
+// Where a sequence lies and what each of its queries may see: the one copy of that arithmetic, used
+// by forward, backward and decode. Index tensors are data: every value is clamped to the memory
+// that exists.
 #pragma once
 
 #include "cpu/micro/gemm.h"
@@ -45,7 +46,8 @@ AF_INLINE Interval visible_keys(const FlashProblem& p, const Sequence& s, int64_
   return {lo, max64(lo, hi)};
 }
 
-// Queries [lo, hi) of the sequence that may see some key of [k_lo, k_hi): visible_keys turned round.
+// Queries [lo, hi) of the sequence that may see some key of [k_lo, k_hi): visible_keys turned
+// round.
 AF_INLINE Interval visible_queries(const FlashProblem& p, const Sequence& s, int64_t k_lo,
                                    int64_t k_hi) {
   int64_t lo = p.window_right < 0 ? 0 : max64(0, k_lo - s.offset - p.window_right);
@@ -54,10 +56,13 @@ AF_INLINE Interval visible_queries(const FlashProblem& p, const Sequence& s, int
   return {lo, max64(lo, hi)};
 }
 
-AF_INLINE int64_t group_size(const FlashProblem& p) { return p.heads_q / p.heads_k; }
+AF_INLINE int64_t group_size(const FlashProblem& p) {
+  return p.heads_q / p.heads_k;
+}
 
-// The query rows of one (batch, kv head), head-major, cut into tiles of block_m rows. Long sequences
-// keep every tile inside one head (a band); short ones put the rows of several heads into one tile.
+// The query rows of one (batch, kv head), head-major, cut into tiles of block_m rows. Long
+// sequences keep every tile inside one head (a band); short ones put the rows of several heads into
+// one tile.
 struct RowTiling {
   int64_t block_m, band_rows, bands;
 
@@ -103,9 +108,12 @@ AF_INLINE bool served_here(const FlashFwdParams& params, const Sequence& s) {
 template <class F>
 AF_INLINE void dispatch_dtype(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat16: return f(Half{});
-    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kFloat16:
+      return f(Half{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
   }
 }
 

@@ -2,15 +2,16 @@
 //
 // C[m, n] (+)= A[m, depth] * B[depth, n] with B packed in column panels and A read by broadcasts:
 //   B panel  [depth][kNR]       kNR = two vectors of columns
-//   A        element (row, k) at a[row * ARow + k * AK], both strides known at compile time, so that
+//   A        element (row, k) at a[row * ARow + k * AK], both strides known at compile time, so
+//   that
 //            packed Q groups, a score tile and its transpose all use the same code
 //   C        row-major, ldc at run time
-// Each C element is one chain of FMAs in ascending k, started from C itself: results are bitwise the
-// same for every tile height and for every neighbour a row may have.
+// Each C element is one chain of FMAs in ascending k, started from C itself: results are bitwise
+// the same for every tile height and for every neighbour a row may have.
 //
-// A tile is MR rows x 2 vectors, accumulators named one by one: arrays of vectors get spilled by GCC
-// (2.8x slower, measured on Zen 3). Registers: 6x2 + 2 + 1 = 15 of 16 (AVX2), 12x2 + 2 + 1 = 27 of 32
-// (AVX-512), 4x2 + 2 + 2 = 12 of 16 (SSE, whose multiply needs a copy).
+// A tile is MR rows x 2 vectors, accumulators named one by one: arrays of vectors get spilled by
+// GCC (2.8x slower, measured on Zen 3). Registers: 6x2 + 2 + 1 = 15 of 16 (AVX2), 12x2 + 2 + 1 = 27
+// of 32 (AVX-512), 4x2 + 2 + 2 = 12 of 16 (SSE, whose multiply needs a copy).
 #pragma once
 
 #include "cpu/simd/vec.h"
@@ -37,9 +38,9 @@ template <int MR, int NV, int ARow, int AK>
   AF_ROWS(AF_DECLARE)
 #undef AF_DECLARE
   if (accumulate) {
-#define AF_LOAD(r)                                        \
-  if constexpr (MR > r) {                                 \
-    x##r = load(c + r * ldc);                             \
+#define AF_LOAD(r)                                            \
+  if constexpr (MR > r) {                                     \
+    x##r = load(c + r * ldc);                                 \
     if constexpr (NV == 2) y##r = load(c + r * ldc + kLanes); \
   }
     AF_ROWS(AF_LOAD)
@@ -48,10 +49,10 @@ template <int MR, int NV, int ARow, int AK>
   do {  // depth >= 1; a loop that may run zero times keeps both sets of accumulators alive
     VecF b0 = load(b), b1{};
     if constexpr (NV == 2) b1 = load(b + kLanes);
-#define AF_STEP(r)                                \
-  if constexpr (MR > r) {                         \
-    VecF s = splat(a[r * ARow]);                  \
-    x##r = fma(s, b0, x##r);                      \
+#define AF_STEP(r)                                  \
+  if constexpr (MR > r) {                           \
+    VecF s = splat(a[r * ARow]);                    \
+    x##r = fma(s, b0, x##r);                        \
     if constexpr (NV == 2) y##r = fma(s, b1, y##r); \
   }
     AF_ROWS(AF_STEP)
@@ -59,9 +60,9 @@ template <int MR, int NV, int ARow, int AK>
     a += AK;
     b += kNR;
   } while (--depth > 0);
-#define AF_STORE(r)                                        \
-  if constexpr (MR > r) {                                  \
-    store(c + r * ldc, x##r);                              \
+#define AF_STORE(r)                                           \
+  if constexpr (MR > r) {                                     \
+    store(c + r * ldc, x##r);                                 \
     if constexpr (NV == 2) store(c + r * ldc + kLanes, y##r); \
   }
   AF_ROWS(AF_STORE)
@@ -99,9 +100,17 @@ AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a
   }
 }
 
-AF_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-AF_INLINE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-AF_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-AF_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+AF_INLINE int64_t round_up(int64_t x, int64_t step) {
+  return (x + step - 1) / step * step;
+}
+AF_INLINE int64_t ceil_div(int64_t x, int64_t y) {
+  return (x + y - 1) / y;
+}
+AF_INLINE int64_t min64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+AF_INLINE int64_t max64(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

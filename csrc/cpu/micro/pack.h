@@ -30,7 +30,8 @@ AF_INLINE void zero_rows(int64_t first, int64_t end, int64_t dim, float* groups)
 
 // Up to kNR keys (src row stride in elements) into one key panel; dim is a multiple of 4.
 template <class T>
-AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim, float* panel) {
+AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim,
+                              float* panel) {
   for (int64_t j = 0; j < kNR; j += 4) {
     int64_t n = max64(0, min64(4, keys - j));
     for (int64_t d = 0; d < dim; d += 4) {
@@ -58,7 +59,11 @@ AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, in
   return reduce_add(poison) == 0.0f;
 }
 
-AF_INLINE int64_t vectors_of(int64_t columns) { return ceil_div(columns, kLanes); }
-AF_INLINE int64_t padded_columns(int64_t columns) { return round_up(columns, kNR); }
+AF_INLINE int64_t vectors_of(int64_t columns) {
+  return ceil_div(columns, kLanes);
+}
+AF_INLINE int64_t padded_columns(int64_t columns) {
+  return round_up(columns, kNR);
+}
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -16,7 +16,9 @@ constexpr int64_t kSlice = 1 << 20;  // bytes of one read task
 
 }  // namespace
 
-int64_t lanes() { return kLanes; }
+int64_t lanes() {
+  return kLanes;
+}
 
 double probe_fma(const Workers& workers, int64_t iterations) {
   parallel_tasks(workers, workers.num_threads, [&](int64_t, int64_t) {

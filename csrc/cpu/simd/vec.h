@@ -1,11 +1,13 @@
 // One vector type per ISA level, from compiler vector extensions.
 //
-// The level's name (ATTNFORGE_ISA) fixes the lane count; the compiler lowers `a * b + c` to FMA where
-// the flags allow it. A level wider than the machine ("avx512_soft": 16 lanes under AVX2 flags) is the
-// same source lowered to register pairs: that is how the 16-lane code is tested where no AVX-512 is.
+// The level's name (ATTNFORGE_ISA) fixes the lane count; the compiler lowers `a * b + c` to FMA
+// where the flags allow it. A level wider than the machine ("avx512_soft": 16 lanes under AVX2
+// flags) is the same source lowered to register pairs: that is how the 16-lane code is tested where
+// no AVX-512 is.
 //
-// Everything here has internal linkage: a shared inline compiled twice with different flags would let
-// the linker keep the AVX-512 copy for an old CPU. For the same reason no STL header is included.
+// Everything here has internal linkage: a shared inline compiled twice with different flags would
+// let the linker keep the AVX-512 copy for an old CPU. For the same reason no STL header is
+// included.
 #pragma once
 
 #include <cstdint>
@@ -49,11 +51,21 @@ struct BFloat16 {
 };
 
 // x - 0 rather than 0 + x: exact for -0, so the compiler folds it into one broadcast.
-AF_INLINE VecF splat(float x) { return x - VecF{}; }
-AF_INLINE VecI splat_int(int32_t x) { return VecI{} + x; }
-AF_INLINE VecF bits_to_float(VecI x) { return __builtin_bit_cast(VecF, x); }
-AF_INLINE VecF bits_to_float(VecU x) { return __builtin_bit_cast(VecF, x); }
-AF_INLINE VecU float_to_bits(VecF x) { return __builtin_bit_cast(VecU, x); }
+AF_INLINE VecF splat(float x) {
+  return x - VecF{};
+}
+AF_INLINE VecI splat_int(int32_t x) {
+  return VecI{} + x;
+}
+AF_INLINE VecF bits_to_float(VecI x) {
+  return __builtin_bit_cast(VecF, x);
+}
+AF_INLINE VecF bits_to_float(VecU x) {
+  return __builtin_bit_cast(VecF, x);
+}
+AF_INLINE VecU float_to_bits(VecF x) {
+  return __builtin_bit_cast(VecU, x);
+}
 
 template <class V, class T>
 AF_INLINE V load_raw(const T* p) {
@@ -66,7 +78,9 @@ AF_INLINE void store_raw(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-AF_INLINE VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+AF_INLINE VecF fma(VecF a, VecF b, VecF c) {
+  return a * b + c;
+}
 
 // The second operand wins when either is NaN (as maxps): vmax(limit, x) keeps a NaN x.
 AF_INLINE VecF vmax(VecF a, VecF b) {
@@ -80,7 +94,9 @@ AF_INLINE VecF vmax(VecF a, VecF b) {
   return a > b ? a : b;
 #endif
 }
-AF_INLINE VecF vabs(VecF x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
+AF_INLINE VecF vabs(VecF x) {
+  return bits_to_float(float_to_bits(x) & 0x7fffffffu);
+}
 
 // ---- 16-bit types: widened to fp32 in registers, rounded to nearest even on the way out ----
 
@@ -94,7 +110,9 @@ AF_INLINE VecU widen_bits(VecH raw) {
   return __builtin_convertvector(raw, VecU);
 #endif
 }
-AF_INLINE VecF widen(VecH raw, BFloat16) { return bits_to_float(widen_bits(raw) << 16); }
+AF_INLINE VecF widen(VecH raw, BFloat16) {
+  return bits_to_float(widen_bits(raw) << 16);
+}
 
 #if defined(__F16C__)
 typedef uint16_t Raw8 __attribute__((vector_size(16)));
@@ -121,8 +139,8 @@ AF_INLINE VecF widen(VecH raw, Half) {
   } out = {widen8(in.lo), widen8(in.hi)};
   return __builtin_bit_cast(VecF, out);
 #else
-  // Exponent and mantissa as an fp32 bit field, then a power of two re-biases normals and subnormals
-  // alike; infinities and NaNs keep their all-ones exponent.
+  // Exponent and mantissa as an fp32 bit field, then a power of two re-biases normals and
+  // subnormals alike; infinities and NaNs keep their all-ones exponent.
   VecU wide = widen_bits(raw);
   VecU magnitude = (wide & 0x7fffu) << 13;
   VecU scaled = float_to_bits(bits_to_float(magnitude) * splat(0x1p112f));
@@ -158,7 +176,8 @@ AF_INLINE VecH narrow(VecF x, Half) {
   bits &= 0x7fffffffu;
   VecU odd = (bits >> 13) & 1u;
   VecU normal = (bits - 0x38000000u + 0xfffu + odd) >> 13;
-  // Adding 0.5 aligns a subnormal half's last bit with the fp32 mantissa's: the FPU does the rounding.
+  // Adding 0.5 aligns a subnormal half's last bit with the fp32 mantissa's: the FPU does the
+  // rounding.
   VecU subnormal = float_to_bits(bits_to_float(bits) + splat(0.5f)) - 0x3f000000u;
   VecU finite = bits < 0x38800000u ? subnormal : normal;
   VecU infinite = bits > 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
@@ -167,12 +186,24 @@ AF_INLINE VecH narrow(VecF x, Half) {
 #endif
 }
 
-AF_INLINE VecF load(const float* p) { return load_raw<VecF>(p); }
-AF_INLINE VecF load(const BFloat16* p) { return widen(load_raw<VecH>(p), BFloat16{}); }
-AF_INLINE VecF load(const Half* p) { return widen(load_raw<VecH>(p), Half{}); }
-AF_INLINE void store(float* p, VecF x) { store_raw(p, x); }
-AF_INLINE void store(BFloat16* p, VecF x) { store_raw(p, narrow(x, BFloat16{})); }
-AF_INLINE void store(Half* p, VecF x) { store_raw(p, narrow(x, Half{})); }
+AF_INLINE VecF load(const float* p) {
+  return load_raw<VecF>(p);
+}
+AF_INLINE VecF load(const BFloat16* p) {
+  return widen(load_raw<VecH>(p), BFloat16{});
+}
+AF_INLINE VecF load(const Half* p) {
+  return widen(load_raw<VecH>(p), Half{});
+}
+AF_INLINE void store(float* p, VecF x) {
+  store_raw(p, x);
+}
+AF_INLINE void store(BFloat16* p, VecF x) {
+  store_raw(p, narrow(x, BFloat16{}));
+}
+AF_INLINE void store(Half* p, VecF x) {
+  store_raw(p, narrow(x, Half{}));
+}
 
 // The first n lanes, 0 < n; the rest read as zero and are not touched in memory. Head dims are
 // multiples of 8, so a tail is half of a 16-lane vector or nothing; the loop is for completeness.
@@ -200,7 +231,9 @@ AF_INLINE void store_partial(T* p, VecF x, int64_t n) {
 }
 
 // Four consecutive elements, whatever kLanes is: the unit of the packing transposes.
-AF_INLINE Vec4 load4(const float* p) { return load_raw<Vec4>(p); }
+AF_INLINE Vec4 load4(const float* p) {
+  return load_raw<Vec4>(p);
+}
 template <class T>
 AF_INLINE Vec4 load4(const T* p) {
   T lanes[kLanes] = {p[0], p[1], p[2], p[3]};
@@ -215,9 +248,13 @@ AF_INLINE Vec4 load4(const BFloat16* p) {
   return __builtin_bit_cast(Vec4, __builtin_convertvector(load_raw<Raw4>(p), Wide4) << 16);
 }
 #if defined(__F16C__)
-AF_INLINE Vec4 load4(const Half* p) { return (Vec4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p)); }
+AF_INLINE Vec4 load4(const Half* p) {
+  return (Vec4)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+}
 #endif
-AF_INLINE void store4(float* p, Vec4 x) { store_raw(p, x); }
+AF_INLINE void store4(float* p, Vec4 x) {
+  store_raw(p, x);
+}
 
 AF_INLINE void transpose4(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
 #if defined(__SSE__)
@@ -235,9 +272,12 @@ AF_INLINE float to_float(T x) {
   T lanes[kLanes] = {x};
   return load(lanes)[0];
 }
-AF_INLINE float to_float(float x) { return x; }
+AF_INLINE float to_float(float x) {
+  return x;
+}
 
-// ---- horizontal reductions: a fixed tree, so that results never depend on anything but the data ----
+// ---- horizontal reductions: a fixed tree, so that results never depend on anything but the data
+// ----
 
 template <class V>
 struct Halves {
@@ -275,8 +315,9 @@ AF_INLINE float reduce_max(VecF x) {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kInf = __builtin_inff();
 
-// 2^x for x <= 127, relative error below 2 ulp. x < -126.5 gives exactly 0 (so -inf does), NaN stays NaN.
-// Adding the magic number leaves round(x) + 127 in the low mantissa bits: the exponent of 2^round(x).
+// 2^x for x <= 127, relative error below 2 ulp. x < -126.5 gives exactly 0 (so -inf does), NaN
+// stays NaN. Adding the magic number leaves round(x) + 127 in the low mantissa bits: the exponent
+// of 2^round(x).
 AF_INLINE VecF exp2(VecF x) {
   x = vmax(splat(-127.0f), x);
   const VecF magic = splat(0x1.8p23f + 127.0f);

@@ -1,8 +1,9 @@
 // Plain-data parameter structs, one per operator: the whole interface between bindings and kernels.
 // No torch, no CUDA, no STL: the same structs serve the CPU tables, the CUDA launchers, C and JAX.
 //
-// Conventions: strides are in elements and int64; the last dimension has unit stride. A varlen batch
-// has batch stride 0 and a row offset per sequence taken from cu_seqlens. Windows: -1 is unlimited.
+// Conventions: strides are in elements and int64; the last dimension has unit stride. A varlen
+// batch has batch stride 0 and a row offset per sequence taken from cu_seqlens. Windows: -1 is
+// unlimited.
 #pragma once
 
 #include <cstdint>
@@ -50,8 +51,8 @@ struct FlashProblem {
   int64_t window_right = -1;  // causal is window_right = 0
 };
 
-// Sequences with at most this many (query, head-of-group) rows go to decode: it streams K and V once
-// in dot-product form, while the packed form would spend as much on packing as on the product.
+// Sequences with at most this many (query, head-of-group) rows go to decode: it streams K and V
+// once in dot-product form, while the packed form would spend as much on packing as on the product.
 constexpr int64_t kFewRows = 8;
 
 // Which sequences a forward kernel serves.
@@ -92,8 +93,8 @@ struct MergeParams {
 };
 
 // A handle on somebody's thread pool (torch's, or a plain loop in tests).
-// run(body, arg) calls body(worker, arg) once for each worker in [0, num_threads), maybe at the same
-// time; it returns when all are done.
+// run(body, arg) calls body(worker, arg) once for each worker in [0, num_threads), maybe at the
+// same time; it returns when all are done.
 struct Workers {
   int64_t num_threads = 1;
   void (*run)(int64_t num_threads, void (*body)(int64_t worker, void* arg), void* arg) = nullptr;

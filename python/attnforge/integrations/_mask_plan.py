@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ def _pack(pieces: list[Piece], device: torch.device) -> Group:
         # Packed sequences of one batch entry tile it: read it in place instead of gathering.
         in_place = int(batch.max()) == 0 and torch.equal(rows, torch.arange(*whole))
         flat = batch * (int(rows.max()) + 1) + rows
-        unique = in_place or flat.unique().numel() == flat.numel()
+        unique = in_place or len(set(flat.tolist())) == flat.numel()
         at = None if in_place else (batch.to(device), rows.to(device))
         return at, whole, cu.to(device), max(sizes), unique
 
@@ -203,7 +204,7 @@ class MaskSpec:
             ids = self.segments[b].cpu()
             cuts = (ids[1:] != ids[:-1]).nonzero().flatten() + 1
             edges = [0, *cuts.tolist(), self.q_len]
-            ranges = [(s, e) for s, e in zip(edges, edges[1:], strict=False) if e > s]
+            ranges = [(s, e) for s, e in pairwise(edges) if e > s]
         else:
             ranges = [(0, self.kv_len)]
         if self.padding is not None:

@@ -85,7 +85,8 @@ def run_plan(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Options) -> T
         return _batched(q, k, v, plan.uniform, options)
     if not plan.pieces:
         # Connected to the inputs, so that a backward pass finds zero gradients and not none.
-        return q.new_zeros(*q.shape[:3], v.shape[-1]) + 0.0 * (q.sum() + k.sum() + v.sum())
+        none = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+        return q.new_zeros(*q.shape[:3], v.shape[-1]) + none
     if _by_piece(q, k, v, plan.pieces, options):
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         for p in plan.pieces:
@@ -157,5 +158,5 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, group: Group, options: Options) -> 
         spread = torch.nn.functional.pad(out, (0, 0, 0, 0, first, rows - last)).unsqueeze(0)
         # One batch entry has pieces; the others, if any, are padding throughout.
         return torch.nn.functional.pad(spread, (0, 0, 0, 0, 0, 0, 0, batch - 1))
-    spread = _Scatter.apply(out, *group.q_at, batch, rows)  # type: ignore[no-untyped-call]
-    return spread
+    scattered: Tensor = _Scatter.apply(out, *group.q_at, batch, rows)  # type: ignore[no-untyped-call]
+    return scattered

@@ -61,16 +61,16 @@ class LazyMask(torch.Tensor):
     @staticmethod
     def __new__(cls, spec: MaskSpec) -> LazyMask:
         shape = (spec.batch, 1, spec.q_len, spec.kv_len)
-        make: Callable[..., LazyMask] = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Callable[..., LazyMask] = torch.Tensor._make_wrapper_subclass
         mask = make(cls, shape, dtype=torch.bool, device=spec.device)
         mask.spec = spec
         return mask
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyMask({tuple(self.shape)}, {self.spec.band})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -371,7 +371,7 @@ def _varlen(
         window_size=(spec.band.left, spec.band.right),
         **options,
     )
-    return out.unflatten(0, q.shape[:2])
+    return out.reshape(*q.shape[:2], *out.shape[1:])
 
 
 class Handle:
