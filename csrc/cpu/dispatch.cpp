@@ -34,7 +34,6 @@ bool runs_here(const char* isa) {
 const KernelTable kTables[] = {
 #define X(ISA)                  \
   {#ISA,                        \
-   ISA::lanes(),                \
    ISA::flash_fwd_workspace,    \
    ISA::flash_fwd,              \
    ISA::flash_decode_workspace, \
@@ -65,14 +64,18 @@ const KernelTable& kernels() {
 }
 
 const char* isa_levels() {
-  static char list[64];
-  list[0] = '\0';
-  for (const KernelTable& table : kTables) {
-    if (!runs_here(table.isa)) continue;
-    if (list[0]) std::strcat(list, ",");
-    std::strcat(list, table.isa);
-  }
-  return list;
+  static const auto list = [] {
+    struct {
+      char text[64] = "";
+    } names;
+    for (const KernelTable& table : kTables) {
+      if (!runs_here(table.isa)) continue;
+      if (names.text[0]) std::strcat(names.text, ",");
+      std::strcat(names.text, table.isa);
+    }
+    return names;
+  }();
+  return list.text;
 }
 
 bool select_isa(const char* name) {

@@ -7,7 +7,6 @@ namespace attnforge::cpu {
 
 struct KernelTable {
   const char* isa;
-  int64_t lanes;
   // Workspace sizes are functions of shapes and thread count alone.
   int64_t (*flash_fwd_workspace)(const FlashFwdParams&, int64_t num_threads);
   void (*flash_fwd)(const FlashFwdParams&, const Workers&);
@@ -32,7 +31,6 @@ struct KernelTable {
   void merge_states(const MergeParams&, const Workers&);                      \
   double probe_fma(const Workers&, int64_t iterations);                       \
   void probe_read(const Workers&, const void* data, int64_t bytes);           \
-  int64_t lanes();                                                            \
   }
 
 const KernelTable& kernels();       // the level in force

@@ -16,10 +16,6 @@ constexpr int64_t kSlice = 1 << 20;  // bytes of one read task
 
 }  // namespace
 
-int64_t lanes() {
-  return kLanes;
-}
-
 double probe_fma(const Workers& workers, int64_t iterations) {
   parallel_tasks(workers, workers.num_threads, [&](int64_t, int64_t) {
     alignas(64) float a[kProbeDepth * kMR], b[kProbeDepth * kNR], c[kMR * kNR];
