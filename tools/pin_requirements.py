@@ -9,10 +9,10 @@ Needs Python 3.11 and ``packaging``.
 
 from __future__ import annotations
 
-import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name

@@ -1,7 +1,7 @@
 """What the compiler made of the kernels: no spills in inner loops, no instruction of a wider level.
 
 Speed rests on accumulators staying in registers and safety on each level using only its own
-instructions; neither shows in results, and both can break with a compiler or a harmless-looking edit.
+instructions. Neither shows in results; both can break with a compiler or a harmless-looking edit.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def product_loops(function: Function) -> list[list[str]]:
 def spills(function: Function, body: list[str]) -> list[str]:
     """Vector instructions of a loop body that touch a stack slot and should not.
 
-    In a register tile (MICRO_KERNELS) that is every one. Elsewhere it is a slot that the loop writes:
-    a value that changes and lives in memory. Slots only read hold loop constants, such as the
-    polynomial of exp2 with 16 registers, and cost what reading them from .rodata would.
+    In a register tile (MICRO_KERNELS) that is every one. Elsewhere it is a slot that the loop
+    writes: a value that changes and lives in memory. Slots only read hold loop constants, such as
+    the polynomial of exp2 with 16 registers, and cost what reading them from .rodata would.
     """
     framed = any(re.match(r"mov\s+rbp,rsp", text) for _, text in function.code)
     touching: dict[str, list[tuple[bool, str]]] = {}  # slot -> (writes it, instruction)
@@ -148,7 +148,7 @@ def test_only_instructions_of_the_level(level: str, objects: Objects) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_objects_define_no_weak_symbol(level: str, objects: Objects) -> None:
-    """Of a weak symbol that several levels define, the linker keeps one: perhaps the AVX-512 copy."""
+    """Of a weak symbol in several levels the linker keeps one: perhaps the AVX-512 copy."""
     if level not in objects:
         pytest.skip(f"{level} is not built here")
     weak = []
@@ -160,7 +160,7 @@ def test_objects_define_no_weak_symbol(level: str, objects: Objects) -> None:
 
 
 def test_the_checker_sees_a_spill() -> None:
-    """On text with a known answer: changing values are spills; constants only in a register tile."""
+    """Known answers: changing values are spills; constants only in a register tile."""
     multiplies = "".join(f"  {a:x}:\tvfmadd231ps ymm{a % 8},ymm8,ymm9\n" for a in range(0x20, 0x28))
     text = (
         "0000000000000010 <NAME>:\n"

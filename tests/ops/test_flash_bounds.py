@@ -129,9 +129,13 @@ def tails() -> list[tuple[int, int]]:
 def test_tails(target: Target, causal: bool) -> None:
     # check 25, sampled
     for n, (sq, sk) in enumerate(tails()):
-        dtype = DTYPES[n % 3]
-        check(FlashCase(batch=1, seqlen_q=sq, seqlen_k=sk, heads_q=2, heads_k=1 + n % 2,
-                        head_dim=8 if n % 4 else 24, causal=causal, dtype=dtype), target)  # fmt: skip
+        sizes = {
+            "seqlen_q": sq,
+            "seqlen_k": sk,
+            "heads_k": 1 + n % 2,
+            "head_dim": (24, 8)[n % 4 > 0],
+        }
+        check(FlashCase(batch=1, causal=causal, dtype=DTYPES[n % 3], **sizes), target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)

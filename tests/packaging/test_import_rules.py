@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"_version", "backends", "ops", "registry"},
     "__main__": {"cli"},
 }
-# Outside the operators: the public API. `_native` tells testing and cli what is built; it has no kernels.
+# Outside the operators: the public API. `_native` tells testing and cli what is built.
 PUBLIC = {"__init__", "ops", "reference", "registry"}
 BUILD_FACTS = {"_host", "_native", "_settings", "_version"}
 ALLOWED |= {
@@ -65,7 +65,7 @@ def exists(module: str) -> bool:
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute module name) of everything imported; `from a import b` gives a.b if a module."""
+    """(line, absolute module) of everything imported; `from a import b` is a.b if a module."""
     package = ["attnforge", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

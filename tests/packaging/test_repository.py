@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WALL = 800  # lines: a file past it holds more than one idea
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".hpp"}
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb"}  # of module os
 SKIPPED_DIRECTORIES = {".git", "build", "dist", "__pycache__"}
 
 
@@ -50,11 +51,10 @@ def reads_environment(path: Path) -> list[int]:
         if id(node) in passed_on:
             continue
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "os" and node.attr in ("environ", "environb", "getenv", "getenvb"):
+            if node.value.id == "os" and node.attr in ENVIRONMENT:
                 lines.append(node.lineno)
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
-            if {alias.name for alias in node.names} & {"environ", "environb", "getenv", "getenvb"}:
-                lines.append(node.lineno)
+            lines += [node.lineno for alias in node.names if alias.name in ENVIRONMENT]
     return lines
 
 

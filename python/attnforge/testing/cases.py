@@ -46,6 +46,11 @@ class Target(NamedTuple):
     def name(self) -> str:
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
 
+    @property
+    def exact(self) -> bool:
+        """Whether results are the same bits in any layout and batch: all but the reference."""
+        return self.backend != "reference"
+
 
 @contextmanager
 def use_isa(level: str) -> Iterator[str]:

@@ -81,6 +81,8 @@ def lazy(numel: int, dtype: torch.dtype) -> Tensor:
     """``numel`` zeros as address space only: pages that nobody touches cost no memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else one touched element costs 2 MiB
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
 
 
