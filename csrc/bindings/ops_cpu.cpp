@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <pthread.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -32,7 +33,13 @@ void run_on_torch_threads(int64_t num_threads, void (*body)(int64_t, void*), voi
   });
 }
 
+// OpenMP's threads do not survive fork(), and a child that enters a parallel region waits for them for
+// ever. A forked child therefore runs on its one thread; results do not depend on their number.
+bool forked = false;
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 Workers workers() {
+  if (forked) return {1, run_on_torch_threads};
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
