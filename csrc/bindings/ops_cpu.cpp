@@ -33,8 +33,8 @@ void run_on_torch_threads(int64_t num_threads, void (*body)(int64_t, void*), voi
   });
 }
 
-// OpenMP's threads do not survive fork(), and a child that enters a parallel region waits for them for
-// ever. A forked child therefore runs on its one thread; results do not depend on their number.
+// OpenMP's threads do not survive fork(), and a child that enters a parallel region waits for them
+// for ever. A forked child therefore runs on its one thread; results do not depend on their number.
 bool forked = false;
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -194,8 +194,7 @@ void fill_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch, float 
 }
 
 void run_decode(FlashFwdParams& params) {
-  Tensor scratch =
-      workspace(kernels().flash_decode_workspace(params, torch::stable::get_num_threads()));
+  Tensor scratch = workspace(kernels().flash_decode_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
   kernels().flash_decode(params, workers());
 }
@@ -221,8 +220,7 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   bool many = p.seqlen_q * (p.heads_q / p.heads_k) > kFewRows;
   if (many) {
     params.route = RowRoute::kManyRows;
-    Tensor scratch =
-        workspace(kernels().flash_fwd_workspace(params, torch::stable::get_num_threads()));
+    Tensor scratch = workspace(kernels().flash_fwd_workspace(params, workers().num_threads));
     params.workspace = scratch.mutable_data_ptr();
     kernels().flash_fwd(params, workers());
   }
@@ -273,8 +271,7 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
   params.lse = stat(lse);
   if (dlse) params.dlse = stat(*dlse);
   params.delta = stat(delta);
-  Tensor scratch =
-      workspace(kernels().flash_bwd_workspace(params, torch::stable::get_num_threads()));
+  Tensor scratch = workspace(kernels().flash_bwd_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
   kernels().flash_bwd(params, workers());
 }

@@ -176,7 +176,7 @@ def test_dense_interval_masks() -> None:
 def test_dense_masks_that_are_refused() -> None:
     holes = torch.ones(1, 1, 4, 6, dtype=torch.bool)
     holes[..., 2, 3] = False
-    with pytest.raises(ValueError, match="row 2 of batch entry 0 .* gaps"):
+    with pytest.raises(ValueError, match=r"row 2 of batch entry 0 .* gaps"):
         plan_from_dense(holes, 1, 4, 6)
     with pytest.raises(ValueError, match="additive bias"):
         plan_from_dense(torch.full((1, 1, 4, 6), 0.5), 1, 4, 6)

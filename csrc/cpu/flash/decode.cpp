@@ -84,24 +84,12 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
 
 // ---- QK: scores [key][kRows] ----
 
-AF_INLINE Vec4 fold4(VecF x) {
-#if ATTNFORGE_LANES == 4
-  return x;
-#elif ATTNFORGE_LANES == 8
-  // Shuffles, not a cast through a struct: GCC would keep the accumulators in memory for the cast.
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
-#else
-  struct Quads {
-    Vec4 v[kLanes / 4];
-  } q = __builtin_bit_cast(Quads, x);
-  Vec4 sum = q.v[0];
-  for (int i = 1; i < kLanes / 4; ++i) sum += q.v[i];
-  return sum;
-#endif
+AF_INLINE Vec4 sum4(VecF x) {
+  return fold4(x, [](auto a, auto b) { return a + b; });
 }
 
 AF_INLINE Vec4 reduce_rows(VecF a, VecF b, VecF c, VecF d) {
-  Vec4 r0 = fold4(a), r1 = fold4(b), r2 = fold4(c), r3 = fold4(d);
+  Vec4 r0 = sum4(a), r1 = sum4(b), r2 = sum4(c), r3 = sum4(d);
   transpose4(r0, r1, r2, r3);
   return (r0 + r1) + (r2 + r3);
 }
@@ -264,7 +252,7 @@ AF_INLINE void softmax_group(float* s, int64_t n, float* m, float* l, float* alp
     store(s + c * kRows, prob);
     sum += prob;
   }
-  Vec4 sums = fold4(sum);
+  Vec4 sums = sum4(sum);
   for (int64_t r = 0; r < kRows; ++r) l[r] = l[r] * alpha[r] + sums[r];
 }
 

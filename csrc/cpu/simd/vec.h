@@ -279,27 +279,48 @@ AF_INLINE float to_float(float x) {
 // ---- horizontal reductions: a fixed tree, so that results never depend on anything but the data
 // ----
 
+// Halves of a wide vector. Intrinsics where there are registers for it: GCC 12 sends a cast through
+// a struct over the stack, and keeps whatever it comes from there too.
+typedef float Vec8 __attribute__((vector_size(32)));
 template <class V>
 struct Halves {
   V lo, hi;
 };
+#if ATTNFORGE_LANES == 16
+AF_INLINE Halves<Vec8> halves16(VecF x) {
+#if defined(__AVX512DQ__)
+  return {(Vec8)_mm512_castps512_ps256((__m512)x), (Vec8)_mm512_extractf32x8_ps((__m512)x, 1)};
+#else
+  return __builtin_bit_cast(Halves<Vec8>, x);
+#endif
+}
+#endif
+AF_INLINE Halves<Vec4> halves8(Vec8 x) {
+#if defined(__AVX__)
+  return {(Vec4)_mm256_castps256_ps128((__m256)x), (Vec4)_mm256_extractf128_ps((__m256)x, 1)};
+#else
+  return __builtin_bit_cast(Halves<Vec4>, x);
+#endif
+}
 
-// Folds a vector onto its low four lanes, then onto one. `op` is generic over vector width.
+// Folds a vector onto four lanes (lane i with i + 4, i + 8, ...). `op` is generic over vector
+// width.
+template <class Op>
+AF_INLINE Vec4 fold4(VecF x, [[maybe_unused]] Op op) {
+#if ATTNFORGE_LANES == 4
+  return x;
+#elif ATTNFORGE_LANES == 8
+  auto half = halves8(x);
+  return op(half.lo, half.hi);
+#else
+  auto wide = halves16(x);
+  auto half = halves8(op(wide.lo, wide.hi));
+  return op(half.lo, half.hi);
+#endif
+}
 template <class Op>
 AF_INLINE float reduce(VecF x, Op op) {
-#if ATTNFORGE_LANES == 16
-  typedef float Vec8 __attribute__((vector_size(32)));
-  auto wide = __builtin_bit_cast(Halves<Vec8>, x);
-  auto eight = op(wide.lo, wide.hi);
-#elif ATTNFORGE_LANES == 8
-  auto eight = x;
-#endif
-#if ATTNFORGE_LANES >= 8
-  auto half = __builtin_bit_cast(Halves<Vec4>, eight);
-  Vec4 four = op(half.lo, half.hi);
-#else
-  Vec4 four = x;
-#endif
+  Vec4 four = fold4(x, op);
   Vec4 two = op(four, Vec4{four[2], four[3], four[2], four[3]});
   return op(two, Vec4{two[1], two[1], two[1], two[1]})[0];
 }

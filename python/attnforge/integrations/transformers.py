@@ -90,6 +90,12 @@ def _materialise(x: Any) -> Any:
     return x
 
 
+def _import_masks() -> Any:
+    import transformers.masking_utils
+
+    return transformers.masking_utils
+
+
 def _closure(fn: Any) -> dict[str, Any]:
     cells = fn.__closure__ or ()
     return dict(zip(fn.__code__.co_freevars, (c.cell_contents for c in cells), strict=True))
@@ -177,7 +183,8 @@ def attention_mask(
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     if q_length is None:
         raise TypeError(f"{_WHERE}: the mask function needs q_length or cache_position")
-    if mask_function is None:
+    # The plain case first and by identity: it is the one that a graph can trace.
+    if mask_function is None or mask_function is _import_masks().causal_mask_function:
         known: Any = (Band(causal=True), None, None)
     else:
         known = _read_mask_function(mask_function)
@@ -221,7 +228,7 @@ def _evaluated_mask(
     if cache_position is not None:
         where = {"cache_position": cache_position}
     kwargs = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return importlib.import_module(_MASKS).sdpa_mask(
+    return _import_masks().sdpa_mask(
         batch_size=batch,
         kv_length=kv_len,
         kv_offset=kv_offset,
@@ -453,7 +460,7 @@ def enable(name: str = "attnforge") -> Handle:
             'without "flash", "/", "@", ":" and "|"'
         )
     attention = module.AttentionInterface
-    masks = importlib.import_module(_MASKS).AttentionMaskInterface
+    masks = _import_masks().AttentionMaskInterface
     for interface, function in ((attention, attention_forward), (masks, attention_mask)):
         taken = interface._global_mapping.get(name)
         if name == "eager" or taken not in (None, function):

@@ -17,17 +17,26 @@ A family describes its cases in `attnforge.testing.bench_<family>`; nothing here
 from __future__ import annotations
 
 import fnmatch
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from attnforge.testing.results import (
+    ErrorStat,
+    Goal,
+    Result,
+    Timing,
+    Versus,
+    from_json,
+    markdown_table,
+    render_table,
+    table_rows,
+    to_json,
+)
 from attnforge.testing.roofline import UNIT, Peaks, Resource, measure_peaks
 
 __all__ = [
@@ -62,18 +71,6 @@ Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called before each case with what runs next, and at the end."""
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorStat:
-    """Error against float64 on the same rounded inputs.
-
-    `max_abs` is in the tensor's own unit; `bound` is the largest fraction of the per-element error
-    bound that was used (above 1 is a failure), None where only the absolute error was taken.
-    """
-
-    max_abs: float
-    bound: float | None = None
-
-
 @dataclass(slots=True)
 class Workload:
     """What one case runs, with its inputs already made.
@@ -85,14 +82,6 @@ class Workload:
     candidate: Callable[[], object]
     peers: dict[str, Callable[[], object] | str]
     errors: Callable[[], dict[str, ErrorStat]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """A speed-up over one peer: what must be reached, and what is aimed for."""
-
-    at_least: float
-    aim: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,54 +104,6 @@ class Case:
     series: str = ""
     x: int = 0
     repeats: int = REPEATS
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds per call: the best and the median burst, and all of them."""
-
-    min_s: float
-    median_s: float
-    calls_per_burst: int
-    bursts_s: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Versus:
-    """The candidate against one peer: median and quartiles of the paired ratios (>1: faster)."""
-
-    peer: str
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    timing: Timing
-    rate: float
-    error: ErrorStat | None
-    goal: Goal | None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A measured case. `rate` and `peak` are in `unit`; `peak_fraction` is a paired median."""
-
-    name: str
-    title: str
-    family: str
-    unit: str
-    work: float
-    series: str
-    x: int
-    timing: Timing
-    rate: float
-    peak: float
-    peak_source: str
-    peak_fraction: float
-    peak_goal: float | None
-    error: ErrorStat | None
-    versus: list[Versus]
-    unavailable: dict[str, str]
-    repeats: int
-    steal_ticks: int
 
 
 def flash_cases(quick: bool = False) -> list[Case]:
@@ -341,130 +282,6 @@ def run_cases(
     if progress is not None:
         progress("done", total, total)
     return results
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
-
-
-def _err(stat: ErrorStat | None) -> str:
-    return "-" if stat is None or math.isnan(stat.max_abs) else f"{stat.max_abs:.1e}"
-
-
-HEADER = (
-    "case",
-    "min ms",
-    "median ms",
-    "rate",
-    "of peak",
-    "error",
-    "peer",
-    "peer ms",
-    "peer error",
-    "ratio",
-    "bar / aim",
-)
-
-
-def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The cells under `HEADER`: one row per peer, the case's own cells on its first row."""
-    rows: list[tuple[str, ...]] = []
-    for r in results:
-        own = (
-            r.title,
-            _ms(r.timing.min_s),
-            _ms(r.timing.median_s),
-            f"{r.rate:.1f} {r.unit}",
-            f"{r.peak_fraction:.0%}" + (f" (bar {r.peak_goal:.0%})" if r.peak_goal else ""),
-            _err(r.error),
-        )
-        rest = [
-            (
-                v.peer,
-                _ms(v.timing.median_s),
-                _err(v.error),
-                f"{v.ratio:.2f}x",
-                f"{v.goal.at_least:g}x / {v.goal.aim:g}x" if v.goal else "",
-            )
-            for v in r.versus
-        ]
-        rest += [(name, "not run", "-", "-", why[:40]) for name, why in r.unavailable.items()]
-        rest = rest or [("", "", "", "", "")]
-        for i, cells in enumerate(rest):
-            rows.append((own if i == 0 else ("",) * len(own)) + cells)
-    return rows
-
-
-def render_table(results: Sequence[Result]) -> str:
-    """The results as aligned plain text, the same in a terminal, a log and a pipe."""
-    rows = [HEADER, *table_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    text_columns = {0, 6, 10}
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = (
-            c.ljust(w) if i in text_columns else c.rjust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(HEADER), line(tuple("-" * w for w in widths)), *map(line, rows[1:])])
-
-
-def markdown_table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table, for the measurements page."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(results)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def to_json(results: Sequence[Result], env: Mapping[str, Any], peaks: Peaks | None = None) -> str:
-    """One JSON document: environment, same-run peaks, results with every burst."""
-    document = {
-        "schema": 1,
-        "environment": dict(env),
-        "peaks": peaks.as_dict() if peaks is not None else {},
-        "results": [asdict(r) for r in results],
-    }
-    return json.dumps(document, indent=1, sort_keys=True) + "\n"
-
-
-def from_json(text: str) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
-    """What `to_json` wrote: results, environment and peaks.
-
-    Raises:
-        ValueError: another schema.
-    """
-    document = json.loads(text)
-    if document.get("schema") != 1:
-        raise ValueError(f"attnforge.bench: unknown result schema {document.get('schema')!r}")
-
-    def error(raw: dict[str, Any] | None) -> ErrorStat | None:
-        return None if raw is None else ErrorStat(**raw)
-
-    results: list[Result] = []
-    for raw in document["results"]:
-        versus = [
-            Versus(
-                **{
-                    **v,
-                    "timing": Timing(**v["timing"]),
-                    "error": error(v["error"]),
-                    "goal": Goal(**v["goal"]) if v["goal"] else None,
-                }
-            )
-            for v in raw["versus"]
-        ]
-        results.append(
-            Result(
-                **{
-                    **raw,
-                    "timing": Timing(**raw["timing"]),
-                    "error": error(raw["error"]),
-                    "versus": versus,
-                }
-            )
-        )
-    return results, document["environment"], document["peaks"]
 
 
 def set_threads(threads: int | None) -> int:

@@ -3,9 +3,9 @@
 Every implementation gets the layout that suits it: attnforge `[B, S, H, D]`, torch's
 `scaled_dot_product_attention` contiguous `[B, H, S, D]`. Nobody is timed while it transposes.
 
-Errors are against the float64 reference backend on the same rounded inputs: some query rows of the
-first and last KV head for a forward, all rows of the first KV head for gradients (float64 for
-everything would take longer than the benchmark).
+Errors are against float64 from the same rounded inputs: some query rows of the first and the last
+KV head for a forward, all rows of the first KV head for gradients (float64 for everything would
+take longer than the benchmark).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 
 import attnforge
 from attnforge.ops import flash as flash_op
+from attnforge.testing import oracle
 from attnforge.testing.bench import QUICK_REPEATS, REPEATS, Case, ErrorStat, Goal, Workload
+from attnforge.testing.oracle import Truth
 
 __all__ = [
     "PEERS",
@@ -39,7 +41,7 @@ Mode = Literal["forward", "train", "decode"]
 _DTYPE_NAME = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SWEEP_REPEATS = 7
 _ERROR_ROWS = 16  # query rows per sampled slice
-# Gradients in float64 hold about six [S, S] matrices: 0.8 GB at 4096.
+# Gradients in float64 hold about ten [S, S] matrices: 1.3 GB at 4096.
 _ERROR_MAX_TRAIN_SEQ = 4096
 
 
@@ -243,70 +245,53 @@ def _row_slices(q_len: int) -> list[tuple[int, int]]:
     return [(s, s + _ERROR_ROWS) for s in starts]
 
 
-def _forward_truth(shape: Shape, t: Tensors) -> list[tuple[slice, slice, torch.Tensor]]:
-    """(query rows, query heads, float64 output) of the sampled rows of first and last KV head."""
-    truth: list[tuple[slice, slice, torch.Tensor]] = []
+Sample = tuple[int, slice, slice, Truth]  # (result, rows, heads, float64 truth and bounds)
+
+
+def _forward_samples(shape: Shape, t: Tensors) -> list[Sample]:
+    """Sampled query rows of the first and the last KV head."""
     group = shape.q_heads // shape.kv_heads
     offset = shape.kv_len - shape.q_len  # bottom-right alignment
+    options = {"causal": shape.causal, "window_size": shape.window_size}
+    samples: list[Sample] = []
     for head in sorted({0, shape.kv_heads - 1}):
-        q, k, v = (_kv_head(x, head, shape.kv_heads).double() for x in (t.q, t.k, t.v))
+        q, k, v = (_kv_head(x, head, shape.kv_heads) for x in (t.q, t.k, t.v))
         for begin, end in _row_slices(shape.q_len):
             # Cutting the keys at the last visible one keeps the alignment of the slice's own rows.
             masked = shape.causal or shape.window > 0
             keys = end + offset if masked else shape.kv_len
-            out: torch.Tensor = attnforge.flash_attention(
-                q[:, begin:end],
-                k[:, :keys],
-                v[:, :keys],
-                causal=shape.causal,
-                window_size=shape.window_size,
-                backend="reference",
-            )
-            truth.append((slice(begin, end), slice(head * group, (head + 1) * group), out))
-    return truth
+            truth = oracle.truth(q[:, begin:end], k[:, :keys], v[:, :keys], options)
+            heads = slice(head * group, (head + 1) * group)
+            samples.append((0, slice(begin, end), heads, truth))
+    return samples
 
 
-def _train_truth(shape: Shape, t: Tensors) -> tuple[torch.Tensor, ...]:
-    """float64 dq, dk, dv of the first KV head and its query heads."""
-    q, k, v, dout = (_kv_head(x, 0, shape.kv_heads).double() for x in (t.q, t.k, t.v, t.dout))
-
-    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = attnforge.flash_attention(
-            q, k, v, causal=shape.causal, window_size=shape.window_size, backend="reference"
-        )
-        return out
-
-    return _trained(forward, q, k, v, dout)()
-
-
-def _max_abs(got: torch.Tensor, want: torch.Tensor) -> float:
-    error = float((got.double() - want).abs().max())
-    return error if not math.isnan(error) else math.inf
+def _errors(outputs: tuple[torch.Tensor, ...], samples: Iterable[Sample], names: str) -> ErrorStat:
+    """Largest absolute error, and largest fraction of the per-element bound, over the samples."""
+    worst, used = 0.0, 0.0
+    for result, rows, heads, truth in samples:
+        name = names.split()[result]
+        error = (outputs[result][:, rows, heads].double() - truth.values[name]).abs()
+        if not bool(error.isfinite().all()):
+            return ErrorStat(math.inf, math.inf)
+        worst = max(worst, float(error.max()))
+        used = max(used, float((error / truth.bounds[name]).max()))
+    return ErrorStat(worst, used)
 
 
 def measure_errors(shape: Shape, t: Tensors, runners: dict[str, Runner]) -> dict[str, ErrorStat]:
-    """Largest absolute error of every runner over the sampled outputs (or gradients)."""
-    if shape.mode == "train":
-        if shape.q_len > _ERROR_MAX_TRAIN_SEQ:
-            return {}
-        grads = _train_truth(shape, t)
-        return {
-            name: ErrorStat(
-                max(
-                    _max_abs(_kv_head(got, 0, shape.kv_heads), want)
-                    for got, want in zip(runner.outputs(), grads, strict=True)
-                )
-            )
-            for name, runner in runners.items()
-        }
-    truth = _forward_truth(shape, t)
-    stats: dict[str, ErrorStat] = {}
-    for name, runner in runners.items():
-        (out,) = runner.outputs()
-        stats[name] = ErrorStat(
-            max(_max_abs(out[:, rows, heads], want) for rows, heads, want in truth)
-        )
-    return stats
+    """Errors of every runner over the sampled outputs, or over dq, dk and dv of one head."""
+    if shape.mode != "train":
+        samples = _forward_samples(shape, t)
+        return {name: _errors(r.outputs(), samples, "out") for name, r in runners.items()}
+    if shape.q_len > _ERROR_MAX_TRAIN_SEQ:
+        return {}
+    q, k, v, dout = (_kv_head(x, 0, shape.kv_heads) for x in (t.q, t.k, t.v, t.dout))
+    options = {"causal": shape.causal, "window_size": shape.window_size}
+    truth = oracle.truth(q, k, v, options, dout)
+    every, group = slice(None), shape.q_heads // shape.kv_heads
+    samples = [(i, every, slice(0, group if i == 0 else 1), truth) for i in range(3)]
+    return {name: _errors(r.outputs(), samples, "dq dk dv") for name, r in runners.items()}
 
 
 def build(shape: Shape, peers: Iterable[str], backend: str | None = None) -> Workload:

@@ -148,10 +148,8 @@ def summary_table(results: Sequence[bench.Result]) -> str:
         for v in r.versus:
             ours = f"{r.error.max_abs:.1e}" if r.error else "-"
             theirs = f" ({v.error.max_abs:.1e})" if v.error else ""
-            rate = f"{r.rate:.0f} {r.unit}"
-            rows.append(
-                [r.title, v.peer, f"{v.ratio:.2f}x", rate, f"{r.peak_fraction:.0%}", ours + theirs]
-            )
+            cells = [r.title, v.peer, f"{v.ratio:.2f}x", f"{r.rate:.0f} {r.unit}"]
+            rows.append([*cells, f"{r.peak_fraction:.0%}", ours + theirs])
     return _table(rows)
 
 

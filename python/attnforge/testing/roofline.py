@@ -34,8 +34,9 @@ UNIT: dict[Resource, Unit] = {"compute": "GFLOP/s", "read": "GB/s"}
 _MM_SIZE = 1024
 # 256 MiB: eight times a 32 MiB last-level cache, so what the caches keep is below 1/8.
 _READ_BYTES = 256 * 2**20
-# Rounds of the register-resident FMA loop: milliseconds, so that starting the threads is noise.
-_FMA_ROUNDS = 1 << 20
+# Rounds of the FMA loop, each a register tile over 256 steps (50 to 200 kFLOP per thread by ISA):
+# milliseconds, so that starting the threads is noise.
+_FMA_ROUNDS = 1 << 12
 # One probe burst. The protocol caps every burst at 100 ms.
 _BURST_S = 0.04
 
