@@ -361,8 +361,8 @@ def small_model(kind: str, config: dict[str, Any]) -> Model:
     return model
 
 
-def ids(*lengths: int) -> list[list[int]]:
-    torch.manual_seed(11)
+def ids(*lengths: int, seed: int = 11) -> list[list[int]]:
+    torch.manual_seed(seed)
     return [torch.randint(4, 97, (n,)).tolist() for n in lengths]
 
 
@@ -466,17 +466,23 @@ def test_cross_attention() -> None:
 
 def test_training_of_sinks() -> None:
     model = small_model(*DECODERS["gpt-oss, sinks and window"])
-    batch = pad(ids(13, 9), "left")
+    batches = [pad(ids(13, 9, seed=seed), "left") for seed in range(4)]
 
     def gradients(net: Model, name: str = "") -> Tensor:
+        """Of each batch: eight sinks, sums over rows that nearly cancel."""
         if name:
             net.set_attn_implementation(name)
-        net.zero_grad()
-        real(batch, net(**batch).logits).pow(2).sum().backward()
-        return torch.cat([p.grad.flatten() for n, p in net.named_parameters() if "sinks" in n])
+        found = []
+        for batch in batches:
+            net.zero_grad()
+            real(batch, net(**batch).logits).pow(2).sum().backward()
+            found += [p.grad.double() for n, p in net.named_parameters() if "sinks" in n]
+        return torch.cat(found)
 
     truth = in_float64(model, gradients)
-    check(gradients(model, NAME), gradients(model, "eager"), truth)
+    ours, torch32 = ((gradients(model, n) - truth).norm() for n in (NAME, "eager"))
+    assert 0 < torch32 < 1e-4 * truth.norm()
+    assert ours <= 2 * torch32
 
 
 @pytest.mark.plain_memory
