@@ -146,7 +146,7 @@ def _bench(
         typer.echo(
             f"same-run peak, {name}: {entry['peak']:.1f} {entry['unit']} ({entry['source']})"
         )
-    typer.echo(f"steal ticks during the run: {sum(r.steal_ticks for r in results)}")
+    typer.echo(bench.load_note(results))
     typer.echo(
         "ratio: median of paired bursts, above 1 attnforge is faster\n"
         "error: max |x - float64| [largest fraction of the per-element error bound]"

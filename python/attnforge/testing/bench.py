@@ -7,7 +7,7 @@ Protocol (the same for every family):
 - a burst is as many calls as fit into 80 ms (one call if a call is longer);
 - the headline is the **median of the paired ratios** peer / candidate, where a pair comes from
   one repeat, so that a slow second of a shared machine hits both sides; minimum and median times
-  stand beside it, and the steal ticks that the kernel counted meanwhile;
+  stand beside it, with the steal ticks and the load by other processes meanwhile;
 - the fraction of peak is paired in the same way with a probe burst of that repeat;
 - every number carries its error against float64 and an environment block.
 
@@ -17,6 +17,7 @@ A family describes its cases in `attnforge.testing.bench_<family>`; nothing here
 from __future__ import annotations
 
 import fnmatch
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from attnforge.testing.results import (
     Timing,
     Versus,
     from_json,
+    load_note,
     markdown_table,
     render_table,
     table_rows,
@@ -51,13 +53,13 @@ __all__ = [
     "family_cases",
     "flash_cases",
     "from_json",
+    "load_note",
     "markdown_table",
     "render_table",
     "run_case",
     "run_cases",
     "select_cases",
     "set_threads",
-    "steal_ticks",
     "table_rows",
     "to_json",
 ]
@@ -132,13 +134,34 @@ def select_cases(cases: Sequence[Case], pattern: str | None) -> list[Case]:
     return [c for c in cases if fnmatch.fnmatchcase(c.name, glob)]
 
 
-def steal_ticks() -> int:
-    """Ticks (usually 10 ms) taken from this machine by its host since boot; 0 if not counted."""
+def _cpu_ticks() -> list[int]:
+    """The machine's counters: user nice system idle iowait irq softirq steal ..., in ticks."""
     try:
         first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return int(first[8])
+        return [int(x) for x in first[1:9]]
     except (OSError, IndexError, ValueError):
-        return 0
+        return [0] * 8
+
+
+@dataclass(slots=True)
+class _Load:
+    """What the machine did beside us since this object was made: the honesty of a timing."""
+
+    ticks: list[int] = field(default_factory=_cpu_ticks)
+    own: float = field(default_factory=lambda: sum(os.times()[:2]))
+    begin: float = field(default_factory=time.perf_counter)
+
+    def steal_ticks(self) -> int:
+        """Ticks (usually 10 ms) that the host took from this machine."""
+        return _cpu_ticks()[7] - self.ticks[7]
+
+    def other_cores(self) -> float:
+        """Cores that other processes kept busy, on average."""
+        busy = [now - then for now, then in zip(_cpu_ticks(), self.ticks, strict=True)]
+        seconds = sum(busy[i] for i in (0, 1, 2, 5, 6)) / os.sysconf("SC_CLK_TCK")
+        own = sum(os.times()[:2]) - self.own
+        elapsed = max(time.perf_counter() - self.begin, 1e-9)
+        return max(0.0, (seconds - own) / elapsed)
 
 
 def _burst(run: Callable[[], object], calls: int) -> float:
@@ -192,7 +215,7 @@ def run_case(
     times: dict[str, list[float]] = {name: [] for name in runs}
     peak_rates: list[float] = []
     order = [*runs, "peak"]
-    steal = steal_ticks()
+    load = _Load()
     for repeat in range(case.repeats):
         turn = repeat % len(order)
         for name in order[turn:] + order[:turn]:
@@ -201,7 +224,7 @@ def run_case(
                 peak_rates.append(probe.burst())
             else:
                 times[name].append(_burst(runs[name], calls[name]))
-    steal = steal_ticks() - steal
+    steal, others = load.steal_ticks(), load.other_cores()
 
     errors = workload.errors() if workload.errors is not None else {}
     timings = {
@@ -246,6 +269,7 @@ def run_case(
         unavailable=unavailable,
         repeats=case.repeats,
         steal_ticks=steal,
+        other_cores=others,
     )
 
 

@@ -136,7 +136,8 @@ def measured(root: Path, table_only: bool = False) -> str:
         else:
             table = bench.markdown_table(rows)
             parts.append(
-                f"### {title}\n\nFrom {source}.\n\n{environment_table(env, peaks)}\n{table}\n"
+                f"### {title}\n\nFrom {source}.\n\n{environment_table(env, peaks)}\n{table}\n\n"
+                f"{bench.load_note(rows).capitalize()}.\n"
             )
     return "\n".join(parts) or "No results are committed yet.\n"
 

