@@ -38,13 +38,16 @@ def tensors(b: int, s: int, t: int, grad: bool) -> list[Tensor]:
     return [torch.randn(shape).requires_grad_(grad) for shape in shapes]
 
 
-SHAPES = [(2, 6, 9), (3, 11, 20), (5, 40, 40), (4, 17, 3), (7, 2, 31)]
+# Sizes of the first differ from each other and from the constants: torch guards equal ones.
+SHAPES = [(3, 6, 9), (2, 11, 20), (5, 40, 40), (4, 17, 3), (7, 2, 31)]
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_dynamic_shapes(backend: str, grad: bool) -> None:
-    # check 78: no graph break, at most 2 compilations over 5 shapes, the same bits
+    # check 78: no graph break, the first shape's graph serves five, the same bits
     fn, counter = compiled(attention)
+    fn(*tensors(*SHAPES[0], grad), backend=backend)
+    first = counter.frame_count  # 2 if Dynamo started anew, to make the scale a constant
     for shape in SHAPES:
         args = tensors(*shape, grad)
         got, want = fn(*args, backend=backend), attention(*args, backend=backend)
@@ -55,7 +58,7 @@ def test_dynamic_shapes(backend: str, grad: bool) -> None:
             for a, b in zip(torch.autograd.grad(got, args, cotangents),
                             torch.autograd.grad(want, args, cotangents), strict=True):  # fmt: skip
                 assert torch.equal(a, b)
-    assert counter.frame_count <= 2
+    assert counter.frame_count == first <= 2
 
 
 def test_marked_dynamic(backend: str) -> None:
@@ -87,6 +90,7 @@ def test_varlen_decode_and_merge(backend: str) -> None:
         return packed, *attnforge.merge_states(*zip(*parts, strict=True), backend=backend)
 
     fn, counter = compiled(step)
+    counts = []
     for total in (9, 14, 30):
         q, k, v = (torch.randn(total, h, 16) for h in (4, 2, 2))
         cu = torch.tensor([0, 4, 4, total], dtype=torch.int32)
@@ -94,7 +98,8 @@ def test_varlen_decode_and_merge(backend: str) -> None:
         args = (q, k, v, cu, torch.randn(4), used)
         for a, b in zip(fn(*args), step(*args), strict=True):
             assert torch.equal(a, b)
-    assert counter.frame_count <= 2
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 def test_same_tensor_as_q_k_and_v(backend: str) -> None:
@@ -124,10 +129,12 @@ def test_override_is_a_guard(cpu: str) -> None:
         with attnforge.backend(name):
             wants[name] = attnforge.flash_attention(q, q, q)
     assert not torch.equal(wants["reference"], wants[cpu])
-    for name in ("reference", cpu, "reference"):
+    counts = []
+    for name in ("reference", cpu, "reference", cpu):
         with attnforge.backend(name):
             assert torch.equal(fn(q), wants[name])
-    assert counter.frame_count == 2
+        counts.append(counter.frame_count)
+    assert counts[0] < counts[1] == counts[2] == counts[3]
 
 
 def test_errors_survive_compilation(backend: str) -> None:
