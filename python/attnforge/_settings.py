@@ -13,7 +13,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["BACKEND", "CACHE_DIR", "CPU_ISA", "DEBUG", "backend", "cache_dir", "cpu_isa", "debug"]
+__all__ = [
+    "BACKEND",
+    "CACHE_DIR",
+    "CPU_ISA",
+    "DEBUG",
+    "backend",
+    "cache_dir",
+    "cpu_isa",
+    "debug",
+    "stay_offline",
+]
 
 BACKEND = "ATTNFORGE_BACKEND"
 CPU_ISA = "ATTNFORGE_CPU_ISA"
@@ -43,3 +53,11 @@ def cache_dir() -> Path:
 def debug() -> bool:
     """Whether full checks are on from the start."""
     return os.environ.get(DEBUG, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def stay_offline() -> None:
+    """Keep Hugging Face libraries off the network, unless the user has said otherwise.
+
+    Only for files that are on this machine; takes effect if those libraries are not imported yet.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

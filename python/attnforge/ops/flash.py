@@ -338,6 +338,8 @@ def flash_decode(
 
 
 def _merge_requests(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Sequence[Request]:
+    # Shapes are described with the dtype of the outputs; an LSE is fp32 beside all but fp64.
+    lses = [x.float() if x.is_meta and x.dtype is not torch.float64 else x for x in lses]
     _checks.merge_parts("merge_states", outs, lses)
     meta = (outs[0].device, outs[0].dtype, outs[0].shape[-1])
     return [_flash_ops.merge_request("merge_states", meta)]
