@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import statistics
 import sys
@@ -90,7 +91,7 @@ def _step(what: str) -> Iterator[None]:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
             bar.add_task(what, total=None)
             yield
     else:
@@ -119,9 +120,10 @@ def load_model() -> tuple[Any, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a second progress bar
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
+        )
     return model.eval(), tokenizer
 
 
