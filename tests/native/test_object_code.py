@@ -80,10 +80,12 @@ def inner_loops(function: Function) -> list[list[str]]:
 
 
 def product_loops(function: Function) -> list[list[str]]:
+    """Inner loops of multiplications. One that calls (`log`, per row) saves registers by ABI."""
     return [
         body
         for body in inner_loops(function)
         if sum(bool(MULTIPLY.match(text)) for text in body) >= MIN_MULTIPLIES
+        and not any(text.startswith("call") for text in body)
     ]
 
 
@@ -185,3 +187,5 @@ def test_the_checker_sees_a_spill() -> None:
         assert spills(function, body) == unframed
         function.code.insert(0, (0x10, "mov    rbp,rsp"))
         assert spills(function, body) == framed
+        function.code.insert(-1, (0x2C, "call   40 <log>"))
+        assert product_loops(function) == []

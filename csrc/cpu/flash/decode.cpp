@@ -6,14 +6,15 @@
 // the machine or the batch, so neither do results.
 //
 //   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
-//   read
-//              from memory once, from L1 once per four rows
-//   chunk      a few KiB of K and V: scores [key][4], online softmax on that layout, then P V
-//   QK         dot products, 2 keys x 4 rows of accumulators; 4 rows are reduced by one transpose
+//              read from memory once, from cache once per four rows
+//   chunk      8 KiB of K and as much V: scores [key][4], online softmax on that layout, then P V
+//   QK         dot products, 2 (4 with 32 registers) keys x 4 rows of accumulators; a transposing
+//              tree reduces a vector's worth of them at once
 //   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
+//   bf16       widened in pairs, even and odd elements apart: a shift and a mask. Q is stored in
+//              that order; O is accumulated in it and put right when it is written
 //   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
-//   the
-//              range, so that a memory page is walked once. Heads stored as planes go one by one
+//              the range, so that a memory page is walked once. Planes of heads go one by one
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
@@ -33,7 +34,7 @@ namespace {
 
 constexpr int64_t kRows = 4;          // rows of a register group
 constexpr int64_t kSplitKeys = 2048;  // 1-2 MiB of K and V: tasks enough for any core count at 32k
-constexpr int64_t kChunkBytes = 4 << 10;  // of K: with V and the next K a part of L1
+constexpr int64_t kChunkBytes = 8 << 10;  // of K: with V and the next K a part of L1
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
 constexpr int64_t kColumnVectors = kLanes == 16 ? 4 : 2;  // PV: 16 or 8 accumulators
@@ -84,42 +85,43 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
 
 // ---- QK: scores [key][kRows] ----
 
-AF_INLINE Vec4 sum4(VecF x) {
-  return fold4(x, [](auto a, auto b) { return a + b; });
-}
+// Keys per step: the dot products of kDotKeys keys and four rows fill whole vectors.
+constexpr int kDotKeys = kLanes == 16 ? 4 : 2;
 
-AF_INLINE Vec4 reduce_rows(VecF a, VecF b, VecF c, VecF d) {
-  Vec4 r0 = sum4(a), r1 = sum4(b), r2 = sum4(c), r3 = sum4(d);
-  transpose4(r0, r1, r2, r3);
-  return (r0 + r1) + (r2 + r3);
-}
-
-// Two keys against R rows; q rows are ldq apart and zero-padded to whole vectors.
 template <int R, class T>
-AF_INLINE void dot_pair(const float* q, int64_t ldq, const T* k0, const T* k1, int64_t dim,
+AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKeys], int64_t dim,
                         float* s) {
-  VecF a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
-  auto step = [&](int64_t d, VecF x, VecF y) __attribute__((always_inline)) {
-    VecF q0 = load(q + d);
-    a0 = fma(q0, x, a0), b0 = fma(q0, y, b0);
-    if constexpr (R > 1) {
-      VecF q1 = load(q + ldq + d);
-      a1 = fma(q1, x, a1), b1 = fma(q1, y, b1);
-    }
-    if constexpr (R > 2) {
-      VecF q2 = load(q + 2 * ldq + d);
-      a2 = fma(q2, x, a2), b2 = fma(q2, y, b2);
-    }
-    if constexpr (R > 3) {
-      VecF q3 = load(q + 3 * ldq + d);
-      a3 = fma(q3, x, a3), b3 = fma(q3, y, b3);
+  VecF acc[kDotKeys * kRows]{};  // [key][row]
+  auto step = [&](int64_t d, const VecF(&x)[kDotKeys]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      VecF row = load(q + r * ldq + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kDotKeys; ++j) acc[j * kRows + r] = fma(row, x[j], acc[j * kRows + r]);
     }
   };
+  VecF x[kDotKeys];
   int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) step(d, load(k0 + d), load(k1 + d));
-  if (d < dim) step(d, load_partial(k0 + d, dim - d), load_partial(k1 + d, dim - d));
-  store4(s, reduce_rows(a0, a1, a2, a3));
-  store4(s + kRows, reduce_rows(b0, b1, b2, b3));
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<0>(k[j] + d);
+    step(d, x);
+#pragma GCC unroll 4
+    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<1>(k[j] + d);
+    step(d + kLanes, x);
+  }
+  // What pairs leave is at most two vectors: no loop, in which the sums would live on the stack.
+  auto tail = [&]() __attribute__((always_inline)) {
+    if (d >= dim) return;
+#pragma GCC unroll 4
+    for (int j = 0; j < kDotKeys; ++j) x[j] = load_partial(k[j] + d, dim - d);
+    step(d, x);
+    d += kLanes;
+  };
+  tail();
+  tail();
+#pragma GCC unroll 2
+  for (int i = 0; i < kDotKeys * kRows; i += kLanes) store(s + i, sum_each(acc + i));
 }
 
 // Into L2: as many requests for L1 fill its miss queue and halve the rate (measured, Zen 4: 43% of
@@ -141,25 +143,23 @@ struct Keys {
 template <int R, class T>
 [[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys<T>& keys, int64_t n,
                                      int64_t dim, int64_t v_dim, bool prefetch, float* s) {
-  for (int64_t c = 0; c < n; c += 2) {
-    const T* k0 = keys.k + c * keys.k_stride;
-    const T* k1 = c + 1 < n ? k0 + keys.k_stride : k0;
-    if (prefetch) {
-      const T* v0 = keys.v + c * keys.v_stride;
-      prefetch_row(v0, v_dim);
-      if (c + 1 < n) prefetch_row(v0 + keys.v_stride, v_dim);
-      if (keys.next_k) {
-        prefetch_row(keys.next_k + c * keys.k_stride, dim);
-        prefetch_row(keys.next_k + (c + 1) * keys.k_stride, dim);
+  for (int64_t c = 0; c < n; c += kDotKeys) {
+    const T* k[kDotKeys];
+    for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
+      const int64_t key = min64(c + j, n - 1);
+      k[j] = keys.k + key * keys.k_stride;
+      if (prefetch) {
+        prefetch_row(keys.v + key * keys.v_stride, v_dim);
+        if (keys.next_k) prefetch_row(keys.next_k + key * keys.k_stride, dim);
       }
     }
-    dot_pair<R>(q, ldq, k0, k1, dim, s + c * kRows);
+    dot_keys<R>(q, ldq, k, dim, s + c * kRows);
   }
 }
 
 // ---- PV: O[r] += sum over keys of p[key][r] * V[key] ----
 
-template <int R, int NV, bool kTail, class T>
+template <int R, int NV, class T>
 AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t n, int64_t tail,
                              float* o, int64_t ldo) {
   VecF acc[R][NV];
@@ -169,8 +169,12 @@ AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
   for (int64_t c = 0; c < n; ++c, p += kRows, v += stride) {
     VecF x[NV];
+    if constexpr (NV == 1) x[0] = load_partial(v, tail);
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) x[j] = kTail ? load_partial(v, tail) : load(v + j * kLanes);
+    for (int j = 0; j + 1 < NV; j += 2) {
+      x[j] = load_pair<0>(v + j * kLanes);
+      x[j + 1] = load_pair<1>(v + j * kLanes);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       VecF weight = splat(p[r]);
@@ -189,12 +193,14 @@ template <int R, class T>
                                     int64_t dim, float* o, int64_t ldo) {
   int64_t d = 0;
   for (; d + kColumnVectors * kLanes <= dim; d += kColumnVectors * kLanes) {
-    weigh_columns<R, kColumnVectors, false>(p, v + d, stride, n, 0, o + d, ldo);
+    weigh_columns<R, kColumnVectors>(p, v + d, stride, n, 0, o + d, ldo);
   }
-  for (; d + kLanes <= dim; d += kLanes) {
-    weigh_columns<R, 1, false>(p, v + d, stride, n, 0, o + d, ldo);
+  if constexpr (kColumnVectors > 2) {  // pairs, as many as there are: the order of Q K and of O
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+      weigh_columns<R, 2>(p, v + d, stride, n, 0, o + d, ldo);
+    }
   }
-  if (d < dim) weigh_columns<R, 1, true>(p, v + d, stride, n, dim - d, o + d, ldo);
+  for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, v + d, stride, n, dim - d, o + d, ldo);
 }
 
 template <int N>
@@ -237,22 +243,26 @@ AF_INLINE void softmax_group(float* s, int64_t n, float* m, float* l, float* alp
   fill(s, n * kRows, padded * kRows, -kInf);
   VecF top = splat(-kInf);
   for (int64_t c = 0; c < padded; c += kStep) top = vmax(load(s + c * kRows), top);
-  float tops[kLanes], base[kRows];
-  store(tops, top);
+  Vec4 tops = fold4(top, [](auto a, auto b) { return a > b ? a : b; });
+  float base[kRows], step[kRows];
+  bool moved = false;
   for (int64_t r = 0; r < kRows; ++r) {
-    float m_new = m[r];
-    for (int64_t i = r; i < kLanes; i += kRows) m_new = tops[i] > m_new ? tops[i] : m_new;
-    alpha[r] = m_new == m[r] ? 1.0f : m[r] == -kInf ? 0.0f : exp2(splat(m[r] - m_new))[0];
+    float m_new = tops[r] > m[r] ? tops[r] : m[r];
+    step[r] = m_new == m[r] ? 0.0f : m[r] - m_new;
+    moved |= m_new != m[r];
     m[r] = m_new;
     base[r] = m_new == -kInf ? 0.0f : m_new;
   }
+  VecF factor = splat(1.0f);
+  if (moved) factor = exp2(repeat4(step));
+  for (int64_t r = 0; r < kRows; ++r) alpha[r] = factor[r];
   VecF bases = repeat4(base), sum{};
   for (int64_t c = 0; c < padded; c += kStep) {
     VecF prob = exp2(load(s + c * kRows) - bases);
     store(s + c * kRows, prob);
     sum += prob;
   }
-  Vec4 sums = sum4(sum);
+  Vec4 sums = fold4(sum, [](auto a, auto b) { return a + b; });
   for (int64_t r = 0; r < kRows; ++r) l[r] = l[r] * alpha[r] + sums[r];
 }
 
@@ -373,7 +383,12 @@ AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, cons
       const int64_t head = kv_head * plan.group + (r0 + r) / seq.q_len, i = (r0 + r) % seq.q_len;
       const T* src = row_ptr<const T>(params.q, seq.batch, seq.q_row + i, head);
       float* dst = q + (r0 + r) * plan.ldq;
-      for (int64_t d = 0; d < p.head_dim; d += kLanes) {
+      int64_t d = 0;
+      for (; d + 2 * kLanes <= p.head_dim; d += 2 * kLanes) {
+        store(dst + d, load_pair<0>(src + d) * splat(q_scale));
+        store(dst + d + kLanes, load_pair<1>(src + d) * splat(q_scale));
+      }
+      for (; d < p.head_dim; d += kLanes) {
         store(dst + d, load_partial(src + d, p.head_dim - d) * splat(q_scale));
       }
       g.keys[r] = visible_keys(p, seq, i);
@@ -461,6 +476,12 @@ AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const 
     const int64_t head = kv_head * plan.group + r / seq.q_len, i = r % seq.q_len;
     const RowEnd end = finish_softmax(m, l, p.sinks ? p.sinks[head] : -kInf);
     *stat_ptr(params.lse, seq, head, i) = end.lse;
+    for (int64_t d = 0; d + 2 * kLanes <= p.v_head_dim; d += 2 * kLanes) {
+      VecF x = load(o + d), y = load(o + d + kLanes);
+      unpair(T{}, x, y);
+      store(o + d, x);
+      store(o + d + kLanes, y);
+    }
     T* lo =
         params.out_lo.data ? row_ptr<T>(params.out_lo, seq.batch, seq.q_row + i, head) : nullptr;
     store_output(o, end.scale, p.v_head_dim, row_ptr<T>(params.out, seq.batch, seq.q_row + i, head),

@@ -230,6 +230,32 @@ AF_INLINE void store_partial(T* p, VecF x, int64_t n) {
   }
 }
 
+// One of the two vectors that 2 kLanes consecutive elements make in pair order: the order in which
+// they are cheapest to widen. bf16 gives the even elements, then the odd ones (a shift and a mask,
+// no shuffle); the other types give the order of memory. Sums over elements do not care; unpair()
+// restores what was summed element by element.
+template <int kHalf, class T>
+AF_INLINE VecF load_pair(const T* p) {
+  return load(p + kHalf * kLanes);
+}
+template <int kHalf>
+AF_INLINE VecF load_pair(const BFloat16* p) {
+  VecU raw = load_raw<VecU>(p);
+  return bits_to_float(kHalf == 0 ? raw << 16 : raw & 0xffff0000u);
+}
+template <class T>
+AF_INLINE void unpair(T, VecF&, VecF&) {}
+AF_INLINE void unpair(BFloat16, VecF& x, VecF& y) {
+  VecI low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  VecF even = x, odd = y;
+  x = __builtin_shuffle(even, odd, low);
+  y = __builtin_shuffle(even, odd, high);
+}
+
 // Four consecutive elements, whatever kLanes is: the unit of the packing transposes.
 AF_INLINE Vec4 load4(const float* p) {
   return load_raw<Vec4>(p);
@@ -329,6 +355,41 @@ AF_INLINE float reduce_add(VecF x) {
 }
 AF_INLINE float reduce_max(VecF x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// Lane i gets the sum over the lanes of x[i], for kLanes vectors: a transposing tree, 3 kLanes
+// instructions where kLanes separate folds take six times as many.
+AF_INLINE VecF sum_each(const VecF* x) {
+  VecI low1, high1, low2, high2;
+  for (int i = 0; i < kLanes; ++i) {
+    low1[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes;  // unpcklps
+    high1[i] = low1[i] + 2;
+    low2[i] = i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes;  // unpcklpd
+    high2[i] = low2[i] + 2;
+  }
+  auto add1 = [&](VecF a, VecF b) __attribute__((always_inline)) {
+    return __builtin_shuffle(a, b, low1) + __builtin_shuffle(a, b, high1);
+  };
+  auto four = [&](const VecF* v) __attribute__((always_inline)) {  // sums within 128 bits
+    VecF a = add1(v[0], v[1]), b = add1(v[2], v[3]);
+    return __builtin_shuffle(a, b, low2) + __builtin_shuffle(a, b, high2);
+  };
+#if ATTNFORGE_LANES == 4
+  return four(x);
+#elif ATTNFORGE_LANES == 8
+  VecF a = four(x), b = four(x + 4);
+  return __builtin_shuffle(a, b, VecI{0, 1, 2, 3, 8, 9, 10, 11}) +
+         __builtin_shuffle(a, b, VecI{4, 5, 6, 7, 12, 13, 14, 15});
+#else
+  auto halves = [](VecF a, VecF b) __attribute__((always_inline)) {
+    return __builtin_shuffle(a, b, VecI{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}) +
+           __builtin_shuffle(a, b,
+                             VecI{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+  };
+  VecF a = halves(four(x), four(x + 4)), b = halves(four(x + 8), four(x + 12));
+  return __builtin_shuffle(a, b, VecI{0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27}) +
+         __builtin_shuffle(a, b, VecI{4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+#endif
 }
 
 // ---- elementary functions ----
