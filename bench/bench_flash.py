@@ -9,6 +9,7 @@ implementation over time (`--benchmark-compare`). Ratios between implementations
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,33 +18,30 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 from attnforge.testing.bench import Workload, flash_cases
-from attnforge.testing.bench_flash import PEERS
 
-_CASES = flash_cases(quick=True)
-_IMPLEMENTATIONS = ["attnforge", *PEERS]
-
-
-@pytest.fixture(scope="module", params=_CASES, ids=lambda case: case.name)
-def built(request: pytest.FixtureRequest) -> tuple[str, float, str, Workload]:
-    """One case with its inputs, shared by its implementations and freed after them."""
-    case = request.param
-    return case.name, case.work, case.resource, case.build(None)
+_CASES = {case.name: case for case in flash_cases(quick=True)}
+_RUNS = [
+    (name, implementation)
+    for name, case in _CASES.items()
+    for implementation in ("attnforge", *case.peers)
+]
 
 
-@pytest.mark.parametrize("implementation", _IMPLEMENTATIONS)
-def test_flash(
-    benchmark: Any, built: tuple[str, float, str, Workload], implementation: str
-) -> None:
-    name, work, resource, workload = built
-    run: Callable[[], object] | str | None = workload.candidate
+@functools.lru_cache(maxsize=1)  # one case's inputs at a time, shared by its implementations
+def _built(name: str) -> Workload:
+    return _CASES[name].build(None)
+
+
+@pytest.mark.parametrize(("name", "implementation"), _RUNS)
+def test_flash(benchmark: Any, name: str, implementation: str) -> None:
+    case, workload = _CASES[name], _built(name)
+    run: Callable[[], object] | str = workload.candidate
     if implementation != "attnforge":
-        run = workload.peers.get(implementation)
-        if run is None:
-            pytest.skip(f"{implementation} is no peer of {name}")
-        if isinstance(run, str):
-            pytest.skip(run)
+        run = workload.peers[implementation]
+    if isinstance(run, str):
+        pytest.skip(run)  # why this peer cannot run here
     benchmark.group = name
     run()  # first touch, selection, compilation
     benchmark.pedantic(run, rounds=5, iterations=1)
-    unit = "gflops" if resource == "compute" else "gbytes_per_s"
-    benchmark.extra_info[unit] = work * 1e-9 / benchmark.stats.stats.median
+    unit = "gflops" if case.resource == "compute" else "gbytes_per_s"
+    benchmark.extra_info[unit] = case.work * 1e-9 / benchmark.stats.stats.median

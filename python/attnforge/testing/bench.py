@@ -92,7 +92,8 @@ class Case:
 
     `work` is flops (resource "compute") or bytes (resource "read") of the problem itself, from the
     operator's cost formula: never what an implementation happens to do. `series` and `x` place the
-    case in a plot. `build(backend)` makes the inputs; it is called once, just before the timing.
+    case in a plot. `build(backend)` makes the inputs, once, just before the timing; its
+    `Workload.peers` has the names of `peers`.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Case:
     resource: Resource
     work: float
     build: Callable[[str | None], Workload]
+    peers: tuple[str, ...] = ()
     goals: Mapping[str, Goal] = field(default_factory=dict)
     peak_goal: float | None = None
     series: str = ""

@@ -347,6 +347,7 @@ def case(
         resource="read" if shape.mode == "decode" else "compute",
         work=work(shape),
         build=lambda backend: build(shape, names, backend),
+        peers=names,
         goals=goals or {},
         peak_goal=peak_goal,
         series=series,
