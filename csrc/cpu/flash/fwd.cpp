@@ -11,7 +11,8 @@
 //              kMR (4, 6, 12)
 //   heads      short sequences put the rows of several heads of a group into one tile
 //   masks      every mask is one interval of keys per row. Blocks that all rows see whole take the
-//              unmasked path; others go kMR rows at a time, over the columns those rows see
+//              unmasked path; others, and the last kMaxSpan keys of a tile at once, go kMR rows at
+//              a time, over the columns those rows see
 //   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
 //   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
 //   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles
@@ -34,8 +35,9 @@ namespace {
 
 constexpr int64_t kBlockM = 48;
 constexpr int64_t kBlockN = 256;
-constexpr int64_t kLds = kBlockN + 16;   // off the power of two: rows do not share L1 sets
-constexpr int64_t kWaveBytes = 8 << 20;  // a quarter of a 32 MiB L3: packed K and V stay cached
+constexpr int64_t kMaxSpan = kBlockN + 96;  // a window of kBlockN keys, as a whole tile sees it
+constexpr int64_t kLds = kMaxSpan + 16;     // off the power of two: rows do not share L1 sets
+constexpr int64_t kWaveBytes = 8 << 20;     // a quarter of a 32 MiB L3: packed K and V stay cached
 
 // The packed K and V of one (batch, kv head), block after block.
 struct PackedHead {
@@ -126,9 +128,11 @@ struct TileRows {
   AF_INLINE_MEMBER int64_t query(int64_t r) const { return (first + r) % seq.q_len; }
 };
 
-// Scores of row r, columns [c0, c0 + n) of the block at key0, to probabilities; O is rescaled.
-AF_INLINE void update_row(const TileRows& t, const Tile& tile, const ScoreMap& map, int64_t key0,
-                          int64_t r, int64_t c0, int64_t n, bool masked) {
+// Scores of row r, columns [c0, c0 + n) of the span at key0, to probabilities; O is rescaled. A
+// call of its own: inlined twice, its loops run out of registers at the baseline level.
+[[gnu::noinline]] static void update_row(const TileRows& t, const Tile& tile, const ScoreMap& map,
+                                         int64_t key0, int64_t r, int64_t c0, int64_t n,
+                                         bool masked) {
   const FlashProblem& p = t.params.problem;
   float* s = tile.s + r * kLds + c0;
   if (map.cap2 > 0.0f) apply_softcap(s, n, map.cap2);
@@ -152,41 +156,61 @@ AF_INLINE void update_row(const TileRows& t, const Tile& tile, const ScoreMap& m
   }
 }
 
-// O += P V of one row over exactly the keys it sees: for blocks whose V is not finite everywhere.
-AF_INLINE void accumulate_row(const Plan& plan, const Tile& tile, const float* v_block,
-                              int64_t key0, int64_t r) {
-  int64_t lo = max64(0, tile.keys[r].lo - key0), hi = min64(kBlockN, tile.keys[r].hi - key0);
-  for (int64_t c = lo; c < hi; ++c) {
-    VecF weight = splat(tile.s[r * kLds + c]);
-    for (int64_t d = 0; d < plan.ldo; d += kLanes) {
-      const float* v = v_block + d / kNR * (kBlockN * kNR) + c * kNR + d % kNR;
-      float* o = tile.o + r * plan.ldo + d;
-      store(o, fma(weight, load(v), load(o)));
-    }
+// Calls f(v, c0, n) for each run of keys [key0 + c0, key0 + c0 + n) of a span that lies in one
+// block; v is the first key's place in the block's first column panel.
+template <class F>
+AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0, Interval span,
+                          const F& f) {
+  for (int64_t c = span.lo; c < span.hi;) {
+    const int64_t block = (key0 + c) / kBlockN, first = (key0 + c) % kBlockN;
+    const int64_t n = min64(span.hi - c, kBlockN - first);
+    f(head.v + block * plan.v_floats + first * kNR, c, n);
+    c += n;
   }
 }
 
-// Columns [lo, hi) of a block that some row of a kMR group sees; lo is the start of a panel.
-AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key0, int64_t r0) {
-  int64_t lo = kBlockN, hi = 0;
+// O += P V of one row over exactly the keys it sees: for spans whose V is not finite everywhere.
+AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedHead& head,
+                              int64_t key0, int64_t width, int64_t r) {
+  const Interval span = {max64(0, tile.keys[r].lo - key0), min64(width, tile.keys[r].hi - key0)};
+  for_blocks(t.plan, head, key0, span, [&](const float* panel, int64_t c0, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) {
+      VecF weight = splat(tile.s[r * kLds + c0 + c]);
+      for (int64_t d = 0; d < t.plan.ldo; d += kLanes) {
+        const float* v = panel + d / kNR * (kBlockN * kNR) + c * kNR + d % kNR;
+        float* o = tile.o + r * t.plan.ldo + d;
+        store(o, fma(weight, load(v), load(o)));
+      }
+    }
+  });
+}
+
+// Columns [lo, hi) of a span that some row of a kMR group sees; lo is the start of a panel.
+AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key0, int64_t width,
+                                int64_t r0) {
+  int64_t lo = width, hi = 0;
   for (int64_t r = r0; r < min64(r0 + kMR, t.rows); ++r) {
     if (tile.keys[r].lo == tile.keys[r].hi) continue;
     lo = min64(lo, tile.keys[r].lo - key0);
     hi = max64(hi, tile.keys[r].hi - key0);
   }
   lo = max64(0, lo) / kNR * kNR;
-  return {lo, max64(lo, min64(kBlockN, hi))};
+  return {lo, max64(lo, min64(width, hi))};
 }
 
-// A block that some row sees in part: each kMR rows compute the columns that they see. Panels are
-// the outer loop, as in gemm(): one is read from L2 once and serves all row groups from L1.
-AF_INLINE void partial_block(const TileRows& t, const Tile& tile, const ScoreMap& map, int64_t key0,
-                             const float* k_block, const float* v_block, bool finite) {
+// A span of at most kMaxSpan keys that some row sees in part: each kMR rows compute the columns
+// that they see. Panels are the outer loop, as in gemm(): one is read from L2 once and serves all
+// row groups from L1. key0 is the start of a panel.
+AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap& map,
+                            const PackedHead& head, int64_t key0, int64_t width) {
   const FlashProblem& p = t.params.problem;
+  const float* k_panels = head.k + key0 * p.head_dim;  // panels of all blocks follow each other
+  bool finite = true;
+  for (int64_t b = key0 / kBlockN; b <= (key0 + width - 1) / kBlockN; ++b) finite &= head.finite[b];
   Interval columns[kBlockM / kMR];
-  int64_t first = kBlockN, last = 0;
+  int64_t first = width, last = 0;
   for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-    const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, r0);
+    const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, width, r0);
     if (seen.lo == seen.hi) continue;
     first = min64(first, seen.lo);
     last = max64(last, seen.hi);
@@ -195,23 +219,22 @@ AF_INLINE void partial_block(const TileRows& t, const Tile& tile, const ScoreMap
     for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
       if (c < columns[r0 / kMR].lo || c >= columns[r0 / kMR].hi) continue;
       gemm<1, kMR>(min64(kMR, t.rows - r0), 2, p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
-                   k_block + c * p.head_dim, 0, tile.s + r0 * kLds + c, kLds, false);
+                   k_panels + c * p.head_dim, 0, tile.s + r0 * kLds + c, kLds, false);
     }
   }
   for (int64_t r = 0; r < t.rows; ++r) {
     const Interval seen = columns[r / kMR];
     const int64_t n = round_up(seen.hi - seen.lo, kNR);
     if (n > 0) update_row(t, tile, map, key0, r, seen.lo, n, true);
-    if (n > 0 && !finite) accumulate_row(t.plan, tile, v_block, key0, r);
+    if (n > 0 && !finite) accumulate_row(t, tile, head, key0, width, r);
   }
   for (int64_t d = 0; d < p.v_head_dim && finite; d += kNR) {
     for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-      const Interval seen = columns[r0 / kMR];
-      if (seen.lo == seen.hi) continue;
-      gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)),
-                    seen.hi - seen.lo, tile.s + r0 * kLds + seen.lo, kLds,
-                    v_block + d * kBlockN + seen.lo * kNR, 0, tile.o + r0 * t.plan.ldo + d,
-                    t.plan.ldo, true);
+      for_blocks(t.plan, head, key0, columns[r0 / kMR], [&](const float* v, int64_t c, int64_t n) {
+        gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)), n,
+                      tile.s + r0 * kLds + c, kLds, v + d * kBlockN, 0,
+                      tile.o + r0 * t.plan.ldo + d, t.plan.ldo, true);
+      });
     }
   }
 }
@@ -255,19 +278,25 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
   fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
 
-  for (int64_t key0 = any_lo / kBlockN * kBlockN; key0 < any_hi; key0 += kBlockN) {
-    int64_t block = key0 / kBlockN;
-    const float* k_block = head.k + block * t.plan.k_floats;
-    const float* v_block = head.v + block * t.plan.v_floats;
-    if (key0 < all_lo || key0 + kBlockN > all_hi) {
-      partial_block(t, tile, map, key0, k_block, v_block, head.finite[block]);
+  for (int64_t key0 = any_lo / kNR * kNR; key0 < any_hi;) {
+    const int64_t block = key0 / kBlockN;
+    const int64_t block_end = (block + 1) * kBlockN;
+    const bool whole = key0 % kBlockN == 0 && key0 >= all_lo && block_end <= all_hi;
+    // What is left in one go, if it fits: one softmax and one rescaling where blocks take two.
+    const bool rest = any_hi != block_end && any_hi - key0 <= kMaxSpan;
+    if (!whole || rest) {
+      const int64_t end = rest ? any_hi : min64(any_hi, block_end);
+      partial_span(t, tile, map, head, key0, end - key0);
+      key0 = end;
       continue;
     }
-    gemm<1, kMR>(t.rows, vectors_of(kBlockN), p.head_dim, tile.q, p.head_dim, k_block,
-                 p.head_dim * kNR, tile.s, kLds, false);
+    const float* v_block = head.v + block * t.plan.v_floats;
+    gemm<1, kMR>(t.rows, vectors_of(kBlockN), p.head_dim, tile.q, p.head_dim,
+                 head.k + block * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds, false);
     for (int64_t r = 0; r < t.rows; ++r) update_row(t, tile, map, key0, r, 0, kBlockN, false);
     gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), kBlockN, tile.s, kLds, v_block, kBlockN * kNR,
                   tile.o, t.plan.ldo, true);
+    key0 = block_end;
   }
   for (int64_t r = 0; r < t.rows; ++r) finish_row<T>(t, tile, r);
 }

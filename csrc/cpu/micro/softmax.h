@@ -50,10 +50,19 @@ AF_INLINE void fill(float* s, int64_t lo, int64_t hi, float value) {
   for (; c < hi; ++c) s[c] = value;
 }
 
-// Columns outside [lo, hi) become `value`: -inf before softmax, 0 for probabilities.
+// Columns outside [lo, hi) become `value`: -inf before softmax, 0 for probabilities. n is a multiple
+// of kLanes. Whole vectors only: a vector load after element stores would wait for all of them.
 AF_INLINE void mask_row(float* s, int64_t n, int64_t lo, int64_t hi, float value) {
-  fill(s, 0, lo, value);
-  fill(s, hi, n, value);
+  const VecF index = lane_index(), outside = splat(value);
+  const int64_t first = lo / kLanes * kLanes, last = hi / kLanes * kLanes;
+  for (int64_t c = 0; c < first; c += kLanes) store(s + c, outside);
+  if (first < lo && first < n) {
+    store(s + first, index < splat(static_cast<float>(lo - first)) ? outside : load(s + first));
+  }
+  if (last < hi && last < n) {
+    store(s + last, index < splat(static_cast<float>(hi - last)) ? load(s + last) : outside);
+  }
+  for (int64_t c = round_up(hi, kLanes); c < n; c += kLanes) store(s + c, outside);
 }
 
 // One online-softmax step of a row: s becomes 2^(s - m), m and l are updated.
