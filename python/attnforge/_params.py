@@ -9,7 +9,38 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["FlashGrads", "FlashParams", "FlashTape"]
+__all__ = ["SCORE_FNS", "FlashGrads", "FlashMods", "FlashParams", "FlashTape"]
+
+# What turns a logit s into a weight; the names of ``score_fn``.
+SCORE_FNS = ("softmax", "sigmoid", "relu", "softplus", "signed_softmax")
+
+
+class FlashMods(NamedTuple):
+    """What a call may do to single scores: tensors, each None if unused.
+
+    In the schemas they are one list ``Tensor?[] mods`` in this order, or an empty list. A leading
+    size of 1 is broadcast; varlen tensors lack the batch and count packed rows or keys. With
+    x = softmax_scale * row_scale * <q, k>, rotated first if there are tables, a visible score is
+
+        s = softcap(x) - alibi + key_bias[j] + bias[i, j] + rel_bias[j - i - offset] + c_i - c_j
+
+    where c = decay at the key positions of query i and of key j.
+    """
+
+    row_bounds: Tensor | None = None  # [B|1, Hq|1, Sq, 2] int32: row i sees keys lo <= j < hi only
+    mask: Tensor | None = None  # [B|1, Hq|1, Sq, Sm] bool: of the last Sm keys, those that are seen
+    segments_q: Tensor | None = None  # [B, Sq] int32; seen where the ids are equal
+    segments_k: Tensor | None = None  # [B, Sk] int32
+    key_bias: Tensor | None = None  # [B|1, Hq|1, Sk] fp32
+    bias: Tensor | None = None  # [B|1, Hq|1, Sq, Sk] of q's dtype or fp32; batched calls only
+    rel_bias: Tensor | None = None  # [Hq|1, 2 R + 1] fp32, distances beyond R take the ends
+    decay: Tensor | None = None  # [B, Hq|1, Sk] fp64, cumulative log of the forget gates
+    row_scale: Tensor | None = None  # [B|1, Hq|1, Sq] fp32
+    rope_cos: Tensor | None = None  # [Hk|1, P, rotary_dim / 2] fp32
+    rope_sin: Tensor | None = None
+    positions_q: Tensor | None = None  # [B|1, Sq] int32, rows of the tables
+    positions_k: Tensor | None = None  # [B|1, Sk] int32
+    rng: Tensor | None = None  # [2] int64: Philox seed and offset, with dropout
 
 
 class FlashParams(NamedTuple):
@@ -30,6 +61,15 @@ class FlashParams(NamedTuple):
     window_left: int
     window_right: int
     softcap: float  # 0 = off
+    mods: tuple[Tensor | None, ...] = ()  # a FlashMods, or () if nothing of it is used
+    score_fn: str = "softmax"
+    dropout_p: float = 0.0  # weights are dropped with this probability, the others scaled up
+    rope_interleaved: bool = False  # pairs (2 n, 2 n + 1) instead of (n, n + rotary_dim / 2)
+
+    @property
+    def score_mods(self) -> FlashMods:
+        """``mods`` by name."""
+        return FlashMods(*self.mods)
 
 
 class FlashTape(NamedTuple):
@@ -50,3 +90,9 @@ class FlashGrads(NamedTuple):
     dk: Tensor
     dv: Tensor
     dsinks: Tensor  # [Hq], or empty without sinks
+    # Gradients of mods, shaped like them; empty where not asked for.
+    dkey_bias: Tensor
+    dbias: Tensor
+    drel_bias: Tensor
+    ddecay: Tensor
+    drow_scale: Tensor

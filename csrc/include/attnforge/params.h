@@ -27,6 +27,48 @@ struct RowStatRef {
   int64_t head_stride = 0;
 };
 
+// How a logit becomes a weight. kSigmoid and kRelu do not normalise: their LSE is 0 where a row
+// sees a key. kSoftplus divides by the sum of its weights; kSignedSoftmax is sign(s) softmax(|s|).
+enum class ScoreFn : int32_t { kSoftmax = 0, kSigmoid, kRelu, kSoftplus, kSignedSoftmax };
+
+// Features of single scores; every pointer may be null. Strides are in elements, 0 broadcasts, the
+// last dimension has unit stride. Varlen tensors have batch stride 0, and their rows or keys count
+// from the start of the packed tensor (q_row, k_row are added). Keys j and key positions are local
+// to the sequence. For a query i of head h, with x = softmax_scale * row_scale * q.k:
+//   s = softcap(x) - alibi + key_bias[j] + bias[i, j] + rel_bias[R + clamp(j - i - offset, -R, R)]
+//       + float(decay[i + offset] - decay[j])
+struct FlashMods {
+  const int32_t* row_bounds = nullptr;                // pairs (lo, hi): keys outside are not seen
+  int64_t row_bounds_batch = 0, row_bounds_head = 0;  // in pairs
+  const uint8_t* mask = nullptr;  // [.., Sq, mask_keys] of the last mask_keys of the k_len keys
+  int64_t mask_batch = 0, mask_head = 0, mask_row = 0, mask_keys = 0;
+  const int32_t *segments_q = nullptr, *segments_k = nullptr;  // seen where equal
+  int64_t segments_q_batch = 0, segments_k_batch = 0;
+  const float* key_bias = nullptr;
+  int64_t key_bias_batch = 0, key_bias_head = 0;
+  const void* bias = nullptr;  // [.., Sq, Sk] of bias_dtype
+  DType bias_dtype = DType::kFloat32;
+  int64_t bias_batch = 0, bias_head = 0, bias_row = 0;
+  const float* rel_bias = nullptr;  // [.., 2 rel_radius + 1]
+  int64_t rel_bias_head = 0, rel_radius = 0;
+  const double* decay = nullptr;
+  int64_t decay_batch = 0, decay_head = 0;
+  const float* row_scale = nullptr;
+  int64_t row_scale_batch = 0, row_scale_head = 0;
+  // Rotation of q and k as they are loaded: tables [.., rope_positions, rope_half]; positions are
+  // clamped to them. Channel pairs (n, n + rope_half), or (2 n, 2 n + 1) if interleaved.
+  const float *rope_cos = nullptr, *rope_sin = nullptr;
+  int64_t rope_head = 0, rope_positions = 0, rope_half = 0;
+  const int32_t *positions_q = nullptr, *positions_k = nullptr;
+  int64_t positions_q_batch = 0, positions_k_batch = 0;
+  bool rope_interleaved = false;
+  // Weights are dropped with probability dropout_p, the others times 1 / (1 - dropout_p).
+  float dropout_p = 0.0f;
+  uint64_t dropout_seed = 0, dropout_offset = 0;
+  ScoreFn score_fn = ScoreFn::kSoftmax;
+  bool any = false;  // something of the above is used
+};
+
 // What is asked, apart from where the tensors lie. Shared by forward, backward and decode.
 struct FlashProblem {
   DType dtype = DType::kFloat32;
@@ -49,6 +91,7 @@ struct FlashProblem {
   float softcap = 0.0f;  // 0: off
   int64_t window_left = -1;
   int64_t window_right = -1;  // causal is window_right = 0
+  FlashMods mods;
 };
 
 // Sequences with at most this many (query, head-of-group) rows go to decode: it streams K and V
@@ -75,6 +118,13 @@ struct FlashBwdParams {
   RowStatRef lse;
   RowStatRef dlse;   // data null: the loss does not use the LSE
   RowStatRef delta;  // output: rowsum(dO * O) - dLSE
+  // Gradients of mods, data null where not wanted; fp32. Those that several (batch, head) pairs
+  // share are summed by the caller over what is given apart here.
+  float* dkey_bias = nullptr;  // [batch, heads_q, seqlen_k] (varlen [heads_q, total_k]), zeroed
+  int64_t dkey_bias_batch = 0, dkey_bias_head = 0;
+  float* dbias = nullptr;  // strides of its own, zeroed; added to: no two tasks share an element
+  int64_t dbias_batch = 0, dbias_head = 0, dbias_row = 0;
+  float* drel_bias = nullptr;  // [batch, heads_q, bwd chunks, 2 rel_radius + 1], zeroed
   void* workspace = nullptr;
 };
 

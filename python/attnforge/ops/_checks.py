@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "backend",
     "dense",
+    "fail",
     "index_tensors",
     "lengths",
     "max_seqlen",
@@ -31,7 +32,8 @@ __all__ = [
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _fail(op: str, text: str, kind: type[Exception] = ValueError) -> NoReturn:
+def fail(op: str, text: str, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the sentence ``attnforge.<op>: <text>``."""
     raise kind(f"attnforge.{op}: {text}")
 
 
@@ -46,7 +48,7 @@ def _shape(x: Tensor) -> str:
 def tensor(op: str, name: str, x: Any) -> None:
     """``x`` is a tensor."""
     if not isinstance(x, Tensor):
-        _fail(op, f"{name} must be a tensor; got {type(x).__name__}; want torch.Tensor", TypeError)
+        fail(op, f"{name} must be a tensor; got {type(x).__name__}; want torch.Tensor", TypeError)
 
 
 def tensors(op: str, q: Any, k: Any, v: Any) -> None:
@@ -75,13 +77,13 @@ def dense(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         return
     _three(op, q, k, v, 4, "[batch, seq, heads, head_dim]")
     if qs[0] != ks[0] or qs[0] != vs[0]:
-        _fail(
+        fail(
             op,
             f"batch sizes differ; got q {_shape(q)}, k {_shape(k)}, v {_shape(v)}; want one "
             "batch size in dim 0; expand() the shared ones (stride 0 is read in place)",
         )
     if ks[1] != vs[1]:
-        _fail(op, f"k and v differ in length; got {ks[1]} and {vs[1]}; want equal dim 1 of k and v")
+        fail(op, f"k and v differ in length; got {ks[1]} and {vs[1]}; want equal dim 1 of k and v")
     _heads(op, q, k, v)
 
 
@@ -91,7 +93,7 @@ def varlen(
     """q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] and the boundaries [B + 1] agree."""
     _three(op, q, k, v, 3, "[total, heads, head_dim]")
     if k.shape[0] != v.shape[0]:
-        _fail(
+        fail(
             op,
             f"k and v differ in length; got {k.shape[0]} and {v.shape[0]} rows; want equal dim 0",
         )
@@ -99,9 +101,9 @@ def varlen(
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _index(op, name, x, q)
         if x.shape[0] < 1:
-            _fail(op, f"{name} is empty; want batch + 1 boundaries, the first of them 0")
+            fail(op, f"{name} is empty; want batch + 1 boundaries, the first of them 0")
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
-        _fail(
+        fail(
             op,
             f"cu_seqlens_q and cu_seqlens_k differ in length; got {cu_seqlens_q.shape[0]} and "
             f"{cu_seqlens_k.shape[0]}; want batch + 1 entries each; a sequence without keys or "
@@ -116,18 +118,18 @@ def _three(op: str, q: Tensor, k: Tensor, v: Tensor, rank: int, layout: str) -> 
             3: "packed sequences go to flash_attention_varlen",
             4: "batched tensors go to flash_attention",
         }.get(x.dim(), "reshape it")
-        _fail(op, f"{name} has {x.dim()} dims; got shape {_shape(x)}; want {layout}; {other}")
+        fail(op, f"{name} has {x.dim()} dims; got shape {_shape(x)}; want {layout}; {other}")
     if q.dtype is not k.dtype or q.dtype is not v.dtype:
-        _fail(
+        fail(
             op,
             f"dtypes differ; got q {_name(q.dtype)}, k {_name(k.dtype)}, v {_name(v.dtype)}; want "
             f"one dtype; convert with .to({q.dtype})",
         )
     if q.dtype not in _DTYPES:
         want = ", ".join(map(_name, _DTYPES))
-        _fail(op, f"q has dtype {_name(q.dtype)}; want one of {want}; convert q, k and v first")
+        fail(op, f"q has dtype {_name(q.dtype)}; want one of {want}; convert q, k and v first")
     if q.device != k.device or q.device != v.device:
-        _fail(
+        fail(
             op,
             f"devices differ; got q {q.device}, k {k.device}, v {v.device}; want one device; move "
             "them with .to(device)",
@@ -138,16 +140,16 @@ def _heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     hq, d = q.shape[-2], q.shape[-1]
     hk, dk = k.shape[-2], k.shape[-1]
     if v.shape[-2] != hk:
-        _fail(op, f"k and v differ in heads; got {hk} and {v.shape[-2]}; want equal dim -2")
+        fail(op, f"k and v differ in heads; got {hk} and {v.shape[-2]}; want equal dim -2")
     if d != dk:
-        _fail(op, f"q and k differ in head_dim; got {d} and {dk}; want equal dim -1")
+        fail(op, f"q and k differ in head_dim; got {d} and {dk}; want equal dim -1")
     if d == 0 or v.shape[-1] == 0:
-        _fail(op, f"head_dim is 0; got q {_shape(q)}, v {_shape(v)}; want at least 1")
+        fail(op, f"head_dim is 0; got q {_shape(q)}, v {_shape(v)}; want at least 1")
     if hk == 0:
         if hq != 0:
-            _fail(op, f"k has no heads; got {hq} query heads; want at least one KV head")
+            fail(op, f"k has no heads; got {hq} query heads; want at least one KV head")
     elif hq % hk != 0:
-        _fail(
+        fail(
             op,
             f"query heads are no multiple of KV heads; got {hq} and {hk}; want "
             "heads_q % heads_kv == 0, where query head h reads KV head h // (heads_q / heads_kv)",
@@ -157,16 +159,16 @@ def _heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 def _index(op: str, name: str, x: Any, q: Tensor, size: int | None = None) -> None:
     tensor(op, name, x)
     if x.dtype is not torch.int32:
-        _fail(
+        fail(
             op,
             f"{name} has dtype {_name(x.dtype)}; want int32; convert with {name}.to(torch.int32)",
             TypeError,
         )
     if x.dim() != 1 or (size is not None and x.shape[0] != size):
         want = "[batch + 1]" if size is None else f"[batch] = ({size},)"
-        _fail(op, f"{name} has shape {_shape(x)}; want {want}; one entry per sequence")
+        fail(op, f"{name} has shape {_shape(x)}; want {want}; one entry per sequence")
     if x.device != q.device:
-        _fail(op, f"{name} is on {x.device}; want {q.device} like q; move it with .to(q.device)")
+        fail(op, f"{name} is on {x.device}; want {q.device} like q; move it with .to(q.device)")
 
 
 def lengths(op: str, name: str, x: Tensor | None, q: Tensor, batch: int) -> None:
@@ -187,13 +189,13 @@ def per_head(
             (len(shape) == 1 and shape[0] == heads)
             or (len(shape) == 2 and shape[0] == batch and shape[1] == heads)
         ):
-            _fail(
+            fail(
                 op,
                 f"alibi_slopes has shape {_shape(alibi_slopes)}; want [heads_q] = ({heads},) or "
                 f"[batch, heads_q] = ({batch}, {heads}); a scalar slope needs expand()",
             )
         if alibi_slopes.requires_grad:
-            _fail(
+            fail(
                 op,
                 "alibi_slopes requires grad; got a learned slope; want a constant, as no gradient "
                 "is computed for it; pass alibi_slopes.detach()",
@@ -201,7 +203,7 @@ def per_head(
     if sinks is not None:
         _floating(op, "sinks", sinks, q)
         if sinks.dim() != 1 or sinks.shape[0] != heads:
-            _fail(
+            fail(
                 op,
                 f"sinks has shape {_shape(sinks)}; want [heads_q] = ({heads},); one logit per "
                 "query head",
@@ -211,9 +213,9 @@ def per_head(
 def _floating(op: str, name: str, x: Any, q: Tensor) -> None:
     tensor(op, name, x)
     if not x.dtype.is_floating_point:
-        _fail(op, f"{name} has dtype {_name(x.dtype)}; want a floating dtype; use {name}.float()")
+        fail(op, f"{name} has dtype {_name(x.dtype)}; want a floating dtype; use {name}.float()")
     if x.device != q.device:
-        _fail(op, f"{name} is on {x.device}; want {q.device} like q; move it with .to(q.device)")
+        fail(op, f"{name} is on {x.device}; want {q.device} like q; move it with .to(q.device)")
 
 
 def scalars(op: str, softmax_scale: float, softcap: float) -> None:
@@ -226,11 +228,11 @@ def scalars(op: str, softmax_scale: float, softcap: float) -> None:
     for name, value in (("softcap", softcap), ("softmax_scale", softmax_scale)):
         if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
             kind = type(value).__name__
-            _fail(op, f"{name} must be a number; got {kind}; want a float; use .item()", TypeError)
+            fail(op, f"{name} must be a number; got {kind}; want a float; use .item()", TypeError)
     if not 0.0 <= softcap < math.inf:
-        _fail(op, f"softcap is {softcap}; want a finite number >= 0; 0 turns it off")
+        fail(op, f"softcap is {softcap}; want a finite number >= 0; 0 turns it off")
     if not -math.inf < softmax_scale < math.inf:
-        _fail(
+        fail(
             op,
             f"softmax_scale is {softmax_scale}; want a finite number; None takes 1/sqrt(head_dim)",
         )
@@ -244,7 +246,7 @@ def window(op: str, window_size: Any, causal: bool) -> tuple[int, int]:
     except (TypeError, ValueError):
         good = False
     if not good:
-        _fail(
+        fail(
             op,
             f"window_size is {window_size!r}; want two ints (left, right), each >= 0, or -1 for "
             "unlimited; (255, 0) is a causal window of 256 keys",
@@ -255,7 +257,7 @@ def window(op: str, window_size: Any, causal: bool) -> tuple[int, int]:
 def num_splits(op: str, value: Any) -> None:
     """0 for the fixed split, else a count."""
     if not isinstance(value, (int, torch.SymInt)) or value < 0:
-        _fail(op, f"num_splits is {value!r}; want an int >= 0; 0 takes a fixed split of 2048 keys")
+        fail(op, f"num_splits is {value!r}; want an int >= 0; 0 takes a fixed split of 2048 keys")
 
 
 def max_seqlen(op: str, name: str, value: Any) -> None:
@@ -265,7 +267,7 @@ def max_seqlen(op: str, name: str, value: Any) -> None:
     integer = isinstance(value, (int, torch.SymInt))
     if not integer or value < 0:
         got = f"a tensor of shape {_shape(value)}" if isinstance(value, Tensor) else repr(value)
-        _fail(
+        fail(
             op,
             f"{name} is {got}; want an int >= 0 or None; None takes the total length",
             ValueError if integer else TypeError,
@@ -275,7 +277,7 @@ def max_seqlen(op: str, name: str, value: Any) -> None:
 def backend(op: str, value: Any) -> None:
     """None or a string."""
     if value is not None and not isinstance(value, str):
-        _fail(
+        fail(
             op,
             f"backend must be a string or None; got {type(value).__name__}; want a backend such "
             "as 'cpu'; attnforge.list_kernels() has them",
@@ -287,7 +289,7 @@ def merge_parts(op: str, outs: Any, lses: Any) -> None:
     """outs [B, S, H, D] or [T, H, D] of one shape, lses the matching [B, H, S] or [H, T]."""
     for name, parts in (("outs", outs), ("lses", lses)):
         if not isinstance(parts, (list, tuple)):
-            _fail(
+            fail(
                 op,
                 f"{name} must be a sequence of tensors; got {type(parts).__name__}; want a list; "
                 "split a stacked tensor with unbind()",
@@ -296,37 +298,37 @@ def merge_parts(op: str, outs: Any, lses: Any) -> None:
         for n, x in enumerate(parts):
             tensor(op, f"{name}[{n}]", x)
     if not outs or len(outs) != len(lses):
-        _fail(
+        fail(
             op,
             f"outs and lses have {len(outs)} and {len(lses)} parts; want one LSE for each output "
             "and at least one part",
         )
     first = outs[0]
     if first.dim() not in (3, 4):
-        _fail(
+        fail(
             op,
             f"outs[0] has shape {_shape(first)}; want [batch, seq, heads, head_dim] or "
             "[total, heads, head_dim]",
         )
     if first.dtype not in _DTYPES:
         want = ", ".join(map(_name, _DTYPES))
-        _fail(op, f"outs[0] has dtype {_name(first.dtype)}; want one of {want}")
+        fail(op, f"outs[0] has dtype {_name(first.dtype)}; want one of {want}")
     stat = (*first.shape[:-3], first.shape[-2], first.shape[-3])
     for n, (o, s) in enumerate(zip(outs, lses, strict=True)):
         if o.shape != first.shape or o.dtype != first.dtype or o.device != first.device:
-            _fail(
+            fail(
                 op,
                 f"outs[{n}] is {_shape(o)} {_name(o.dtype)} on {o.device}; want "
                 f"{_shape(first)} {_name(first.dtype)} on {first.device} like outs[0]",
             )
         if tuple(s.shape) != stat:
-            _fail(
+            fail(
                 op,
                 f"lses[{n}] has shape {_shape(s)}; want {stat}: heads before rows, as "
                 "return_lse=True gives it",
             )
         if s.dtype not in (torch.float32, torch.float64) or s.device != first.device:
-            _fail(
+            fail(
                 op,
                 f"lses[{n}] is {_name(s.dtype)} on {s.device}; want float32 on {first.device}",
             )
@@ -355,25 +357,25 @@ def index_tensors(
     for side, values, total, limit in zip("qk", starts, totals, max_seqlens, strict=True):
         name = f"cu_seqlens_{side}"
         if values[0] != 0:
-            _fail(op, f"{name} starts at {values[0]}; want 0 first; prepend a 0 to the ends")
+            fail(op, f"{name} starts at {values[0]}; want 0 first; prepend a 0 to the ends")
         top = 0
         for n in range(1, len(values)):
             length = values[n] - values[n - 1]
             if length < 0:
-                _fail(
+                fail(
                     op,
                     f"{name} decreases at entry {n}; got {values[n - 1]} then {values[n]}; want "
                     "boundaries in rising order, such as a cumulative sum of lengths",
                 )
             top = max(top, length)
         if values[-1] > total:
-            _fail(
+            fail(
                 op,
                 f"{name} ends at {values[-1]}; got {total} rows of {side}; want an end within "
                 "them; pass boundaries of this very batch",
             )
         if top > limit:
-            _fail(
+            fail(
                 op,
                 f"max_seqlen_{side} is {limit}; got a sequence of {top}; want at least {top}; "
                 "None takes a safe bound",
@@ -388,7 +390,7 @@ def _used(op: str, name: str, used: list[int], starts: list[int] | None, keys: i
     for b, length in enumerate(used):
         room = keys if starts is None else starts[b + 1] - starts[b]
         if not 0 <= length <= room:
-            _fail(
+            fail(
                 op,
                 f"{name}[{b}] is {length}; got room for {room} keys in that sequence; want "
                 f"0 <= {name} <= {room}; pass how many leading keys are valid",

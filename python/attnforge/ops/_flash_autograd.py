@@ -6,7 +6,7 @@ say so when someone asks for one. ``generate_vmap_rule`` lets vmap reach the ope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from attnforge._params import FlashParams
+from attnforge._params import FlashMods, FlashParams
 from attnforge.ops import _flash_ops
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "MergeStates",
     "MergeStatesDual",
     "attend",
+    "merge",
     "needs_grad",
 ]
 
@@ -64,62 +65,62 @@ class _FlashBackward(Function):  # type: ignore[misc, unused-ignore]
         raise _no_second_order("flash_bwd")
 
 
+# Arguments of FlashAttention: q, k, v; the fields of FlashParams up to softcap; score_fn,
+# dropout_p, rope_interleaved, save_out_lo, backend: so many. Then the mods, if any.
+_PLAIN = 19
+
+
+def _flat(q: Tensor, k: Tensor, v: Tensor, p: FlashParams, save: bool, backend: str | None) -> Any:
+    return (q, k, v, *p[:11], *p[12:], save, backend, *p.mods)
+
+
 class FlashAttention(Function):  # type: ignore[misc, unused-ignore]
-    """(q, k, v, ...) -> (out, lse, out_lo): the arguments of the operator ``flash_fwd``."""
+    """``_flat`` arguments -> (out, lse, out_lo) of the operator ``flash_fwd``.
+
+    Mods stand apart and last: autograd sees tensors, not lists of them.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        softmax_scale: float,
-        window_left: int,
-        window_right: int,
-        softcap: float,
-        save_out_lo: bool,
-        backend: str | None,
-    ) -> Any:
-        return _flash_ops.flash_fwd(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
-            max_seqlen_k, softmax_scale, window_left, window_right, softcap, save_out_lo, backend,
-        )  # fmt: skip
+    def forward(*args: Any) -> Any:
+        plain = args[:_PLAIN]
+        return _flash_ops.flash_fwd(*plain[:14], list(args[_PLAIN:]), *plain[14:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         out, lse, out_lo = output
-        ctx.save_for_backward(*inputs[:3], out, lse, out_lo, *inputs[3:8])
-        ctx.scalars = (*inputs[8:14], inputs[15])
+        ctx.save_for_backward(*inputs[:3], out, lse, out_lo, *inputs[3:8], *inputs[_PLAIN:])
+        ctx.scalars = inputs[8:_PLAIN]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out_lo)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> Any:
+        need = ctx.needs_input_grad
         if dout is None and dlse is None:
-            return (None,) * 16
+            return (None,) * len(need)
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[3])
-        args = (dout, dlse, *saved, *ctx.scalars)
+        *scalars, score_fn, dropout_p, interleaved, _, backend = ctx.scalars
+        mods = dict(zip(FlashMods._fields, need[_PLAIN:], strict=False))
+        wanted = [mods.get(name, False) for name in _flash_ops.GRAD_MODS]
+        bits = sum(1 << n for n, on in enumerate(wanted) if on)
+        args = (dout, dlse, *saved[:11], *scalars, list(saved[11:]), score_fn, dropout_p,
+                interleaved, bits, backend)  # fmt: skip
         second_order = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = _FlashBackward.apply if second_order else _flash_ops.flash_bwd
-        dq, dk, dv, dsinks = run(*args)
-        need = ctx.needs_input_grad
+        dq, dk, dv, dsinks, *d_mods = run(*args)
+        named = dict(zip(_flash_ops.GRAD_MODS, d_mods, strict=True))
         return (
             dq if need[0] else None,
             dk if need[1] else None,
             dv if need[2] else None,
             *(None,) * 4,
             dsinks if need[7] else None,
-            *(None,) * 8,
+            *(None,) * (_PLAIN - 8),
+            *(named.get(name) if wanted else None for name, wanted in mods.items()),
         )
 
 
@@ -194,13 +195,16 @@ def _apply_short(*args: Any) -> Any:
     return _bound_apply(*unwrap_dead_wrappers(args))
 
 
-def needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+def needs_grad(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mods: Sequence[Tensor | None] = ()
+) -> bool:
     """Whether the call has to be recorded for a backward."""
     return torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
         or (sinks is not None and sinks.requires_grad)
+        or any(x is not None and x.requires_grad for x in mods)
         # A tensor that vmap wraps does not show whether the one inside requires grad.
         or torch._C._are_functorch_transforms_active()
     )
@@ -208,13 +212,18 @@ def needs_grad(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
 
 def _distinct(q: Tensor, k: Tensor, v: Tensor, p: FlashParams) -> Any:
     """The same tensors, no two of them one object: Dynamo takes no repeated Function input."""
-    if k is q:
-        k = k.view_as(k)
-    if v is q or v is k:
-        v = v.view_as(v)
-    if p.cu_seqlens_k is not None and p.cu_seqlens_k is p.cu_seqlens_q:
-        p = p._replace(cu_seqlens_k=p.cu_seqlens_k.view_as(p.cu_seqlens_k))
-    return q, k, v, p
+    tensors: list[Tensor] = []
+
+    def own(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if any(x is y for y in tensors):
+                x = x.view_as(x)
+            tensors.append(x)
+        return x
+
+    q, k, v = own(q), own(k), own(v)
+    fields = {name: own(x) for name, x in p._asdict().items()}
+    return q, k, v, FlashParams(**{**fields, "mods": tuple(own(x) for x in p.mods)})
 
 
 def attend(
@@ -222,12 +231,27 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) through autograd if a gradient is needed, else straight from the operator."""
     dual = forward_ad._current_level >= 0
-    if not dual and not needs_grad(q, k, v, p.sinks):
+    if not dual and not needs_grad(q, k, v, p.sinks, p.mods):
         out, lse, _ = _flash_ops.flash_fwd(q, k, v, *p, False, backend)
         return out, lse
     apply = _apply_dual if dual else _apply_short
     if torch.compiler.is_compiling():
         q, k, v, p = _distinct(q, k, v, p)
         apply = _apply_long
-    out, lse, _ = apply(q, k, v, *p, q.dtype in _HALF, backend)
+    out, lse, _ = apply(*_flat(q, k, v, p, q.dtype in _HALF, backend))
+    return out, lse
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], backend: str | None) -> tuple[Tensor, Tensor]:
+    """``merge_states`` through autograd if a gradient is needed, else straight."""
+    dual = forward_ad._current_level >= 0
+    wrapped = torch._C._are_functorch_transforms_active()
+    wanted = torch.is_grad_enabled() and (wrapped or any(x.requires_grad for x in outs + lses))
+    if not dual and not wanted:
+        out, lse = _flash_ops.merge_states(outs, lses, backend)
+        return out, lse
+    apply: Callable[..., Any] = (MergeStatesDual if dual else MergeStates).apply
+    if torch.compiler.is_compiling():
+        outs, lses = [x.view_as(x) for x in outs], [x.view_as(x) for x in lses]
+    out, lse = apply(backend, *outs, *lses)
     return out, lse

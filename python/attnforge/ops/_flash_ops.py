@@ -23,10 +23,26 @@ from attnforge.registry.spec import Request
 __all__ = ["flash_bwd", "flash_decode", "flash_fwd", "merge_states", "metadata", "request"]
 
 _FEATURES = ("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right")
+# Features of single scores by the first tensor of FlashMods that brings each.
+_MOD_FEATURES = {
+    "row_bounds": "row_bounds",
+    "mask": "mask",
+    "segments": "segments_q",
+    "key_bias": "key_bias",
+    "bias": "bias",
+    "rel_bias": "rel_bias",
+    "forget_gate": "decay",
+    "row_scale": "row_scale",
+    "rope": "rope_cos",
+    "dropout": "rng",
+}
+# Mods with a gradient, in the order of the bits of ``grad_mods`` and of the results of flash_bwd.
+GRAD_MODS = ("key_bias", "bias", "rel_bias", "decay", "row_scale")
 _INDICES = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
 _EXTRAS = "Tensor? alibi_slopes, Tensor? sinks, "
 _SIZES = "SymInt max_seqlen_q, SymInt max_seqlen_k, "
 _SCALARS = "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
+_MODS = "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved, "
 
 
 def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
@@ -46,12 +62,19 @@ def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
         p.softcap > 0,
         p.window_left >= 0,
         p.window_right >= 0,
+        _mod_features(p) if p.mods or p.score_fn != "softmax" else (),
     )
+
+
+def _mod_features(p: FlashParams) -> tuple[str, ...]:
+    mods = p.score_mods
+    used = [name for name, field in _MOD_FEATURES.items() if getattr(mods, field) is not None]
+    return tuple(used) if p.score_fn == "softmax" else (*used, p.score_fn)
 
 
 def request(op: str, meta: tuple[Any, ...]) -> Request:
     """The Request that ``metadata`` stands for."""
-    device, dtype, head_dim, v_head_dim, group, *used = meta
+    device, dtype, head_dim, v_head_dim, group, *used, mods = meta
     kind, arch = device_arch(device)
     return Request(
         op,
@@ -59,7 +82,7 @@ def request(op: str, meta: tuple[Any, ...]) -> Request:
         arch,
         dtype,
         (("head_dim", head_dim), ("v_head_dim", v_head_dim), ("group", group)),
-        frozenset(name for name, on in zip(_FEATURES, used, strict=True) if on),
+        frozenset([*(name for name, on in zip(_FEATURES, used, strict=True) if on), *mods]),
         torch.are_deterministic_algorithms_enabled(),
     )
 
@@ -83,14 +106,22 @@ def alloc_fwd(q: Tensor, v: Tensor, save_out_lo: bool = False) -> tuple[Tensor, 
     return out, lse, torch.empty_like(out) if keep else q.new_empty(0)
 
 
-def alloc_bwd(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> FlashGrads:
-    """dq, dk, dv contiguous like q, k, v; dsinks [Hq], or [0] without sinks."""
-    heads = 0 if sinks is None else q.shape[-2]
+def alloc_bwd(q: Tensor, k: Tensor, v: Tensor, p: FlashParams, grad_mods: int) -> FlashGrads:
+    """dq, dk, dv contiguous like q, k, v; dsinks [Hq], or [0] without sinks; wanted mods.
+
+    Bit n of grad_mods asks for the gradient of ``GRAD_MODS[n]``.
+    """
+    heads = 0 if p.sinks is None else q.shape[-2]
+    mods = p.score_mods
+    wanted = [
+        getattr(mods, name) if grad_mods >> n & 1 else None for n, name in enumerate(GRAD_MODS)
+    ]
     return FlashGrads(
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         q.new_empty((heads,), dtype=_stat_dtype(q.dtype)),
+        *(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted),
     )
 
 
@@ -116,29 +147,11 @@ def _checked(op: str, q: Tensor, k: Tensor, p: FlashParams, used: str = "seqused
     return p._replace(max_seqlen_q=rows, max_seqlen_k=keys)
 
 
-def _fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    save_out_lo: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = FlashParams(
-        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
-        softmax_scale, window_left, window_right, softcap,
-    )  # fmt: skip
-    if cu_seqlens_q is not None or seqused_k is not None:
+def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """rest: the fields of FlashParams, save_out_lo, backend."""
+    *fields, save_out_lo, backend = rest
+    p = FlashParams(*fields)
+    if p.cu_seqlens_q is not None or p.seqused_k is not None:
         p = _checked("flash_fwd", q, k, p)
     outputs = alloc_fwd(q, v, save_out_lo)
     launch = launcher("flash_fwd", metadata(q, v, p), request, backend)
@@ -159,26 +172,14 @@ def _bwd(
     out: Tensor,
     lse: Tensor,
     out_lo: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    backend: str | None,
+    *rest: Any,
 ) -> FlashGrads:
-    p = FlashParams(
-        cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q, max_seqlen_k,
-        softmax_scale, window_left, window_right, softcap,
-    )  # fmt: skip
-    if cu_seqlens_q is not None or seqused_k is not None:
+    """rest: the fields of FlashParams, grad_mods, backend."""
+    *fields, grad_mods, backend = rest
+    p = FlashParams(*fields)
+    if p.cu_seqlens_q is not None or p.seqused_k is not None:
         p = _checked("flash_bwd", q, k, p)
-    grads = alloc_bwd(q, k, v, sinks)
+    grads = alloc_bwd(q, k, v, p, grad_mods)
     launch = launcher("flash_bwd", metadata(q, v, p), request, backend)
     launch(dout, dlse, FlashTape(q, k, v, out, lse, out_lo), p, grads)
     return grads
@@ -187,7 +188,7 @@ def _bwd(
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> FlashGrads:
-    return alloc_bwd(q, k, v, rest[7])
+    return alloc_bwd(q, k, v, FlashParams(*rest[3:-2]), rest[-2])
 
 
 def _decode(
@@ -197,17 +198,13 @@ def _decode(
     cache_seqlens: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    num_splits: int,
-    backend: str | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
+    """rest: the fields of FlashParams from softmax_scale on, num_splits, backend."""
+    *fields, num_splits, backend = rest
     p = FlashParams(
-        None, None, cache_seqlens, alibi_slopes, sinks, q.shape[1], k_cache.shape[1],
-        softmax_scale, window_left, window_right, softcap,
-    )  # fmt: skip
+        None, None, cache_seqlens, alibi_slopes, sinks, q.shape[1], k_cache.shape[1], *fields
+    )
     if cache_seqlens is not None:
         p = _checked("flash_decode", q, k_cache, p, "cache_seqlens")
     out, lse, _ = alloc_fwd(q, v_cache)
@@ -250,7 +247,7 @@ def _merge_fake(
 
 
 flash_fwd = _ops.define(
-    f"flash_fwd(Tensor q, Tensor k, Tensor v, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}"
+    f"flash_fwd(Tensor q, Tensor k, Tensor v, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}{_MODS}"
     "bool save_out_lo, str? backend) -> (Tensor out, Tensor lse, Tensor out_lo)",
     _fwd,
     _fwd_fake,
@@ -258,15 +255,16 @@ flash_fwd = _ops.define(
 )
 flash_bwd = _ops.define(
     "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor out_lo, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}str? backend) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    f"Tensor out_lo, {_INDICES}{_EXTRAS}{_SIZES}{_SCALARS}{_MODS}int grad_mods, str? backend) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dkey_bias, Tensor dbias, "
+    "Tensor drel_bias, Tensor ddecay, Tensor drow_scale)",
     _bwd,
     _bwd_fake,
     _flash_vmap.backward,
 )
 flash_decode = _ops.define(
     "flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, "
-    f"{_EXTRAS}{_SCALARS}SymInt num_splits, str? backend) -> (Tensor out, Tensor lse)",
+    f"{_EXTRAS}{_SCALARS}{_MODS}SymInt num_splits, str? backend) -> (Tensor out, Tensor lse)",
     _decode,
     _decode_fake,
     _flash_vmap.decode,

@@ -1,6 +1,6 @@
 """Batching rules of the flash operators: ``torch.vmap`` folds its dimension into the batch.
 
-A rule that cannot fold (varlen boundaries, per-head tensors that are themselves batched, a
+A rule that cannot fold (varlen boundaries, per-head tensors that are themselves batched, mods, a
 gradient of sinks, which sums over the batch) runs the operator once per slice and stacks. Both
 give the same numbers; kernels do not mix sequences of a batch.
 """
@@ -65,7 +65,9 @@ def _mapped(op: Any, folds: int, args: tuple[Any, ...], info: Any, in_dims: Dims
     # A gradient of sinks is a sum over the batch, which folding would run together.
     sums = sinks is not None and folds == 8
     mixed = any(d is not None for d in in_dims[folds + 3 : folds + 5])
-    if size == 0 or cu_q is not None or mixed or sums or (alibi is not None and alibi.dim() == 2):
+    mods = next(x for x in args if isinstance(x, (list, tuple)))
+    per_batch = alibi is not None and alibi.dim() == 2
+    if size == 0 or cu_q is not None or mixed or sums or per_batch or mods:
         if size == 0:
             raise ValueError("attnforge: vmap over a dimension of size 0 is not defined")
         return _looped(op, size, in_dims, args)

@@ -9,17 +9,20 @@ a problem by ``cost``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from typing_extensions import Unpack
 
 from attnforge._params import FlashParams
 from attnforge.ops import _checks, _flash_ops
-from attnforge.ops._flash_autograd import MergeStates, MergeStatesDual, attend, needs_grad
+from attnforge.ops._features import Features, apply_features, split_window
+from attnforge.ops._flash_autograd import attend, merge, needs_grad
 from attnforge.ops._flash_cost import Cost, cost
+from attnforge.ops._flash_finish import finish
 from attnforge.registry import override
 from attnforge.registry.explain import explained_by
 from attnforge.registry.spec import Request
@@ -35,7 +38,6 @@ __all__ = [
 
 Window = tuple[int, int]
 _decode = _flash_ops.flash_decode
-_merge = _flash_ops.merge_states
 
 
 def _autocast(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,25 +73,32 @@ def _choice(op: str, backend: str | None) -> str | None:
 def _problem(
     op: str,
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     batch: int,
     indices: tuple[Tensor | None, Tensor | None, Tensor | None],
     sizes: tuple[int, int],
     *,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     softmax_scale: float | None = None,
+    **features: Any,
 ) -> FlashParams:
     """Check and normalise the options that all functions share. indices: cu_q, cu_k, used."""
-    left, right = _checks.window(op, window_size, causal)
+    window, per_head = split_window(op, window_size, q)
+    left, right = _checks.window(op, window, causal)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _checks.scalars(op, scale, softcap)
     if alibi_slopes is not None or sinks is not None:
         _checks.per_head(op, q, batch, alibi_slopes, sinks)
         alibi_slopes, sinks = _stat_inputs(q, alibi_slopes, sinks)
-    return FlashParams(*indices, alibi_slopes, sinks, *sizes, scale, left, right, softcap)
+    p = FlashParams(*indices, alibi_slopes, sinks, *sizes, scale, left, right, softcap)
+    if features or per_head is not None:
+        p = apply_features(op, q, k, v, p, features, per_head, causal)
+    return p
 
 
 def _dense(
@@ -100,7 +109,7 @@ def _dense(
     batch = q.shape[0]
     _checks.lengths(op, used_name, used, q, batch)
     sizes = (q.shape[1], k.shape[1])
-    return q, k, v, _problem(op, q, batch, (None, None, used), sizes, **options)
+    return q, k, v, _problem(op, q, k, v, batch, (None, None, used), sizes, **options)
 
 
 def _requests(ops: tuple[str, ...], q: Tensor, _: Tensor, v: Tensor, p: FlashParams) -> Any:
@@ -128,7 +137,7 @@ def flash_attention(
     v: Tensor,
     *,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -136,6 +145,7 @@ def flash_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **features: Unpack[Features],
 ) -> Any:
     """Exact attention of batched sequences; differentiable in q, k, v and sinks.
 
@@ -144,7 +154,8 @@ def flash_attention(
     strides are read in place if the last one is 1; else the tensor is copied once.
 
     causal: query i sees keys up to i + Sk - Sq (bottom-right aligned).
-    window_size: (left, right) keys beside that diagonal that are seen; -1 is unlimited.
+    window_size: (left, right) keys beside that diagonal that are seen; -1 is unlimited. An int32
+        tensor [Hq, 2] gives each head its own.
     softcap: logits become softcap * tanh(logits / softcap); 0 is off.
     alibi_slopes: [Hq] or [B, Hq]; logits get -slope * |i + Sk - Sq - j|. No gradient.
     sinks: [Hq]; one logit per head that takes part in the softmax and brings no value.
@@ -154,6 +165,7 @@ def flash_attention(
         differentiable.
     backend: a backend (``"cpu"``), kernel id or ``"flash_fwd=cpu,*=reference"``; default: the
         enclosing ``attnforge.backend``, ``ATTNFORGE_BACKEND``, the best score.
+    features: masks, biases, gates, score functions, dropout, RoPE: see ``Features``.
 
     Returns out [B, Sq, Hq, Dv] of q's dtype, or (out, lse). A row that sees no key gives 0 and
     an LSE of -inf (with a sink: the sink). Under ``torch.autocast`` q, k, v take its dtype.
@@ -174,8 +186,12 @@ def flash_attention(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         softmax_scale=softmax_scale,
+        **features,
     )
-    out, lse = attend(q, k, v, p, _choice("flash_attention", backend))
+    choice = _choice("flash_attention", backend)
+    out, lse = attend(q, k, v, p, choice)
+    if features:
+        out, lse = finish("flash_attention", q, p, (out, lse), features, choice)
     return (out, lse) if return_lse else out
 
 
@@ -204,7 +220,7 @@ def _varlen(
         k.shape[0] if max_seqlen_k is None else max_seqlen_k,
     )
     indices = (cu_seqlens_q, cu_seqlens_k, seqused_k)
-    return q, k, v, _problem(op, q, batch, indices, sizes, **options)
+    return q, k, v, _problem(op, q, k, v, batch, indices, sizes, **options)
 
 
 def _varlen_requests(
@@ -225,7 +241,7 @@ def flash_attention_varlen(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     causal: bool = False,
-    window_size: Window = (-1, -1),
+    window_size: Window | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -233,6 +249,7 @@ def flash_attention_varlen(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **features: Unpack[Features],
 ) -> Any:
     """Attention of packed sequences of different lengths; otherwise as ``flash_attention``.
 
@@ -260,8 +277,12 @@ def flash_attention_varlen(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         softmax_scale=softmax_scale,
+        **features,
     )
-    out, lse = attend(q, k, v, p, _choice("flash_attention_varlen", backend))
+    choice = _choice("flash_attention_varlen", backend)
+    out, lse = attend(q, k, v, p, choice)
+    if features:
+        out, lse = finish("flash_attention_varlen", q, p, (out, lse), features, choice)
     return (out, lse) if return_lse else out
 
 
@@ -293,13 +314,14 @@ def flash_decode(
     cache_seqlens: Tensor | None = None,
     num_splits: int = 0,
     causal: bool = True,
-    window_size: Window = (-1, -1),
+    window_size: Window | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **features: Unpack[Features],
 ) -> Any:
     """Attention of a few new rows over a long KV cache, split over the keys.
 
@@ -328,12 +350,15 @@ def flash_decode(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         softmax_scale=softmax_scale,
+        **features,
     )
     choice = _choice("flash_decode", backend)
-    if needs_grad(q, k, v, p.sinks) or forward_ad._current_level >= 0:
+    if needs_grad(q, k, v, p.sinks, p.mods) or forward_ad._current_level >= 0:
         out, lse = attend(q, k, v, p, choice)
     else:
         out, lse = _decode(q, k, v, *p[2:5], *p[7:], num_splits, choice)
+    if features:
+        out, lse = finish("flash_decode", q, p, (out, lse), features, choice)
     return (out, lse) if return_lse else out
 
 
@@ -360,16 +385,4 @@ def merge_states(
     Returns (out, lse): out of the parts' dtype, lse fp32 (fp64 beside fp64 outputs).
     """
     _checks.merge_parts("merge_states", outs, lses)
-    choice = _choice("merge_states", backend)
-    outs, lses = list(outs), list(lses)
-    dual = forward_ad._current_level >= 0
-    wrapped = torch._C._are_functorch_transforms_active()
-    wanted = torch.is_grad_enabled() and (wrapped or any(x.requires_grad for x in outs + lses))
-    if dual or wanted:
-        apply: Callable[..., Any] = (MergeStatesDual if dual else MergeStates).apply
-        if torch.compiler.is_compiling():
-            outs, lses = [x.view_as(x) for x in outs], [x.view_as(x) for x in lses]
-        out, lse = apply(choice, *outs, *lses)
-    else:
-        out, lse = _merge(outs, lses, choice)
-    return out, lse
+    return merge(list(outs), list(lses), _choice("merge_states", backend))

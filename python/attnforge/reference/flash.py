@@ -20,6 +20,14 @@ import torch
 from torch import Tensor
 
 from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.reference.scores import (
+    Scores,
+    add_mod_grads,
+    add_row_scale_grad,
+    differentiate,
+    exp_gap,
+    weigh,
+)
 
 __all__ = ["backward", "forward", "merge", "sink_gradient"]
 
@@ -124,24 +132,37 @@ def _visible_matmul(a: Tensor, b: Tensor, visible: Tensor | None) -> Tensor:
 
 class _Logits(NamedTuple):
     value: Tensor  # [B, Hk, G, R, N], hidden places -inf
+    raw: Tensor  # scale * <q, k>, before anything else
     slope: Tensor | None  # d value / d raw of the softcap, same shape
-    visible: Tensor | None  # [G * R, N], for products with the heads of a group as rows
+    seen: Tensor | None  # [.., R, N]; None is all
+    visible: Tensor | None  # [.., G * R, N], for products with the heads of a group as rows
 
 
-def _logits(q: Tensor, k: Tensor, chunk: _Chunk, p: FlashParams, slopes: Tensor | None) -> _Logits:
+def _logits(
+    q: Tensor, k: Tensor, chunk: _Chunk, p: FlashParams, slopes: Tensor | None, mods: Scores
+) -> _Logits:
     """q [B, Hk, G, R, D], k [B, Hk, N, D], slopes [B or 1, Hk, G, 1, 1]."""
     group = q.shape[2]
-    s = _split_rows(q.flatten(2, 3) @ k.transpose(-1, -2), group) * p.softmax_scale
-    slope = None
+    raw = _split_rows(q.flatten(2, 3) @ k.transpose(-1, -2), group) * p.softmax_scale
+    s, slope, seen = raw, None, chunk.visible
+    if p.mods and (row_scale := mods.row_scale(chunk.rows)) is not None:
+        s = s * row_scale
     if p.softcap > 0:
         t = torch.tanh(s / p.softcap)
         s, slope = t * p.softcap, 1.0 - t * t
     if slopes is not None:
         s = s - slopes * chunk.distance
-    if chunk.visible is None:
-        return _Logits(s, slope, None)
-    s = s.masked_fill(~chunk.visible, float("-inf"))
-    return _Logits(s, slope, chunk.visible.repeat(group, 1))
+    if p.mods:
+        bias = mods.bias(chunk.rows, chunk.keys, s.dtype)
+        s = s if bias is None else s + bias
+        seen = mods.visible(chunk.rows, chunk.keys, seen)
+    if seen is None:
+        return _Logits(s, raw, slope, None, None)
+    s = s.masked_fill(~seen, float("-inf"))
+    wide = seen if seen.dim() == 2 else seen.expand(*s.shape[:2], *seen.shape[2:])
+    if wide.dim() == 2:
+        return _Logits(s, raw, slope, seen, wide.repeat(group, 1))
+    return _Logits(s, raw, slope, seen, wide.expand(s.shape).flatten(2, 3))
 
 
 def _group_heads(x: Tensor | None, heads_kv: int, acc: torch.dtype) -> Tensor | None:
@@ -156,10 +177,10 @@ def _batch_slopes(slopes: Tensor | None, seq: _Sequence) -> Tensor | None:
     return slopes[seq.batch] if slopes is not None and slopes.dim() == 2 else slopes
 
 
-def _exp_gap(x: Tensor, top: Tensor) -> Tensor:
-    """exp(x - top) for x <= top, with 1 at equal infinities and 0 at x = -inf."""
-    gap = torch.exp(x - top)
-    return torch.where(x == float("-inf"), 0.0, torch.where(x == top, 1.0, gap))
+def _mods(p: FlashParams, seq: _Sequence, rows: Tensor, keys: Tensor) -> Scores:
+    """What ``p.mods`` says of one sequence; rows [B, Hk, G, Sq, D], keys [B, Hk, Sk, D]."""
+    _, heads_kv, group, sq, _ = rows.shape
+    return Scores(p, seq.batch, seq.rows, seq.keys, heads_kv, group, sq, keys.shape[2])
 
 
 def forward(
@@ -181,28 +202,22 @@ def forward(
         rows = _group_rows(_cut(q, seq, seq.rows), heads_kv, acc)
         keys = _cut(k, seq, seq.keys).to(acc).transpose(1, 2)  # [B, Hk, Sk, D]
         values = _cut(v, seq, seq.keys).to(acc).transpose(1, 2)
+        mods = _mods(p, seq, rows, keys)
+        rows, keys = mods.rotated(rows, True), mods.rotated(keys, False)
         slopes = _group_heads(_batch_slopes(p.alibi_slopes, seq), heads_kv, acc)
         heads = rows.shape[0] * q.shape[-2]
         o_view, lse_view = _cut(out, seq, seq.rows), _cut_stat(lse, seq)
         for chunk in _chunks(rows.shape[3], keys.shape[2], heads, p, q.device):
             part = rows[:, :, :, chunk.rows]
-            s = _logits(part, keys[:, :, chunk.keys], chunk, p, slopes)
-            if s.value.shape[-1]:
-                top = s.value.amax(-1, keepdim=True)
-            else:
-                top = torch.full_like(s.value[..., :1].sum(-1, keepdim=True), float("-inf"))
-            if sinks is not None:
-                top = torch.maximum(top, sinks)
-            base = torch.where(top == float("-inf"), 0.0, top)
-            e = torch.exp(s.value - base)
-            total = e.sum(-1, keepdim=True)
-            if sinks is not None:
-                total = total + _exp_gap(sinks, base)
-            o = _visible_matmul(e.flatten(2, 3), values[:, :, chunk.keys], s.visible)
-            o = _split_rows(o, part.shape[2])
-            empty = total == 0
-            o = (o / total).masked_fill(empty, 0.0)
-            stat = (base + torch.log(total)).masked_fill(empty, float("-inf"))
+            s = _logits(part, keys[:, :, chunk.keys], chunk, p, slopes, mods)
+            w = weigh(s.value, p.score_fn, sinks)
+            value = w.value
+            if (kept := mods.kept(chunk.rows, chunk.keys, value.shape[0])) is not None:
+                value = value * kept.to(value.device) / (1.0 - p.dropout_p)
+            o = _visible_matmul(value.flatten(2, 3), values[:, :, chunk.keys], s.visible)
+            empty = w.total == 0
+            o = (_split_rows(o, part.shape[2]) / w.total).masked_fill(empty, 0.0)
+            stat = w.lse.masked_fill(empty, float("-inf"))
             lse_view[:, :, chunk.rows] = stat.squeeze(-1).flatten(1, 2).to(lse.dtype)
             o = o.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [B, R, Hq, Dv]
             high = o.to(out.dtype)
@@ -222,9 +237,9 @@ def backward(
     with dS' = dS * (1 - tanh^2) under a softcap. O is ``out + out_lo``: the float32 value.
     """
     q, k, v, out, lse, out_lo = tape
-    dq, dk, dv, dsinks = grads
+    dq, dk, dv, dsinks = grads[:4]
     acc, heads_kv = _accumulator(q.dtype), k.shape[-2]
-    for x in (dq, dk, dv, dsinks):  # unused key slots, rows past the last sequence
+    for x in grads:  # unused key slots, rows past the last sequence
         x.zero_()
     if q.numel() == 0 or heads_kv == 0:
         return
@@ -243,35 +258,51 @@ def backward(
         stat = stat.reshape(delta.shape)
         keys = _cut(k, seq, seq.keys).to(acc).transpose(1, 2)
         values = _cut(v, seq, seq.keys).to(acc).transpose(1, 2)
+        mods = _mods(p, seq, rows, keys)
+        rows, keys = mods.rotated(rows, True), mods.rotated(keys, False)
         slopes = _group_heads(_batch_slopes(p.alibi_slopes, seq), heads_kv, acc)
         heads = rows.shape[0] * q.shape[-2]
         sum_dk, sum_dv = torch.zeros_like(keys), torch.zeros_like(values)
-        dq_view = _cut(dq, seq, seq.rows)
+        sum_dq = torch.zeros_like(rows)
         for chunk in _chunks(rows.shape[3], keys.shape[2], heads, p, q.device):
             part, d_part = rows[:, :, :, chunk.rows], d_out[:, :, :, chunk.rows]
             k_part, v_part = keys[:, :, chunk.keys], values[:, :, chunk.keys]
-            s = _logits(part, k_part, chunk, p, slopes)
+            s = _logits(part, k_part, chunk, p, slopes, mods)
+            dp = _split_rows(d_part.flatten(2, 3) @ v_part.transpose(-1, -2), part.shape[2])
+            kept = mods.kept(chunk.rows, chunk.keys, part.shape[0])
+            if kept is not None:
+                kept = kept.to(dp.device) / (1.0 - p.dropout_p)
+                dp = dp * kept
             # A row with nothing to attend to has lse = -inf: it has no probabilities at all.
             row_lse = stat[:, :, :, chunk.rows]
-            prob = torch.exp(s.value - row_lse).masked_fill(row_lse == float("-inf"), 0.0)
-            dp = _split_rows(d_part.flatten(2, 3) @ v_part.transpose(-1, -2), part.shape[2])
-            ds = prob * (dp - delta[:, :, :, chunk.rows])
+            dead = row_lse == float("-inf")
+            row_delta = delta[:, :, :, chunk.rows]
+            prob, ds = differentiate(s.value, p.score_fn, row_lse, dp, row_delta)
+            hidden = dead if s.seen is None else dead | ~s.seen
+            prob, ds = prob.masked_fill(hidden, 0.0), ds.masked_fill(hidden, 0.0)
+            if p.mods:
+                add_mod_grads(mods, grads, chunk.rows, chunk.keys, ds)
             if s.slope is not None:
-                ds = ds * s.slope
-            if chunk.visible is not None:
-                hidden = ~chunk.visible
-                prob, ds = prob.masked_fill(hidden, 0.0), ds.masked_fill(hidden, 0.0)
-            ds = ds.masked_fill(row_lse == float("-inf"), 0.0).flatten(2, 3) * p.softmax_scale
+                ds = (ds * s.slope).masked_fill(hidden, 0.0)
+            if grads.drow_scale.numel():
+                add_row_scale_grad(mods, grads.drow_scale, chunk.rows, ds, s.raw, hidden)
+            if p.mods and (row_scale := mods.row_scale(chunk.rows)) is not None:
+                ds = ds * row_scale
+            ds = ds.flatten(2, 3) * p.softmax_scale
+            if kept is not None:
+                prob = prob * kept
             prob = prob.flatten(2, 3)  # [B, Hk, G * R, N]
             transposed = None if s.visible is None else s.visible.transpose(-1, -2)
             g = _split_rows(_visible_matmul(ds, k_part, s.visible), part.shape[2])
-            dq_view[:, chunk.rows] = g.permute(0, 3, 1, 2, 4).flatten(2, 3).to(dq.dtype)
+            sum_dq[:, :, :, chunk.rows] = g
             sum_dk[:, :, chunk.keys] += _visible_matmul(
                 ds.transpose(-1, -2), part.flatten(2, 3), transposed
             )
             sum_dv[:, :, chunk.keys] += _visible_matmul(
                 prob.transpose(-1, -2), d_part.flatten(2, 3), transposed
             )
+        sum_dq, sum_dk = mods.rotated(sum_dq, True, True), mods.rotated(sum_dk, False, True)
+        _cut(dq, seq, seq.rows).copy_(sum_dq.permute(0, 3, 1, 2, 4).flatten(2, 3))
         _cut(dk, seq, seq.keys).copy_(sum_dk.transpose(1, 2))
         _cut(dv, seq, seq.keys).copy_(sum_dv.transpose(1, 2))
 
@@ -281,7 +312,7 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
     The sink is a key whose value is zero: its dS is ``p_sink * (0 - delta)``.
     """
-    prob = _exp_gap(sinks.to(lse.dtype).unsqueeze(-1), lse)
+    prob = exp_gap(sinks.to(lse.dtype).unsqueeze(-1), lse)
     # No part: a sink of -inf, and rows of no sequence (their LSE is -inf in spite of the sink).
     absent = (prob == 0) | (lse == float("-inf"))
     terms = (prob * delta).masked_fill(absent, 0.0)

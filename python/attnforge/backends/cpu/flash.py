@@ -16,7 +16,7 @@ from torch import Tensor
 from attnforge import _native
 from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.reference.flash import sink_gradient
-from attnforge.registry.predicates import Available, Device, Dim, Dtypes
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec, Request
 
 __all__ = ["SPECS"]
@@ -54,7 +54,7 @@ def fwd(
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
-    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:])
+    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11])
 
 
 def bwd(
@@ -62,7 +62,7 @@ def bwd(
 ) -> None:
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
     q, k, v, out, lse, out_lo = tape
-    dq, dk, dv, dsinks = grads
+    dq, dk, dv, dsinks = grads[:4]
     if q.numel() == 0:  # no rows: nothing reaches the keys
         for x in grads:
             x.zero_()
@@ -82,7 +82,7 @@ def bwd(
         dk,
         dv,
         delta,
-        *p[5:],
+        *p[5:11],
     )
     if p.sinks is not None:
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))
@@ -94,7 +94,9 @@ def decode(
     """Launcher of ``flash_decode``."""
     if _has_extras(p):
         p = _contiguous(p)
-    _native_op("flash_decode")(_unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:], num_splits)
+    _native_op("flash_decode")(
+        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits
+    )
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
@@ -125,10 +127,11 @@ _COMMON = (
     Device("cpu"),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     _HeadDims(),
+    Features("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
     Available("libattnforge_cpu.so", _native.unavailable),
 )
 # Merging is elementwise over head_dim and takes any.
-_MERGE = (_COMMON[0], _COMMON[1], _COMMON[3])
+_MERGE = (_COMMON[0], _COMMON[1], _COMMON[4])
 
 
 def _spec(kind: str, op: str, notes: str) -> KernelSpec:

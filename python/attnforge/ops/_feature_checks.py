@@ -1,0 +1,177 @@
+"""Checks of the keywords in ``_features.Features``: metadata only, one sentence per error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge._params import SCORE_FNS, FlashParams
+from attnforge.ops._checks import fail, tensor
+
+__all__ = ["features", "shaped"]
+
+Sizes = tuple[int, ...]  # what one dimension may be
+
+
+def shaped(
+    op: str, name: str, x: Any, q: Tensor, want: Sequence[Sizes], dtype: torch.dtype | None
+) -> None:
+    """``x`` is a tensor on q's device whose n-th size is one of ``want[n]``.
+
+    dtype: the one that it must have; None is any floating dtype.
+    """
+    tensor(op, name, x)
+    text = "[" + ", ".join("|".join(map(str, dict.fromkeys(s))) for s in want) + "]"
+    if x.dim() != len(want) or any(n not in sizes for n, sizes in zip(x.shape, want, strict=True)):
+        fail(op, f"{name} has shape {tuple(x.shape)}; want {text}; a size of 1 is broadcast")
+    if (x.dtype is not dtype) if dtype is not None else not x.dtype.is_floating_point:
+        wanted = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")
+        fail(
+            op,
+            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; want {wanted}; convert it",
+            TypeError,
+        )
+    if x.device != q.device:
+        fail(op, f"{name} is on {x.device}; want {q.device} like q; move it with .to(q.device)")
+
+
+def _pair(op: str, f: Mapping[str, Any], first: str, second: str) -> None:
+    if (first in f) != (second in f):
+        given, missing = (first, second) if first in f else (second, first)
+        fail(op, f"{given} comes without {missing}; want both or neither")
+
+
+def _batched_only(op: str, f: Mapping[str, Any], p: FlashParams) -> None:
+    for name in ("mask", "bias"):
+        if name in f and p.cu_seqlens_q is not None:
+            fail(
+                op,
+                f"{name} is given with packed sequences; got cu_seqlens; want batched tensors, or "
+                "segment_ids, key_bias or rel_bias, which packed calls take",
+            )
+
+
+def _score_fn(op: str, f: Mapping[str, Any], p: FlashParams) -> None:
+    score_fn = f.get("score_fn", "softmax")
+    if score_fn not in SCORE_FNS:
+        fail(op, f"score_fn is {score_fn!r}; want one of {', '.join(SCORE_FNS)}")
+    if score_fn != "softmax" and p.sinks is not None:
+        fail(op, f"sinks is given with score_fn {score_fn!r}; want softmax: drop one of them")
+
+
+def _dropout(op: str, f: Mapping[str, Any]) -> None:
+    rate = f.get("dropout_p", 0.0)
+    if not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
+        fail(op, f"dropout_p is {rate!r}; want a number 0 <= p < 1; 0 turns it off")
+    for name in ("dropout_seed", "dropout_offset"):
+        value = f.get(name, 0)
+        if not isinstance(value, int) or not 0 <= value < 1 << 63:
+            fail(op, f"{name} is {value!r}; want an int 0 <= n < 2^63")
+    if rate and "dropout_seed" not in f:
+        fail(op, "dropout_p is given without dropout_seed; want the seed: results are replayable")
+
+
+def _rope(op: str, q: Tensor, k: Tensor, rows: Sizes, keys: Sizes, f: Mapping[str, Any]) -> None:
+    for name in ("positions_q", "positions_k", "rope_interleaved"):
+        if name in f and "rope" not in f:
+            fail(op, f"{name} is given without rope; want the tables (cos, sin) as well")
+    if "rope" not in f:
+        return
+    tables = f["rope"]
+    if not isinstance(tables, (tuple, list)) or len(tables) != 2:
+        fail(op, f"rope is {type(tables).__name__}; want a pair of tensors (cos, sin)", TypeError)
+    half = q.shape[-1] // 2
+    for name, x in zip(("rope cos", "rope sin"), tables, strict=True):
+        tensor(op, name, x)
+        rotary, length = (x.shape[-1], x.shape[1]) if x.dim() == 3 else (half, 1)
+        if not 1 <= rotary <= half or length < 1:
+            fail(op, f"{name} has shape {tuple(x.shape)}; want [heads_kv|1, positions >= 1, "
+                     f"rotary_dim / 2 <= {half}]")  # fmt: skip
+        shaped(op, name, x, q, [(k.shape[-2], 1), (length,), (rotary,)], None)
+        if x.requires_grad:
+            fail(op, f"{name} requires grad; want constants; rotate q and k outside for a gradient")
+    if tables[0].shape != tables[1].shape:
+        fail(op, f"rope tables differ; got cos {tuple(tables[0].shape)}, sin "
+                 f"{tuple(tables[1].shape)}; want one shape")  # fmt: skip
+    for name, want in (("positions_q", rows), ("positions_k", keys)):
+        if name in f:
+            shaped(op, name, f[name], q, [(n, 1) if i < len(want) - 1 else (n,)
+                                          for i, n in enumerate(want)], torch.int32)  # fmt: skip
+
+
+def _sink_kv(op: str, q: Tensor, k: Tensor, v_dim: int, f: Mapping[str, Any]) -> None:
+    if "sink_kv" not in f:
+        return
+    pair = f["sink_kv"]
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        fail(op, f"sink_kv is {type(pair).__name__}; want a pair of tensors (k, v)", TypeError)
+    for name, x, dim in zip(("sink_kv k", "sink_kv v"), pair, (q.shape[-1], v_dim), strict=True):
+        tensor(op, name, x)
+        count = pair[0].shape[0] if pair[0].dim() else 0
+        shaped(op, name, x, q, [(count,), (k.shape[-2],), (dim,)], None)
+    if f.get("score_fn", "softmax") != "softmax" or "rope" in f or "dropout_p" in f:
+        fail(op, "sink_kv is given with score_fn, dropout or rope; want it alone; append the keys "
+                 "to k and v instead")  # fmt: skip
+
+
+def features(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v_dim: int,
+    batch: int,
+    causal: bool,
+    p: FlashParams,
+    f: Mapping[str, Any],
+) -> None:
+    """Every keyword that is given fits q [B, Sq, Hq, D] and k [B, Sk, Hk, D] (or packed ones)."""
+    heads, sq, sk = (q.shape[-2],), (q.shape[-3],), (k.shape[-3],)
+    some = (*heads, 1)
+    lead: list[Sizes] = [] if p.cu_seqlens_q is not None else [(batch, 1)]
+    full: list[Sizes] = [] if p.cu_seqlens_q is not None else [(batch,)]
+    _pair(op, f, "segment_ids_q", "segment_ids_k")
+    _batched_only(op, f, p)
+    _score_fn(op, f, p)
+    _dropout(op, f)
+    _sink_kv(op, q, k, v_dim, f)
+    if "head_scale" in f:
+        shaped(op, "head_scale", f["head_scale"], q, [heads], None)
+    rows, keys = ((q.shape[0],), (k.shape[0],)) if not lead else ((batch, *sq), (batch, *sk))
+    _rope(op, q, k, rows, keys, f)
+    floating: dict[str, list[Sizes]] = {
+        "key_bias": [*lead, some, sk],
+        "bias": [*lead, some, sq, sk],
+        "row_scale": [*lead, some, sq],
+        "log_forget": [*full, sk, some],
+    }
+    integers: dict[str, list[Sizes]] = {
+        "prefix_lens": [(batch,)],
+        "segment_ids_q": [*full, sq],
+        "segment_ids_k": [*full, sk],
+    }
+    for name, want in floating.items():
+        if name in f:
+            shaped(op, name, f[name], q, want, None)
+    for name, want in integers.items():
+        if name in f:
+            shaped(op, name, f[name], q, want, torch.int32)
+    if "bias" in f and f["bias"].dtype not in (q.dtype, torch.float32):
+        fail(op, f"bias has dtype {f['bias'].dtype}; want {q.dtype} like q, or float32", TypeError)
+    if "rel_bias" in f:
+        tensor(op, "rel_bias", f["rel_bias"])
+        length = f["rel_bias"].shape[-1] if f["rel_bias"].dim() else 0
+        if length % 2 == 0:
+            fail(op, f"rel_bias has shape {tuple(f['rel_bias'].shape)}; want [heads_q|1, 2 R + 1]: "
+                     "distances -R .. R")  # fmt: skip
+        shaped(op, "rel_bias", f["rel_bias"], q, [some, (length,)], None)
+    if "mask" in f:
+        tensor(op, "mask", f["mask"])
+        covered = f["mask"].shape[-1] if f["mask"].dim() else 0
+        if covered > k.shape[-3]:
+            fail(op, f"mask covers {covered} keys; got {k.shape[-3]}; want at most all of them")
+        shaped(op, "mask", f["mask"], q, [*lead, some, sq, (covered,)], torch.bool)
+    if "log_forget" in f and not causal:
+        fail(op, "log_forget comes without causal; want causal=True: gates forget the past only")
