@@ -17,6 +17,7 @@ from attnforge.ops.flash import (
     flash_decode,
     merge_states,
 )
+from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import KernelSpec, backend, debug, explain, list_kernels, register
 
 _registry.add_source(_backends.discover)
@@ -33,4 +34,6 @@ __all__ = [
     "list_kernels",
     "merge_states",
     "register",
+    "rope_tables",
+    "t5_rel_bias",
 ]

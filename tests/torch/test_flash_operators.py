@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnforge
+from attnforge._params import FlashMods
 from attnforge.testing.cases import FlashCase, FlashInputs
 
 OPS = torch.ops.attnforge
@@ -24,13 +25,13 @@ CASES = {
 
 
 def arguments(inputs: FlashInputs) -> tuple[list[Any], list[Any]]:
-    """(q, k, v), and everything after them up to softcap, as the operators take it."""
+    """(q, k, v), and the fields of FlashParams after them, as the operators take it."""
     q, k, o = inputs.q, inputs.k, inputs.options
     dim = 0 if "cu_seqlens_q" in o else 1
     left, right = o["window_size"]
     names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sinks")
     tail = [*(o.get(n) for n in names), q.shape[dim], k.shape[dim], q.shape[-1] ** -0.5, left,
-            0 if o["causal"] else right, o["softcap"]]  # fmt: skip
+            0 if o["causal"] else right, o["softcap"], [], "softmax", 0.0, False]  # fmt: skip
     return [q, k, inputs.v], tail
 
 
@@ -43,8 +44,8 @@ def calls(name: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         found.append((OPS.flash_fwd.default, (*head, *tail, save, backend)))
     out, lse, low = OPS.flash_fwd(*head, *tail, True, backend)
     saved = (inputs.dout, inputs.dlse, *head, out, lse, low)
-    found.append((OPS.flash_bwd.default, (*saved, *tail, backend)))
-    found.append((OPS.flash_bwd.default, (inputs.dout, None, *saved[2:], *tail, backend)))
+    found.append((OPS.flash_bwd.default, (*saved, *tail, 0, backend)))
+    found.append((OPS.flash_bwd.default, (inputs.dout, None, *saved[2:], *tail, 0, backend)))
     if tail[0] is None:
         found.append((OPS.flash_decode.default, (*head, *tail[2:5], *tail[7:], 2, backend)))
     parts = ([out, out.clone()], [lse, lse.clone()], backend)
@@ -62,6 +63,22 @@ def test_opcheck(backend: str, name: str) -> None:
 
 def describe(x: Tensor) -> tuple[Any, ...]:
     return tuple(x.shape), x.stride(), x.dtype, x.storage_offset()
+
+
+@pytest.mark.plain_memory
+def test_opcheck_of_mods() -> None:
+    # Features of single scores: a list of optional tensors, some of them with a gradient.
+    inputs = CASES["plain"].make()
+    head, tail = arguments(inputs)
+    mods = [None] * len(FlashMods._fields)
+    mods[FlashMods._fields.index("key_bias")] = torch.randn(1, 4, 9)
+    mods[FlashMods._fields.index("mask")] = torch.rand(2, 1, 5, 9) > 0.3
+    tail[11] = mods
+    out, lse, low = OPS.flash_fwd(*head, *tail, True, "reference")
+    torch.library.opcheck(OPS.flash_fwd.default, (*head, *tail, True, "reference"))
+    saved = (inputs.dout, inputs.dlse, *head, out, lse, low)
+    torch.library.opcheck(OPS.flash_bwd.default, (*saved, *tail, 1, "reference"))
+    assert OPS.flash_bwd(*saved, *tail, 1, "reference")[4].shape == (1, 4, 9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,8 +117,9 @@ def test_unbacked_sizes() -> None:
         q = torch.empty(batch, rows, 4, 16)
         kv = torch.empty(batch, rows, 2, 16)
         out, lse, low = OPS.flash_fwd(
-            q, kv, kv, None, None, None, None, None, rows, rows, 0.25, -1, 0, 0.0, False, None
-        )
+            q, kv, kv, None, None, None, None, None, rows, rows, 0.25, -1, 0, 0.0, [], "softmax",
+            0.0, False, False, None,
+        )  # fmt: skip
         assert tuple(out.shape[2:]) == (4, 16)
         assert lse.shape[1] == 4
         assert tuple(low.shape) == (0,)
@@ -112,21 +130,23 @@ def test_schemas_are_stable() -> None:
     shared = (
         "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, "
         "Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
-        "SymInt window_left, SymInt window_right, float softcap"
+        "SymInt window_left, SymInt window_right, float softcap, "
     )
+    mods = "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved"
     assert str(OPS.flash_fwd.default._schema) == (
-        f"attnforge::flash_fwd(Tensor q, Tensor k, Tensor v, {shared}, bool save_out_lo, "
+        f"attnforge::flash_fwd(Tensor q, Tensor k, Tensor v, {shared}{mods}, bool save_out_lo, "
         "str? backend) -> (Tensor out, Tensor lse, Tensor out_lo)"
     )
     assert str(OPS.flash_bwd.default._schema) == (
         "attnforge::flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-        f"Tensor lse, Tensor out_lo, {shared}, str? backend) "
-        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)"
+        f"Tensor lse, Tensor out_lo, {shared}{mods}, int grad_mods, "
+        "str? backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dkey_bias, "
+        "Tensor dbias, Tensor drel_bias, Tensor ddecay, Tensor drow_scale)"
     )
     assert str(OPS.flash_decode.default._schema) == (
         "attnforge::flash_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, "
         "Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, SymInt window_left, "
-        "SymInt window_right, float softcap, SymInt num_splits, str? backend) "
+        f"SymInt window_right, float softcap, {mods}, SymInt num_splits, str? backend) "
         "-> (Tensor out, Tensor lse)"
     )
     assert str(OPS.merge_states.default._schema) == (
