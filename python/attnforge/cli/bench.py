@@ -78,6 +78,18 @@ def _progress() -> Iterator[Progress]:
         yield rich
 
 
+def _check_device(device: str, isa: str | None) -> None:
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is not cpu or cuda", param_hint="--device")
+    if device == "cuda":
+        import torch
+
+        if isa is not None:
+            raise typer.BadParameter("a GPU has no such level", param_hint="--isa")
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("no CUDA device is there", param_hint="--device")
+
+
 def _bench(
     family: Annotated[str, typer.Argument(help="Family to measure: flash.")],
     quick: Annotated[bool, typer.Option("--quick", help="5 repeats instead of 15.")] = False,
@@ -105,6 +117,9 @@ def _bench(
         str | None,
         typer.Option("--backend", help="Force a backend for attnforge's side."),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, or cuda for the current GPU.")
+    ] = "cpu",
     already_restricted: Annotated[bool, typer.Option("--already-restricted", hidden=True)] = False,
 ) -> None:
     """Measure a family against torch: paired ratios, fraction of the same-run peak, error."""
@@ -121,23 +136,24 @@ def _bench(
     from attnforge.testing import bench, machine
     from attnforge.testing.roofline import measure_peaks
 
+    _check_device(device, isa)
     bench.set_threads(threads)
     try:
-        cases = bench.family_cases(family, quick)
+        cases = bench.family_cases(family, quick, device=device)
         if plot is not None:
-            cases += bench.family_cases(family, quick, sweep=True)
+            cases += bench.family_cases(family, quick, sweep=True, device=device)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="FAMILY") from None
     cases = bench.select_cases(cases, case)
     if not cases:
         raise typer.BadParameter(f"no case matches {case!r}", param_hint="--case")
 
-    env = machine.environment(restricted=isa or "")
+    env = machine.environment(restricted=isa or "", device=device)
     for key, value in env.items():
         typer.echo(f"{key:>13}  {value}")
     with _progress() as progress:
         progress("peaks of this machine", 0, len(cases))
-        peaks = measure_peaks()
+        peaks = measure_peaks(device)
         results = bench.run_cases(cases, progress, peaks=peaks, backend=backend)
     for part in ([r for r in results if not r.series], [r for r in results if r.series]):
         if part:

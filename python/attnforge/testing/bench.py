@@ -4,7 +4,8 @@ Protocol (the same for every family):
 
 - one repeat = one burst of the candidate, one of each peer and one of the roofline probe, in an
   order that rotates from repeat to repeat; idle time before each burst;
-- a burst is as many calls as fit into 80 ms (one call if a call is longer);
+- a burst is as many calls as fit into 80 ms (one call if a call is longer); on a GPU 20 ms, by
+  events on its stream;
 - the headline is the **median of the paired ratios** peer / candidate, where a pair comes from
   one repeat, so that a slow second of a shared machine hits both sides; minimum and median times
   stand beside it, with the steal ticks and the load by other processes meanwhile;
@@ -39,7 +40,13 @@ from attnforge.testing.results import (
     table_rows,
     to_json,
 )
-from attnforge.testing.roofline import UNIT, Peaks, Resource, measure_peaks
+from attnforge.testing.roofline import (
+    UNIT,
+    Peaks,
+    Resource,
+    measure_peaks,
+    seconds_per_call,
+)
 
 __all__ = [
     "Case",
@@ -64,8 +71,9 @@ __all__ = [
     "to_json",
 ]
 
-BURST_S = 0.08
-REST_S = 0.1
+# A GPU needs neither long bursts nor long rests: its clock is its own, and nobody shares it.
+_BURST_S = {"cpu": 0.08, "cuda": 0.02}
+_REST_S = {"cpu": 0.1, "cuda": 0.01}
 REPEATS = 15
 QUICK_REPEATS = 5
 
@@ -108,6 +116,7 @@ class Case:
     series: str = ""
     x: int = 0
     repeats: int = REPEATS
+    device: str = "cpu"
 
 
 def flash_cases(quick: bool = False) -> list[Case]:
@@ -115,7 +124,9 @@ def flash_cases(quick: bool = False) -> list[Case]:
     return family_cases("flash", quick)
 
 
-def family_cases(family: str, quick: bool = False, sweep: bool = False) -> list[Case]:
+def family_cases(
+    family: str, quick: bool = False, sweep: bool = False, device: str = "cpu"
+) -> list[Case]:
     """The cases of one family: its table, or its sweep over sequence lengths for the plots.
 
     Raises:
@@ -123,6 +134,10 @@ def family_cases(family: str, quick: bool = False, sweep: bool = False) -> list[
     """
     if family != "flash":
         raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: flash")
+    if device == "cuda":
+        from attnforge.testing import bench_flash_gpu
+
+        return bench_flash_gpu.sweep(quick) if sweep else bench_flash_gpu.table(quick)
     from attnforge.testing import bench_flash
 
     return bench_flash.sweep(quick) if sweep else bench_flash.table(quick)
@@ -166,18 +181,11 @@ class _Load:
         return max(0.0, (seconds - own) / elapsed)
 
 
-def _burst(run: Callable[[], object], calls: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
-
-
-def _calls_per_burst(run: Callable[[], object]) -> int:
+def _calls_per_burst(run: Callable[[], object], device: str) -> int:
     """Warm up, then choose how many calls fill one burst."""
-    run()  # first touch, thread pool, selection
-    best = min(_burst(run, 1) for _ in range(2))
-    return max(1, min(10_000, int(BURST_S / max(best, 1e-9))))
+    seconds_per_call(run, 1, device)  # first touch, thread pool, selection, compilation
+    best = min(seconds_per_call(run, 1, device) for _ in range(2))
+    return max(1, min(10_000, int(_BURST_S[device] / max(best, 1e-9))))
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -188,7 +196,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def run_case(
-    case: Case, peaks: Peaks, backend: str | None = None, rest_s: float = REST_S
+    case: Case, peaks: Peaks, backend: str | None = None, rest_s: float | None = None
 ) -> Result:
     """Measure one case by the protocol above.
 
@@ -196,19 +204,20 @@ def run_case(
         case: what to run.
         peaks: probes from `measure_peaks`; their best rates are updated.
         backend: forced backend of the candidate, or None for the registry's choice.
-        rest_s: idle seconds before each burst.
+        rest_s: idle seconds before each burst; None takes the device's default.
     """
+    rest_s = _REST_S[case.device] if rest_s is None else rest_s
     workload = case.build(backend)
     probe = peaks.of(case.resource)
     runs: dict[str, Callable[[], object]] = {"attnforge": workload.candidate}
     unavailable: dict[str, str] = {}
-    calls: dict[str, int] = {"attnforge": _calls_per_burst(workload.candidate)}
+    calls: dict[str, int] = {"attnforge": _calls_per_burst(workload.candidate, case.device)}
     for name, run in workload.peers.items():
         if isinstance(run, str):
             unavailable[name] = run
             continue
         try:
-            calls[name] = _calls_per_burst(run)
+            calls[name] = _calls_per_burst(run, case.device)
         except Exception as error:  # a peer that fails is reported, it does not end the run
             unavailable[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             continue
@@ -225,7 +234,7 @@ def run_case(
             if name == "peak":
                 peak_rates.append(probe.burst())
             else:
-                times[name].append(_burst(runs[name], calls[name]))
+                times[name].append(seconds_per_call(runs[name], calls[name], case.device))
     steal, others = load.steal_ticks(), load.other_cores()
 
     errors = workload.errors() if workload.errors is not None else {}
@@ -281,7 +290,7 @@ def run_cases(
     *,
     peaks: Peaks | None = None,
     backend: str | None = None,
-    rest_s: float = REST_S,
+    rest_s: float | None = None,
 ) -> list[Result]:
     """Measure every case in turn; inputs of one case are freed before the next is built.
 
@@ -290,7 +299,7 @@ def run_cases(
         progress: called as `progress(title, done, total)` before each case and once at the end.
         peaks: same-run peaks, measured first if not given.
         backend: forced backend of the candidate.
-        rest_s: idle seconds before each burst.
+        rest_s: idle seconds before each burst; None takes the device's default.
 
     Returns:
         one `Result` per case, in order.
@@ -299,7 +308,7 @@ def run_cases(
     if peaks is None:
         if progress is not None:
             progress("peaks of this machine", 0, total)
-        peaks = measure_peaks()
+        peaks = measure_peaks(cases[0].device if cases else "cpu")
     results: list[Result] = []
     for done, case in enumerate(cases):
         if progress is not None:

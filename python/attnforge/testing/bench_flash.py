@@ -31,6 +31,8 @@ __all__ = [
     "build",
     "make_inputs",
     "measure_errors",
+    "runner_bhsd",
+    "runner_bshd",
     "sweep",
     "table",
     "work",
@@ -59,6 +61,7 @@ class Shape:
     head_dim: int = 64
     causal: bool = False
     window: int = 0
+    device: str = "cpu"
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -112,7 +115,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Tensors:
     gen = torch.Generator().manual_seed(seed)
 
     def randn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=gen).to(shape.dtype)
+        return torch.randn(*size, generator=gen).to(shape.dtype).to(shape.device)
 
     b, d = shape.batch, shape.head_dim
     q = randn(b, shape.q_len, shape.q_heads, d)
@@ -120,6 +123,10 @@ def make_inputs(shape: Shape, seed: int = 0) -> Tensors:
     v = randn(b, shape.kv_len, shape.kv_heads, d)
     dout = randn(*q.shape) if shape.mode == "train" else torch.empty(0)
     return Tensors(q, k, v, dout)
+
+
+def _on_cpu(t: Tensors) -> Tensors:
+    return Tensors(t.q.cpu(), t.k.cpu(), t.v.cpu(), t.dout.cpu())
 
 
 def _trained(
@@ -154,17 +161,14 @@ def candidate(shape: Shape, t: Tensors, backend: str | None) -> Runner:
         )
         return out
 
-    if shape.mode == "forward":
-        return Runner(lambda: forward(t.q, t.k, t.v), lambda: (forward(t.q, t.k, t.v),))
-    run = _trained(forward, t.q, t.k, t.v, t.dout)
-    return Runner(run, run)
+    return runner_bshd(shape, t, forward)
 
 
 def _bhsd(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _runner_bhsd(
+def runner_bhsd(
     shape: Shape,
     t: Tensors,
     forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
@@ -177,6 +181,18 @@ def _runner_bhsd(
     return Runner(lambda: forward(q, k, v), lambda: (forward(q, k, v).transpose(1, 2),))
 
 
+def runner_bshd(
+    shape: Shape,
+    t: Tensors,
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Runner:
+    """A peer whose layout is attnforge's, `[B, S, H, D]`."""
+    if shape.mode == "train":
+        train = _trained(forward, t.q, t.k, t.v, t.dout)
+        return Runner(train, train)
+    return Runner(lambda: forward(t.q, t.k, t.v), lambda: (forward(t.q, t.k, t.v),))
+
+
 def sdpa(shape: Shape, t: Tensors) -> Runner:
     """torch SDPA; a decode query sees every key, so no mask is needed there."""
     gqa = shape.q_heads != shape.kv_heads
@@ -186,7 +202,7 @@ def sdpa(shape: Shape, t: Tensors) -> Runner:
             q, k, v, is_causal=shape.causal and shape.mode != "decode", enable_gqa=gqa
         )
 
-    return _runner_bhsd(shape, t, forward)
+    return runner_bhsd(shape, t, forward)
 
 
 def sdpa_folded(shape: Shape, t: Tensors) -> Runner:
@@ -217,14 +233,14 @@ def flex(shape: Shape, t: Tensors) -> Runner:
         return inside & (i - j < shape.window) if shape.window else inside
 
     # The defaults of create_block_mask leave the batch and head dimensions broadcast.
-    mask = create_block_mask(visible, None, None, shape.q_len, shape.kv_len, device="cpu")
+    mask = create_block_mask(visible, None, None, shape.q_len, shape.kv_len, device=shape.device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = compiled(q, k, v, block_mask=mask)
         return out
 
-    return _runner_bhsd(shape, t, forward)
+    return runner_bhsd(shape, t, forward)
 
 
 PEERS: dict[str, Peer] = {"sdpa": sdpa, "sdpa folded": sdpa_folded, "flex compiled": flex}
@@ -271,7 +287,8 @@ def _errors(outputs: tuple[torch.Tensor, ...], samples: Iterable[Sample], names:
     worst, used = 0.0, 0.0
     for result, rows, heads, truth in samples:
         name = names.split()[result]
-        error = (outputs[result][:, rows, heads].double() - truth.values[name]).abs()
+        got = outputs[result][:, rows, heads].cpu().double()
+        error = (got - truth.values[name]).abs()
         if not bool(error.isfinite().all()):
             return ErrorStat(math.inf, math.inf)
         worst = max(worst, float(error.max()))
@@ -281,6 +298,7 @@ def _errors(outputs: tuple[torch.Tensor, ...], samples: Iterable[Sample], names:
 
 def measure_errors(shape: Shape, t: Tensors, runners: dict[str, Runner]) -> dict[str, ErrorStat]:
     """Errors of every runner over the sampled outputs, or over dq, dk and dv of one head."""
+    t = _on_cpu(t)
     if shape.mode != "train":
         samples = _forward_samples(shape, t)
         return {name: _errors(r.outputs(), samples, "out") for name, r in runners.items()}
@@ -353,6 +371,7 @@ def case(
         series=series,
         x=shape.kv_len,
         repeats=repeats,
+        device=shape.device,
     )
 
 

@@ -8,6 +8,7 @@ The ``repr`` of a case is its one-line reproduction.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,6 +98,20 @@ def place(x: Tensor, layout: Layout) -> Tensor:
     return view
 
 
+def _to_device(x: Tensor, device: str) -> Tensor:
+    """``x`` on a device with its strides, NaN where no element of it lies."""
+    if device == "cpu":
+        return x
+    size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True) if n)
+    if x.numel() == 0 or size > 64 * x.numel() + 4096:  # absurd strides of sizes of one
+        return x.to(device)
+    if not x.is_floating_point() or 0 in x.stride():  # an expanded copy overlaps itself
+        return x.to(device)
+    flat = torch.full((size,), float("nan"), dtype=x.dtype)
+    flat.as_strided(x.shape, x.stride()).copy_(x)
+    return flat.to(device).as_strided(x.shape, x.stride())
+
+
 @dataclass(frozen=True)
 class FlashInputs:
     """Tensors and keywords of one call, and the cotangents of its results."""
@@ -109,29 +124,39 @@ class FlashInputs:
     dout: Tensor
     dlse: Tensor | None
     context: str = ""
+    device: str = "cpu"  # where the call runs; inputs and results are kept on the CPU
+
+    def _moved(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """q, k, v and the keywords on the device; the layouts of q, k, v are kept."""
+        if self.device == "cpu":
+            return self.q, self.k, self.v, dict(self.options)
+        move = functools.partial(_to_device, device=self.device)
+        options = {n: move(x) if isinstance(x, Tensor) else x for n, x in self.options.items()}
+        return move(self.q), move(self.k), move(self.v), options
 
     def forward(self, backend: str | None = None, **more: Any) -> dict[str, Tensor]:
         """``{"out", "lse"}`` without gradients."""
+        q, k, v, options = self._moved()
         with torch.no_grad():
-            out, lse = self.call(
-                self.q, self.k, self.v, **{**self.options, **more}, return_lse=True, backend=backend
-            )
-        return {"out": out, "lse": lse}
+            out, lse = self.call(q, k, v, **{**options, **more}, return_lse=True, backend=backend)
+        return {"out": out.cpu(), "lse": lse.cpu()}
 
     def run(self, backend: str | None = None) -> dict[str, Tensor]:
         """``out lse dq dk dv`` and, with sinks, ``dsinks``; layouts of the inputs are kept."""
-        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
-        options, wanted = dict(self.options), [q, k, v]
+        *tensors, options = self._moved()
+        q, k, v = (x.detach().requires_grad_() for x in tensors)
+        wanted = [q, k, v]
         if "sinks" in options:
             options["sinks"] = options["sinks"].detach().requires_grad_()
             wanted.append(options["sinks"])
         out, lse = self.call(q, k, v, **options, return_lse=True, backend=backend)
-        outputs, cotangents = [out], [self.dout]
+        outputs, cotangents = [out], [_to_device(self.dout, self.device)]
         if self.dlse is not None:
-            outputs, cotangents = [out, lse], [self.dout, self.dlse]
+            outputs.append(lse)
+            cotangents.append(self.dlse.to(self.device))
         grads = torch.autograd.grad(outputs, wanted, cotangents)
-        names = ("dq", "dk", "dv", "dsinks")
-        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=False))}
+        results = [x.detach().cpu() for x in (out, lse, *grads)]
+        return dict(zip(("out", "lse", "dq", "dk", "dv", "dsinks"), results, strict=False))
 
     def truth(self, grad: bool = True) -> oracle.Truth:
         """The float64 truth of ``run`` (or of ``forward``)."""
@@ -176,6 +201,7 @@ class FlashCase:
     v_mean: float = 0.0
     lse_grad: bool = True
     seed: int = 0
+    device: str = "cpu"
 
     def make(self) -> FlashInputs:
         """Inputs of this case: standard normal values, the same on every machine."""
@@ -226,5 +252,5 @@ class FlashCase:
             for side, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
                 ends = torch.tensor([0, *(pair[side] for pair in self.lengths)])
                 options[name] = ends.cumsum(0).to(torch.int32)
-        return FlashInputs(call, q, k, v, options, dout,
-                           dlse.to(stat) if self.lse_grad else None, repr(self))  # fmt: skip
+        cotangent = dlse.to(stat) if self.lse_grad else None
+        return FlashInputs(call, q, k, v, options, dout, cotangent, repr(self), self.device)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -68,14 +71,39 @@ def commit() -> str:
     return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def environment(restricted: str = "") -> dict[str, str | int]:
+def _gpu() -> dict[str, str | int]:
+    """What stands for the GPU beside the rest: name, capability, driver, CUDA and Triton."""
+    major, minor = torch.cuda.get_device_capability()
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        driver = done.stdout.split("\n", 1)[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "not installed"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "arch": f"sm_{major}{minor}",
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+        "driver": driver,
+        "cuda": str(torch.version.cuda),
+        "triton": triton,
+        "host": cpu_model(),
+    }
+
+
+def environment(restricted: str = "", device: str = "cpu") -> dict[str, str | int]:
     """Device, levels in force, threads, versions, commit and UTC date.
 
     Args:
         restricted: ISA level to which both sides were limited from outside; empty is none.
+        device: "cpu", or "cuda" for the current GPU.
     """
     return {
-        "device": cpu_model(),
+        **(_gpu() if device == "cuda" else {"device": cpu_model()}),
         "architecture": platform.machine(),
         "threads": torch.get_num_threads(),
         "isa": cpu_isa(),
@@ -89,3 +117,14 @@ def environment(restricted: str = "") -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.release()}",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def main(device: str) -> None:
+    """Print the environment block as JSON; exit 1 with a sentence where the device is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("attnforge: no CUDA device is there, or torch is a build without CUDA")
+    print(json.dumps(environment(device=device), indent=2))
+
+
+if __name__ == "__main__":
+    main("cuda" if "cuda" in sys.argv else "cpu")

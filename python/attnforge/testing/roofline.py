@@ -22,7 +22,7 @@ import torch
 
 from attnforge import _native
 
-__all__ = ["UNIT", "Peaks", "Probe", "Resource", "Unit", "measure_peaks"]
+__all__ = ["UNIT", "Peaks", "Probe", "Resource", "Unit", "measure_peaks", "seconds_per_call"]
 
 Resource = Literal["compute", "read"]
 Unit = Literal["GFLOP/s", "GB/s"]
@@ -37,6 +37,9 @@ _READ_BYTES = 256 * 2**20
 # Rounds of the FMA loop, each a register tile over 256 steps (50 to 200 kFLOP per thread by ISA):
 # milliseconds, so that starting the threads is noise.
 _FMA_ROUNDS = 1 << 13
+# Fills 132 multiprocessors many times over; twenty times an L2 of 50 MB.
+_GPU_MM = 8192
+_GPU_COPY_BYTES = 1 << 30
 # One probe burst. The protocol caps every burst at 100 ms.
 _BURST_S = 0.04
 
@@ -103,15 +106,41 @@ def _probe_op(name: str) -> Callable[..., Any] | None:
     return op
 
 
-def _timed(run: Callable[[], object], work: float) -> Callable[[], float]:
-    """A probe that does `work` flops (or bytes) per call; its rate in G per second."""
-
-    def rate() -> float:
-        begin = time.perf_counter()
+def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> float:
+    """Mean seconds of ``calls`` calls in a row; on "cuda" by events on the current stream."""
+    if device == "cuda":
+        event: Any = torch.cuda.Event
+        begin_event, end_event = event(enable_timing=True), event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin_event.record()
+        for _ in range(calls):
+            run()
+        end_event.record()
+        torch.cuda.synchronize()
+        return float(begin_event.elapsed_time(end_event)) * 1e-3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
         run()
-        return work / (time.perf_counter() - begin) * 1e-9
+    return (time.perf_counter() - begin) / calls
 
-    return rate
+
+def _timed(run: Callable[[], object], work: float, device: str = "cpu") -> Callable[[], float]:
+    """A probe that does `work` flops (or bytes) per call; its rate in G per second."""
+    return lambda: work / seconds_per_call(run, 1, device) * 1e-9
+
+
+def _gpu_probes() -> list[Probe]:
+    """bf16 matrix product on random data (zeros run faster), and a copy: bytes read and written."""
+    a, b = (torch.randn(_GPU_MM, _GPU_MM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    c = torch.empty_like(a)
+    product = _timed(lambda: torch.mm(a, b, out=c), 2.0 * _GPU_MM**3, "cuda")
+    source = torch.randn(_GPU_COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    copy = _timed(lambda: target.copy_(source), 2.0 * _GPU_COPY_BYTES, "cuda")
+    return [
+        Probe("compute", f"torch.mm bf16 {_GPU_MM}^3", product),
+        Probe("read", "device copy, both ways", copy),
+    ]
 
 
 def _compute_probes() -> list[Probe]:
@@ -136,17 +165,18 @@ def _read_probes() -> list[Probe]:
     return probes
 
 
-def measure_peaks(bursts: int = 5, rest_s: float = 0.05) -> Peaks:
+def measure_peaks(device: str = "cpu", bursts: int = 5, rest_s: float = 0.05) -> Peaks:
     """Measure both peaks and keep the faster probe of each.
 
     Args:
+        device: "cpu", or "cuda" for the current GPU: bf16 products and device copies.
         bursts: bursts of about 40 ms per probe.
         rest_s: idle seconds before each burst, so that a burstable machine recovers its credit.
 
     Returns:
         `Peaks`; call `peaks.of(resource).burst()` later for a peak at that moment.
     """
-    candidates = _compute_probes() + _read_probes()
+    candidates = _gpu_probes() if device == "cuda" else _compute_probes() + _read_probes()
     for probe in candidates:
         probe.rate_once()  # first touch, thread pool start
     for _ in range(bursts):
