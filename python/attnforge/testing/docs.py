@@ -37,6 +37,20 @@ _FEATURES = {
     "softcap": "softcap",
     "ALiBi": "alibi",
     "learned sinks": "sinks",
+    "per-head windows, prefix-LM, hulls of segments": "row_bounds",
+    "segment ids": "segments",
+    "bool mask (tree)": "mask",
+    "key bias": "key_bias",
+    "additive bias": "bias",
+    "relative bias (T5)": "rel_bias",
+    "forget gates": "forget_gate",
+    "row scale": "row_scale",
+    "RoPE at load": "rope",
+    "dropout": "dropout",
+    "sigmoid": "sigmoid",
+    "relu": "relu",
+    "softplus": "softplus",
+    "signed softmax": "signed_softmax",
 }
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {"merge_states": frozenset(_FEATURES.values()), "flash_decode": frozenset({"varlen"})}
