@@ -79,7 +79,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def _bench(
-    family: Annotated[str, typer.Argument(help="Family to measure: flash.")],
+    family: Annotated[str, typer.Argument(help="Family to measure: flash, reductions.")],
     quick: Annotated[bool, typer.Option("--quick", help="5 repeats instead of 15.")] = False,
     isa: Annotated[
         str | None,

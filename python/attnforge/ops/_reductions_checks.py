@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnforge.ops import _checks
-from attnforge.ops._checks import _fail, _name, _shape
+from attnforge.ops._checks import _name, _shape, fail
 
 __all__ = [
     "boundaries",
@@ -28,19 +28,19 @@ def scores(op: str, q: Any, k: Any, lse: Any) -> None:
     _checks.tensor(op, "k", k)
     for name, x in (("q", q), ("k", k)):
         if x.dim() != 4:
-            _fail(
+            fail(
                 op,
                 f"{name} has {x.dim()} dims; got shape {_shape(x)}; want [batch, seq, heads, "
                 "head_dim]; packed sequences are taken one at a time, as a batch of one",
             )
     if q.dtype is not k.dtype:
-        _fail(
+        fail(
             op,
             f"dtypes differ; got q {_name(q.dtype)}, k {_name(k.dtype)}; want one dtype; convert "
             f"with .to({q.dtype})",
         )
     if q.shape[0] != k.shape[0]:
-        _fail(
+        fail(
             op,
             f"batch sizes differ; got q {_shape(q)}, k {_shape(k)}; want one batch size in dim 0; "
             "expand() the shared one (stride 0 is read in place)",
@@ -55,7 +55,7 @@ def row_stat(op: str, name: str, x: Any, q: Tensor) -> None:
     _checks.tensor(op, name, x)
     want = (q.shape[0], q.shape[2], q.shape[1])
     if tuple(x.shape) != want:
-        _fail(
+        fail(
             op,
             f"{name} has shape {_shape(x)}; want [batch, heads_q, rows] = {want}, as "
             "flash_attention(..., return_lse=True) gives the LSE",
@@ -67,20 +67,20 @@ def boundaries(op: str, x: Any, q: Tensor) -> None:
     """int32 [n + 1], n >= 1, on q's device."""
     _checks.tensor(op, "boundaries", x)
     if x.dtype is not torch.int32:
-        _fail(
+        fail(
             op,
             f"boundaries has dtype {_name(x.dtype)}; want int32; convert with "
             "boundaries.to(torch.int32)",
             TypeError,
         )
     if x.dim() != 1 or x.shape[0] < 2:
-        _fail(
+        fail(
             op,
             f"boundaries has shape {_shape(x)}; want [spans + 1] with at least two entries; "
             "span t is keys boundaries[t] .. boundaries[t + 1] - 1",
         )
     if x.device != q.device:
-        _fail(op, f"boundaries is on {x.device}; want {q.device} like q; move it with .to()")
+        fail(op, f"boundaries is on {x.device}; want {q.device} like q; move it with .to()")
 
 
 def boundary_values(op: str, x: Tensor, keys: int) -> None:
@@ -88,13 +88,13 @@ def boundary_values(op: str, x: Tensor, keys: int) -> None:
     values = x.tolist()
     for n, value in enumerate(values):
         if not 0 <= value <= keys:
-            _fail(
+            fail(
                 op,
                 f"boundaries[{n}] is {value}; got {keys} keys; want 0 <= boundaries <= {keys}; "
                 "clamp them to the keys there are",
             )
         if n and value < values[n - 1]:
-            _fail(
+            fail(
                 op,
                 f"boundaries decreases at entry {n}; got {values[n - 1]} then {value}; want rising "
                 "order; an empty span repeats its boundary",
@@ -105,16 +105,16 @@ def positive(op: str, name: str, value: Any) -> None:
     """An int >= 1."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool) or value < 1:
         kind = ValueError if isinstance(value, int) else TypeError
-        _fail(op, f"{name} is {value!r}; want an int >= 1; use int() on what you have", kind)
+        fail(op, f"{name} is {value!r}; want an int >= 1; use int() on what you have", kind)
 
 
 def threshold(op: str, value: Any) -> None:
     """A number >= 0: hidden pairs have probability 0 and are no edges."""
     if not isinstance(value, (float, int)) or isinstance(value, bool):
         kind = type(value).__name__
-        _fail(op, f"threshold must be a number; got {kind}; want a float; use .item()", TypeError)
+        fail(op, f"threshold must be a number; got {kind}; want a float; use .item()", TypeError)
     if not 0.0 <= value < math.inf:
-        _fail(op, f"threshold is {value}; want a finite number >= 0; edges have P > threshold")
+        fail(op, f"threshold is {value}; want a finite number >= 0; edges have P > threshold")
 
 
 def same_outputs(op: str, dout: Any, out: Any) -> None:
@@ -122,12 +122,12 @@ def same_outputs(op: str, dout: Any, out: Any) -> None:
     _checks.tensor(op, "dout", dout)
     _checks.tensor(op, "out", out)
     if out.dim() != 4:
-        _fail(op, f"out has shape {_shape(out)}; want [batch, seq, heads, head_dim]; unsqueeze it")
+        fail(op, f"out has shape {_shape(out)}; want [batch, seq, heads, head_dim]; unsqueeze it")
     if out.dtype not in _checks._DTYPES:
         want = ", ".join(map(_name, _checks._DTYPES))
-        _fail(op, f"out has dtype {_name(out.dtype)}; want one of {want}; convert it first")
+        fail(op, f"out has dtype {_name(out.dtype)}; want one of {want}; convert it first")
     if dout.shape != out.shape or dout.dtype != out.dtype or dout.device != out.device:
-        _fail(
+        fail(
             op,
             f"dout is {_shape(dout)} {_name(dout.dtype)} on {dout.device}; want {_shape(out)} "
             f"{_name(out.dtype)} on {out.device} like out; take it from a backward hook on out",

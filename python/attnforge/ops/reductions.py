@@ -25,8 +25,8 @@ from torch import Tensor
 
 from attnforge._params import FlashParams
 from attnforge.ops import _checks, _reductions_autograd, _reductions_checks, _reductions_ops
-from attnforge.ops._arguments import Window, autocast, chosen_backend, score_problem
 from attnforge.ops._reductions_ops import operators
+from attnforge.ops.flash import _autocast, _choice, _stat_inputs
 from attnforge.registry.explain import explained_by
 from attnforge.registry.spec import Request
 
@@ -41,6 +41,7 @@ __all__ = [
     "topk_keys",
 ]
 
+Window = tuple[int, int]
 Scores = tuple[Tensor, Tensor, Any, tuple[Any, ...]]  # q, k, lse, options of the operator
 
 
@@ -54,24 +55,31 @@ def _scores(
     k: Tensor,
     lse: Tensor | None,
     *,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
     backend: str | None = None,
     gradient: bool = False,
-    **options: Any,
 ) -> Scores:
     """Checked and normalised operands, and the options in the order of the operators."""
     op = f"reductions.{name}"
-    _checks.tensor(op, "q", q)
-    _checks.tensor(op, "k", k)
-    q, k = autocast(q, k)
+    q, k, _ = _autocast(op, q, k, k)
     _reductions_checks.scores(op, q, k, lse)
     _checks.lengths(op, "seqused_k", seqused_k, q, q.shape[0])
-    sizes = (q.shape[1], k.shape[1])
-    p = score_problem(op, q, q.shape[0], (None, None, seqused_k), sizes, **options)
+    left, right = _checks.window(op, window_size, causal)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _checks.scalars(op, scale, softcap)
+    if alibi_slopes is not None:
+        _checks.per_head(op, q, q.shape[0], alibi_slopes, None)
+        alibi_slopes, _ = _stat_inputs(q, alibi_slopes, None)
     if not gradient:
         q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     lse = None if lse is None else _stat(lse, q)
-    return q, k, lse, (p.seqused_k, p.alibi_slopes, *p[7:], chosen_backend(op, backend))
+    scalars = (scale, left, right, softcap)
+    return q, k, lse, (seqused_k, alibi_slopes, *scalars, _choice(op, backend))
 
 
 def _requester(name: str, *also: str) -> Callable[..., Sequence[Request]]:
@@ -314,7 +322,7 @@ def head_gradient(
     """
     op = "reductions.head_gradient"
     _reductions_checks.same_outputs(op, dout, out)
-    choice = chosen_backend(op, backend)
+    choice = _choice(op, backend)
     rows, sums = operators.head_gradient(dout.detach(), out.detach(), choice)
     found: Tensor = rows if per_row else sums
     return found

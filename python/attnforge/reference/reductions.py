@@ -55,9 +55,10 @@ def _tiles(q: Tensor, k: Tensor, lse: Tensor | None, p: FlashParams) -> Iterator
         keys = k[seq.batch, seq.keys].to(acc).transpose(1, 2)
         slopes = flash._batch_slopes(p.alibi_slopes, seq)
         grouped = flash._group_heads(slopes, heads_kv, acc)
-        heads = rows.shape[0] * q.shape[2]
+        heads, mods = rows.shape[0] * q.shape[2], flash._mods(p, seq, rows, keys)
         for chunk in flash._chunks(q.shape[1], keys.shape[2], heads, p, q.device):
-            s = flash._logits(rows[:, :, :, chunk.rows], keys[:, :, chunk.keys], chunk, p, grouped)
+            part = rows[:, :, :, chunk.rows], keys[:, :, chunk.keys]
+            s = flash._logits(*part, chunk, p, grouped, mods)
             logits = s.value.flatten(1, 2)
             seen = torch.ones_like(logits, dtype=torch.bool)
             if chunk.visible is not None:

@@ -17,6 +17,7 @@ A family describes its cases in `attnforge.testing.bench_<family>`; nothing here
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import os
 import statistics
 import time
@@ -42,6 +43,7 @@ from attnforge.testing.results import (
 from attnforge.testing.roofline import UNIT, Peaks, Resource, measure_peaks
 
 __all__ = [
+    "FAMILIES",
     "Case",
     "ErrorStat",
     "Goal",
@@ -64,6 +66,7 @@ __all__ = [
     "to_json",
 ]
 
+FAMILIES = ("flash", "reductions")
 BURST_S = 0.08
 REST_S = 0.1
 REPEATS = 15
@@ -121,11 +124,12 @@ def family_cases(family: str, quick: bool = False, sweep: bool = False) -> list[
     Raises:
         ValueError: the family has no benchmark.
     """
-    if family != "flash":
-        raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: flash")
-    from attnforge.testing import bench_flash
-
-    return bench_flash.sweep(quick) if sweep else bench_flash.table(quick)
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: {known}")
+    module = importlib.import_module(f"attnforge.testing.bench_{family}")
+    cases: list[Case] = module.sweep(quick) if sweep else module.table(quick)
+    return cases
 
 
 def select_cases(cases: Sequence[Case], pattern: str | None) -> list[Case]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnforge import _native
 from attnforge._params import FlashParams
-from attnforge.registry.predicates import Available, Device, Dim, Dtypes
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
 
 __all__ = ["SPECS"]
@@ -47,7 +47,7 @@ def column_sums(
 ) -> None:
     """Launcher of ``reductions_column_sums``."""
     _native_op("column_sums")(
-        _unit(q), _unit(k), _stat(lse), _stat(weights), *_features(p), out, *p[7:]
+        _unit(q), _unit(k), _stat(lse), _stat(weights), *_features(p), out, *p[7:11]
     )
 
 
@@ -56,7 +56,7 @@ def span_mass(
 ) -> None:
     """Launcher of ``reductions_span_mass``."""
     _native_op("span_mass")(
-        _unit(q), _unit(k), _stat(lse), boundaries.contiguous(), *_features(p), out, *p[7:]
+        _unit(q), _unit(k), _stat(lse), boundaries.contiguous(), *_features(p), out, *p[7:11]
     )
 
 
@@ -76,7 +76,7 @@ def span_bwd(
         return
     _native_op("span_grad")(
         dout.contiguous(), _unit(q), _unit(k), _stat(lse), boundaries.contiguous(),
-        *_features(p), *grads, *p[7:],
+        *_features(p), *grads, *p[7:11],
     )  # fmt: skip
 
 
@@ -89,12 +89,12 @@ def block_max(
     out: Tensor,
 ) -> None:
     """Launcher of ``reductions_block_max``."""
-    _native_op("block_max")(_unit(q), _unit(k), _stat(lse), *blocks, *_features(p), out, *p[7:])
+    _native_op("block_max")(_unit(q), _unit(k), _stat(lse), *blocks, *_features(p), out, *p[7:11])
 
 
 def row_entropy(q: Tensor, k: Tensor, lse: Tensor, p: FlashParams, out: Tensor) -> None:
     """Launcher of ``reductions_row_entropy``."""
-    _native_op("row_entropy")(_unit(q), _unit(k), _stat(lse), *_features(p), out, *p[7:])
+    _native_op("row_entropy")(_unit(q), _unit(k), _stat(lse), *_features(p), out, *p[7:11])
 
 
 def topk_keys(
@@ -108,7 +108,7 @@ def topk_keys(
 ) -> None:
     """Launcher of ``reductions_topk_keys``."""
     _native_op("topk_keys")(
-        _unit(q), _unit(k), _stat(lse), n, *_features(p), values, indices, *p[7:]
+        _unit(q), _unit(k), _stat(lse), n, *_features(p), values, indices, *p[7:11]
     )
 
 
@@ -127,7 +127,7 @@ def edges(
     prob.zero_()
     total.zero_()
     _native_op("edges")(
-        _unit(q), _unit(k), _stat(lse), threshold, *_features(p), where, prob, total, *p[7:]
+        _unit(q), _unit(k), _stat(lse), threshold, *_features(p), where, prob, total, *p[7:11]
     )
 
 
@@ -141,7 +141,11 @@ _ANY_DIM = (
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     Available("libattnforge_cpu.so", _native.unavailable),
 )
-_TILES = (*_ANY_DIM[:2], Dim("head_dim", 8, 256, 8, also=(576,)), _ANY_DIM[2])
+_TILES = (
+    *_ANY_DIM,
+    Dim("head_dim", 8, 256, 8, also=(576,)),
+    Features("seqused_k", "alibi", "softcap", "window_left", "window_right"),
+)
 
 
 def _spec(kind: str, notes: str) -> KernelSpec:
