@@ -191,6 +191,30 @@ def test_an_lse_of_fewer_keys_gives_more_than_one(target: Target) -> None:
     torch.testing.assert_close(sums, torch.tensor(want[::-1]), rtol=1e-5, atol=0)
 
 
+def test_blocks_of_any_size(target: Target) -> None:
+    # a block far past the end is the whole matrix
+    inputs = reduction_inputs(FlashCase(seqlen_q=50, seqlen_k=70, causal=True))
+    q, k, o = inputs.q, inputs.k, {"causal": True, "backend": target.backend}
+    for size in (1000, 1 << 40, (1 << 63) - 1):
+        top = reductions.block_max(q, k, inputs.lse, size, size, **o)
+        agree(target, top, reductions.block_max(q, k, inputs.lse, 50, 70, **o))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_layouts_of_statistics(target: Target, rows: int) -> None:
+    # an LSE, weights and cotangent with any strides, also of sizes that are 1
+    inputs = reduction_inputs(FlashCase(seqlen_q=rows, seqlen_k=33, heads_q=4, heads_k=2))
+    want = inputs.run(target.backend)
+    turned = inputs.lse.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.randn(*inputs.dmass.shape[:3], 2 * inputs.dmass.shape[3])[..., ::2]
+    wide.copy_(inputs.dmass)
+    same = torch.full((1, 1, 1), 0.5).expand(inputs.lse.shape)
+    got = inputs.with_(lse=turned, dmass=wide, weights=same).run(target.backend)
+    half = inputs.with_(weights=same.contiguous()).run(target.backend)
+    want["weighted"] = half["weighted"]
+    assert_same(got, want, exact=target.exact)
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "square": {"seqlen_q": 150, "seqlen_k": 150, "causal": True},
     "one_head": {"batch": 1, "seqlen_q": 833, "seqlen_k": 500, "heads_q": 1, "heads_k": 1},

@@ -75,8 +75,9 @@ def test_compile(backend: str, grad: bool) -> None:
         mass = reductions.span_mass(q * 1.0, k, lse, CUT, **o)
         sums = reductions.column_sums(q, k, lse, **o)
         values, keys = reductions.topk_keys(q, k, lse, 3, **o)
+        top = reductions.block_max(q, k, lse, 4, 3, **o)
         found = reductions.edges(q, k, lse, 0.1, 32, **o)
-        return mass * 2.0, sums, values, keys, *found, found.overflow
+        return mass * 2.0, sums, top, values, keys, *found, found.overflow
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

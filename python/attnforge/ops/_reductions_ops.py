@@ -129,7 +129,9 @@ def _block_max(
     q: Tensor, k: Tensor, lse: Tensor | None, q_block: int, k_block: int, *options: Any
 ) -> Tensor:
     p, out = _params("block_max", q, k, options), _block_max_out(q, k, lse, q_block, k_block)
-    _run("block_max", q, k, p, options, q, k, lse, (q_block, k_block), p, out)
+    # A block past the end is the same block: kernels and padding stay within the tensors.
+    blocks = min(q_block, max(1, q.shape[1])), min(k_block, max(1, k.shape[1]))
+    _run("block_max", q, k, p, options, q, k, lse, blocks, p, out)
     return out
 
 

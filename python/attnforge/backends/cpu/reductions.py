@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnforge import _native
 from attnforge._params import FlashParams
-from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.spec import KernelSpec
 
 __all__ = ["SPECS"]
@@ -30,7 +30,10 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _stat(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _unit(x)
+    """The same for a statistic, also where it has one row: there ``contiguous`` changes nothing."""
+    if x is None or x.stride(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _features(p: FlashParams) -> tuple[Tensor | None, Tensor | None]:
@@ -141,11 +144,7 @@ _ANY_DIM = (
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     Available("libattnforge_cpu.so", _native.unavailable),
 )
-_TILES = (
-    *_ANY_DIM,
-    Dim("head_dim", 8, 256, 8, also=(576,)),
-    Features("seqused_k", "alibi", "softcap", "window_left", "window_right"),
-)
+_TILES = (*_ANY_DIM, Dim("head_dim", 8, 256, 8, also=(576,)))
 
 
 def _spec(kind: str, notes: str) -> KernelSpec:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnforge.reference import reductions as reference
-from attnforge.registry.predicates import Device, Dtypes, Features
+from attnforge.registry.predicates import Device, Dtypes
 from attnforge.registry.spec import KernelSpec
 
 __all__ = ["SPECS"]
@@ -69,7 +69,6 @@ def _spec(kind: str, notes: str) -> KernelSpec:
         requires=(
             Device("cpu", "cuda"),
             Dtypes(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-            Features("seqused_k", "alibi", "softcap", "window_left", "window_right"),
         ),
         score=0.0,  # anything that can serve is faster
         notes=notes,
