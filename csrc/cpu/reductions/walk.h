@@ -226,12 +226,10 @@ AF_INLINE Block score_block(const Tile& t, const ScoreMap& map, const float* pan
   for (int64_t r = 0; r < t.rows && block.lo < block.hi; ++r) {
     const Interval group = seen[r / kMR], own = t.columns(r, key0);
     map_row<kScore>(t, map, r, key0, group.lo, group.hi);
-    if (own.lo == own.hi) {
-      fill(t.s + r * kLds, block.lo, block.hi, kHidden<kScore>);
-    } else {
-      fill(t.s + r * kLds, block.lo, own.lo, kHidden<kScore>);
-      fill(t.s + r * kLds, own.hi, block.hi, kHidden<kScore>);
-    }
+    // A row that sees nothing here hides all columns: 0 to 0 are seen.
+    const int64_t lo = own.lo < own.hi ? own.lo - block.lo : 0;
+    const int64_t hi = own.lo < own.hi ? own.hi - block.lo : 0;
+    mask_row(t.s + r * kLds + block.lo, block.hi - block.lo, lo, hi, kHidden<kScore>);
   }
   return block;
 }
