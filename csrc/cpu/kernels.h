@@ -5,6 +5,16 @@
 
 namespace attnforge::cpu {
 
+// Reductions over P = exp(S - LSE): X(name, params struct).
+#define ATTNFORGE_REDUCTIONS(X)    \
+  X(column_sums, ColumnSumsParams) \
+  X(span_mass, SpanMassParams)     \
+  X(span_grad, SpanGradParams)     \
+  X(block_max, BlockMaxParams)     \
+  X(row_entropy, RowEntropyParams) \
+  X(topk_keys, TopKParams)         \
+  X(edges, EdgesParams)
+
 struct KernelTable {
   const char* isa;
   // Workspace sizes are functions of shapes and thread count alone.
@@ -15,9 +25,19 @@ struct KernelTable {
   int64_t (*flash_bwd_workspace)(const FlashBwdParams&, int64_t num_threads);
   void (*flash_bwd)(const FlashBwdParams&, const Workers&);
   void (*merge_states)(const MergeParams&, const Workers&);
+#define X(NAME, PARAMS)                                            \
+  int64_t (*NAME##_workspace)(const PARAMS&, int64_t num_threads); \
+  void (*NAME)(const PARAMS&, const Workers&);
+  ATTNFORGE_REDUCTIONS(X)
+#undef X
+  void (*head_gradient)(const HeadGradientParams&, const Workers&);
   double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
   void (*probe_read)(const Workers&, const void* data, int64_t bytes);  // streams the buffer
 };
+
+#define ATTNFORGE_DECLARE_REDUCTION(NAME, PARAMS)               \
+  int64_t NAME##_workspace(const PARAMS&, int64_t num_threads); \
+  void NAME(const PARAMS&, const Workers&);
 
 // Declares the functions that one ISA level defines; each lives in namespace attnforge::cpu::<isa>.
 #define ATTNFORGE_DECLARE_ISA(ISA)                                            \
@@ -29,6 +49,8 @@ struct KernelTable {
   int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);    \
   void flash_bwd(const FlashBwdParams&, const Workers&);                      \
   void merge_states(const MergeParams&, const Workers&);                      \
+  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                           \
+  void head_gradient(const HeadGradientParams&, const Workers&);              \
   double probe_fma(const Workers&, int64_t iterations);                       \
   void probe_read(const Workers&, const void* data, int64_t bytes);           \
   }

@@ -11,6 +11,7 @@ the first call.
 from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge._version import __version__
+from attnforge.ops import reductions
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
@@ -33,6 +34,7 @@ __all__ = [
     "flash_decode",
     "list_kernels",
     "merge_states",
+    "reductions",
     "register",
     "rope_tables",
     "t5_rel_bias",

@@ -50,8 +50,9 @@ AF_INLINE void fill(float* s, int64_t lo, int64_t hi, float value) {
   for (; c < hi; ++c) s[c] = value;
 }
 
-// Columns outside [lo, hi) become `value`: -inf before softmax, 0 for probabilities. n is a multiple
-// of kLanes. Whole vectors only: a vector load after element stores would wait for all of them.
+// Columns outside [lo, hi) become `value`: -inf before softmax, 0 for probabilities. n is a
+// multiple of kLanes. Whole vectors only: a vector load after element stores would wait for all of
+// them.
 AF_INLINE void mask_row(float* s, int64_t n, int64_t lo, int64_t hi, float value) {
   const VecF index = lane_index(), outside = splat(value);
   const int64_t first = lo / kLanes * kLanes, last = hi / kLanes * kLanes;

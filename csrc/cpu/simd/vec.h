@@ -357,6 +357,27 @@ AF_INLINE float reduce_max(VecF x) {
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+// Bit i is set where lane i of a comparison is true.
+AF_INLINE uint32_t lane_bits(VecI mask) {
+#if ATTNFORGE_LANES == 16 && defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif ATTNFORGE_LANES == 16 && defined(__AVX__)
+  struct Pair {
+    __m256 lo, hi;
+  } half = __builtin_bit_cast(Pair, mask);
+  return static_cast<uint32_t>(_mm256_movemask_ps(half.lo)) |
+         static_cast<uint32_t>(_mm256_movemask_ps(half.hi)) << 8;
+#elif ATTNFORGE_LANES == 8 && defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif ATTNFORGE_LANES == 4 && defined(__SSE__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (mask[i] & 1u) << i;
+  return bits;
+#endif
+}
+
 // Lane i gets the sum over the lanes of x[i], for kLanes vectors: a transposing tree, 3 kLanes
 // instructions where kLanes separate folds take six times as many.
 AF_INLINE VecF sum_each(const VecF* x) {

@@ -142,6 +142,75 @@ struct MergeParams {
   float* lse = nullptr;         // [batch, heads, seqlen] contiguous
 };
 
+// The operands of a reduction over P = exp(S - LSE), whose tiles are never all in memory.
+struct ScoreParams {
+  FlashProblem problem;  // no varlen, no sinks (the LSE has them); v_head_dim is not used
+  TensorRef q, k;
+  RowStatRef lse;  // data null: a statistic of the logits
+  void* workspace = nullptr;
+};
+
+struct ColumnSumsParams {
+  ScoreParams scores;
+  RowStatRef row_weights;  // data null: every row counts once
+  float* out = nullptr;    // [batch, heads_q, seqlen_k]
+};
+
+struct SpanMassParams {
+  ScoreParams scores;
+  const int32_t* boundaries = nullptr;  // [spans + 1], rising
+  int64_t spans = 0;
+  float* out = nullptr;  // [batch, heads_q, seqlen_q, spans]
+};
+
+struct SpanGradParams {
+  ScoreParams scores;
+  const int32_t* boundaries = nullptr;
+  int64_t spans = 0;
+  const float* dout = nullptr;  // [batch, heads_q, seqlen_q, spans]
+  TensorRef dq, dk;
+  float* dlse = nullptr;  // [batch, heads_q, seqlen_q]
+};
+
+struct BlockMaxParams {
+  ScoreParams scores;
+  int64_t q_block = 1;
+  int64_t k_block = 1;
+  float* out = nullptr;  // [batch, heads_q, ceil(seqlen_q / q_block), ceil(seqlen_k / k_block)]
+};
+
+struct RowEntropyParams {
+  ScoreParams scores;
+  float* out = nullptr;  // [batch, heads_q, seqlen_q], nats
+};
+
+struct TopKParams {
+  ScoreParams scores;
+  int64_t n = 0;
+  float* values = nullptr;     // [batch, heads_q, seqlen_q, n]
+  int32_t* indices = nullptr;  // the same; -1 where a row has no more keys
+};
+
+struct EdgesParams {
+  ScoreParams scores;
+  float threshold = 0.0f;
+  int64_t max_edges = 0;
+  int32_t* index = nullptr;  // [max_edges, 4]: batch, head, query, key
+  float* prob = nullptr;     // [max_edges]
+  int64_t* count = nullptr;  // one number: all edges, also those that found no room
+};
+
+struct HeadGradientParams {
+  DType dtype = DType::kFloat32;
+  int64_t batch = 0;
+  int64_t seqlen = 0;
+  int64_t heads = 0;
+  int64_t dim = 0;
+  TensorRef dout, out;
+  float* rows = nullptr;  // [batch, heads, seqlen]
+  float* sums = nullptr;  // [batch, heads]
+};
+
 // A handle on somebody's thread pool (torch's, or a plain loop in tests).
 // run(body, arg) calls body(worker, arg) once for each worker in [0, num_threads), maybe at the
 // same time; it returns when all are done.

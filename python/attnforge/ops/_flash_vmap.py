@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnforge._ops import operator
 
-__all__ = ["backward", "decode", "forward", "merge"]
+__all__ = ["backward", "decode", "forward", "looped", "merge"]
 
 Dims = tuple[Any, ...]
 
@@ -46,6 +46,26 @@ def _looped(
         results.append(op(*picked))
     stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
+
+
+def looped(name: str) -> Callable[..., Any]:
+    """The rule of an operator that runs once per slice, with one or several tensors as result."""
+
+    def rule(info: Any, in_dims: Dims, *args: Any) -> Any:
+        if info.batch_size == 0:
+            raise ValueError("attnforge: vmap over a dimension of size 0 is not defined")
+        op, several = operator(name), True
+
+        def run(*picked: Any) -> Any:
+            nonlocal several
+            result = op(*picked)
+            several = isinstance(result, tuple)
+            return result if several else (result,)
+
+        outs, dims = _looped(run, info.batch_size, in_dims, args)
+        return (outs, dims) if several else (outs[0], 0)
+
+    return rule
 
 
 def _pick(x: Any, dim: Any, n: int) -> Any:

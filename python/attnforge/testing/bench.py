@@ -18,6 +18,8 @@ A family describes its cases in `attnforge.testing.bench_<family>`; nothing here
 from __future__ import annotations
 
 import fnmatch
+import importlib
+import importlib.util
 import os
 import statistics
 import time
@@ -49,6 +51,7 @@ from attnforge.testing.roofline import (
 )
 
 __all__ = [
+    "FAMILIES",
     "Case",
     "ErrorStat",
     "Goal",
@@ -71,6 +74,7 @@ __all__ = [
     "to_json",
 ]
 
+FAMILIES = ("flash", "reductions")
 # A GPU needs neither long bursts nor long rests: its clock is its own, and nobody shares it.
 _BURST_S = {"cpu": 0.08, "cuda": 0.02}
 _REST_S = {"cpu": 0.1, "cuda": 0.01}
@@ -132,15 +136,16 @@ def family_cases(
     Raises:
         ValueError: the family has no benchmark.
     """
-    if family != "flash":
-        raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: flash")
-    if device == "cuda":
-        from attnforge.testing import bench_flash_gpu
-
-        return bench_flash_gpu.sweep(quick) if sweep else bench_flash_gpu.table(quick)
-    from attnforge.testing import bench_flash
-
-    return bench_flash.sweep(quick) if sweep else bench_flash.table(quick)
+    if family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"attnforge.bench: no benchmark for family {family!r}; there is: {known}")
+    suffix = "_gpu" if device == "cuda" else ""
+    name = f"attnforge.testing.bench_{family}{suffix}"
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"attnforge.bench: no {device} benchmark for family {family!r} yet")
+    module = importlib.import_module(name)
+    cases: list[Case] = module.sweep(quick) if sweep else module.table(quick)
+    return cases
 
 
 def select_cases(cases: Sequence[Case], pattern: str | None) -> list[Case]:

@@ -52,8 +52,18 @@ _FEATURES = {
     "softplus": "softplus",
     "signed softmax": "signed_softmax",
 }
+_OF_THE_MATRIX = frozenset({"varlen", "sinks"})  # one sequence at a time; the LSE has the sinks
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
-_NOT_ASKED = {"merge_states": frozenset(_FEATURES.values()), "flash_decode": frozenset({"varlen"})}
+_NOT_ASKED = {
+    "merge_states": frozenset(_FEATURES.values()),
+    "flash_decode": frozenset({"varlen"}),
+    "reductions_head_gradient": frozenset(_FEATURES.values()),
+    **{
+        f"reductions_{name}": _OF_THE_MATRIX
+        for name in ("block_max", "column_sums", "edges", "row_entropy", "span_bwd", "span_mass",
+                     "topk_keys")
+    },
+}  # fmt: skip
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
@@ -133,12 +143,12 @@ def environment_table(env: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
-def measured(root: Path, table_only: bool = False) -> str:
-    """Every committed result file as a section: environment, then the table of its cases."""
+def measured(root: Path, table_only: bool = False, family: str = "flash") -> str:
+    """Every committed result file of a family: environment, then the table of its cases."""
     parts: list[str] = []
     for path in sorted((root / _RESULTS).glob("*.json")):
         results, env, peaks = bench.from_json(path.read_text(encoding="utf-8"))
-        rows = [r for r in results if not r.series]
+        rows = [r for r in results if not r.series and r.family == family]
         if not rows:
             continue
         limit = "" if env["restricted"] == "no" else f", both sides limited to {env['restricted']}"
@@ -170,6 +180,8 @@ def summary_table(results: Sequence[bench.Result]) -> str:
 
 GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-flash": lambda root: support_matrix("flash"),
+    "support-matrix-reductions": lambda root: support_matrix("reductions"),
+    "measurements-reductions": lambda root: measured(root, family="reductions"),
     "support-summary": lambda root: short_matrix("flash"),
     "measurements": measured,
     "measurements-summary": lambda root: measured(root, table_only=True),

@@ -1,0 +1,41 @@
+"""The reductions family's speed table as a pytest-benchmark suite, ours and plain torch's.
+
+    pytest bench/bench_reductions.py --benchmark-only
+
+As in ``bench_flash.py``: for following one implementation over time. Ratios come from
+`attnforge bench reductions`, which interleaves both sides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+from attnforge.testing.bench import Workload, family_cases
+
+_CASES = {case.name: case for case in family_cases("reductions", quick=True)}
+
+
+@functools.lru_cache(maxsize=1)  # one case's inputs at a time, shared by its implementations
+def _built(name: str) -> Workload:
+    return _CASES[name].build(None)
+
+
+@pytest.mark.parametrize("implementation", ["attnforge", "plain torch"])
+@pytest.mark.parametrize("name", _CASES)
+def test_reductions(benchmark: Any, name: str, implementation: str) -> None:
+    workload = _built(name)
+    run: Callable[[], object] | str = workload.candidate
+    if implementation != "attnforge":
+        run = workload.peers[implementation]
+    if isinstance(run, str):
+        pytest.skip(run)  # why this peer cannot run here
+    benchmark.group = name
+    run()  # first touch, selection
+    benchmark.pedantic(run, rounds=5, iterations=1)
+    benchmark.extra_info["gflops"] = _CASES[name].work * 1e-9 / benchmark.stats.stats.median
