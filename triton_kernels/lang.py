@@ -67,7 +67,7 @@ class Scores(NamedTuple):
 @triton.jit
 def span(seq, b):
     """(first row, rows, first key, keys) of sequence ``b``, clamped to what there is."""
-    first_row = 0
+    first_row = 0  # of the tensor
     first_key = 0
     rows = seq.rows
     keys = seq.keys
@@ -84,13 +84,14 @@ def span(seq, b):
 @triton.jit
 def head_ptr(x, b, h, first):
     """Pointer to row ``first`` of a head of a View; ``h`` may be a vector."""
-    return x.ptr + b.to(tl.int64) * x.batch + first.to(tl.int64) * x.row + h.to(tl.int64) * x.head
+    at = tl.cast(b, tl.int64) * x.batch + tl.cast(first, tl.int64) * x.row
+    return x.ptr + at + tl.cast(h, tl.int64) * x.head
 
 
 @triton.jit
 def stat_ptr(x, b, h, first):
     """Pointer to row ``first`` of a head of a Stat; ``h`` may be a vector."""
-    return x.ptr + b.to(tl.int64) * x.batch + h.to(tl.int64) * x.head + first
+    return x.ptr + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head + first
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def slope_of(scores, b, h):
     """ALiBi slope of head ``h`` in base 2 (0 without ALiBi); ``h`` may be a vector."""
     slope = 0.0
     if scores.slopes is not None:
-        slope = tl.load(scores.slopes + b.to(tl.int64) * scores.slope_batch + h) * LOG2E
+        slope = tl.load(scores.slopes + tl.cast(b, tl.int64) * scores.slope_batch + h) * LOG2E
     return slope
 
 
@@ -217,10 +218,12 @@ def unleash(
 
     acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys and ``at`` are rows; else the other way round.
     One row of x at a time: this runs where ``tame`` found something, and costs hot loops nothing.
+    Between lo and hi there may be whole tiles, whose infinities are in acc already: once more is
+    the same.
     """
     columns = tl.arange(0, WIDTH)
     for n in tl.range(lo, hi):
-        row = base + n.to(tl.int64) * x.row + columns
+        row = base + tl.cast(n, tl.int64) * x.row + columns
         value = tl.load(row, mask=columns < SIZE, other=0.0).to(tl.float32)
         wild = tl.where(tl.abs(value) < INF, 0.0, value)
         if KEYS:
@@ -229,6 +232,13 @@ def unleash(
             visible = seen(n, at, n_rows, n_keys, scores)
         acc += tl.where(visible[:, None], wild[None, :], 0.0)
     return acc
+
+
+@triton.jit
+def row_lse(lse, b, h, first_row, rows, n_rows):
+    """Base-2 LSE of rows of the forward, +inf for rows without probabilities: exp2(s - it) is 0."""
+    stat = tl.load(stat_ptr(lse, b, h, first_row) + rows, mask=rows < n_rows, other=-INF)
+    return tl.where(stat == -INF, INF, stat * LOG2E)
 
 
 @triton.jit
@@ -314,12 +324,7 @@ def walk(
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     if bad != 0:
-        acc = unleash(
-            acc, rows, lo, whole_lo, n_rows, n_keys, v_head, v, scores, BLOCK_DV, DV, True
-        )
-        acc = unleash(
-            acc, rows, whole_hi, hi, n_rows, n_keys, v_head, v, scores, BLOCK_DV, DV, True
-        )
+        acc = unleash(acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, BLOCK_DV, DV, True)
     return top, total, acc
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["SHARED_LIMIT", "SPACE", "Shape", "arch_class", "choose", "shared_bytes"]
+__all__ = ["SHARED_LIMIT", "SPACE", "Shape", "arch_class", "choose", "fits", "merge_rows"]
 
 # Bytes of shared memory that one block may have, by class of architecture.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448}
@@ -42,14 +42,11 @@ def _tile(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
-_FP32 = {  # true fp32 products run without tensor cores and keep operands in registers: small tiles
-    64: _tile(64, 32, 4, 2),
-    128: _tile(32, 32, 4, 2),
-    256: _tile(16, 32, 4, 1),
-}
+# fp32 products run without tensor cores and keep operands in registers: small tiles everywhere.
+_FP32 = {64: _tile(64, 32, 4, 2), 128: _tile(32, 32, 4, 2), 256: _tile(16, 32, 4, 1)}
 
-# (class, width of a 16-bit head) -> tile. acc takes BLOCK_M * width / (32 * warps) registers of a
-# thread and S half of it or less: above about 160 together the compiler spills.
+# (class, width) -> tile of a 16-bit kernel. A thread holds BLOCK_M * width / (32 warps) registers of
+# acc and BLOCK_M * BLOCK_N / (32 warps) of S: above about 160 together the compiler spills.
 _FWD = {
     ("sm_80", 64): _tile(128, 64, 4, 3),  # acc 64, S 64; 2 blocks of 64 KiB per SM
     ("sm_80", 128): _tile(128, 64, 8, 3),  # acc 64, S 32; 128 KiB
@@ -60,19 +57,85 @@ _FWD = {
     ("sm_90", 64): _tile(128, 128, 8, 3),  # wgmma of 64 rows per 4 warps; acc 32, S 64; 112 KiB
     ("sm_90", 128): _tile(128, 128, 8, 2),  # acc 64, S 64; 160 KiB
     ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB
-    ("sm_100", 64): _tile(128, 128, 4, 3),  # accumulators live in tensor memory
+    ("sm_100", 64): _tile(128, 128, 8, 3),  # accumulators live in tensor memory
     ("sm_100", 128): _tile(128, 128, 8, 2),
     ("sm_100", 256): _tile(128, 64, 8, 2),
 }
 
-_TABLES = {"fwd": (_FWD, _FP32)}
+# Decode streams the cache: 16 rows are what a tensor core takes at least, and many bytes in flight
+# per SM (num_stages * BLOCK_N keys) matter more than anything else. BLOCK_N divides a split of 2048.
+_DECODE = {
+    (arch, width): _tile(16, 64 if width < 256 else 32, 4, 2 if arch == "sm_86" else 3)
+    for arch in SHARED_LIMIT
+    for width in (64, 128, 256)
+}
+_DECODE_FP32 = {width: _tile(16, 32, 4, 2) for width in (64, 128, 256)}
 
+# dK, dV: BLOCK_N keys stay (two accumulators), BLOCK_M rows stream.
+_DKDV = {
+    ("sm_80", 64): _tile(64, 128, 8, 2),  # acc 32 + 32, S and dP 32 + 32
+    ("sm_80", 128): _tile(32, 128, 8, 2),  # acc 64 + 64, S and dP 16 + 16
+    ("sm_80", 256): _tile(32, 64, 8, 1),  # acc 64 + 64
+    ("sm_86", 64): _tile(32, 128, 8, 2),
+    ("sm_86", 128): _tile(32, 64, 8, 1),
+    ("sm_86", 256): _tile(16, 32, 8, 1),
+    ("sm_90", 64): _tile(64, 128, 8, 2),
+    ("sm_90", 128): _tile(64, 128, 8, 2),
+    ("sm_90", 256): _tile(32, 64, 8, 1),
+    ("sm_100", 64): _tile(64, 128, 8, 2),
+    ("sm_100", 128): _tile(64, 128, 8, 2),
+    ("sm_100", 256): _tile(32, 64, 8, 1),
+}
+
+# dQ: BLOCK_M rows stay (one accumulator, Q and dO as operands), BLOCK_N keys stream.
+_DQ = {
+    ("sm_80", 64): _tile(128, 64, 8, 2),
+    ("sm_80", 128): _tile(64, 64, 8, 2),
+    ("sm_80", 256): _tile(64, 32, 8, 1),
+    ("sm_86", 64): _tile(128, 32, 8, 2),
+    ("sm_86", 128): _tile(64, 32, 8, 1),
+    ("sm_86", 256): _tile(32, 32, 8, 1),
+    ("sm_90", 64): _tile(128, 64, 8, 3),
+    ("sm_90", 128): _tile(128, 64, 8, 2),
+    ("sm_90", 256): _tile(64, 64, 8, 1),
+    ("sm_100", 64): _tile(128, 64, 8, 3),
+    ("sm_100", 128): _tile(128, 64, 8, 2),
+    ("sm_100", 256): _tile(64, 64, 8, 1),
+}
+_BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 4, 1), 256: _tile(16, 16, 4, 1)}
+
+_TABLES = {
+    "fwd": (_FWD, _FP32),
+    "decode": (_DECODE, _DECODE_FP32),
+    "dkdv": (_DKDV, _BWD_FP32),
+    "dq": (_DQ, _BWD_FP32),
+}
+
+# What a tuner may try; ``fits`` says what to leave out.
 SPACE = {
     "fwd": {
         "BLOCK_M": [64, 128],
         "BLOCK_N": [32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4],
+    },
+    "decode": {
+        "BLOCK_M": [16, 32, 64],
+        "BLOCK_N": [32, 64, 128],
+        "num_warps": [2, 4, 8],
+        "num_stages": [1, 2, 3, 4],
+    },
+    "dkdv": {
+        "BLOCK_M": [16, 32, 64],
+        "BLOCK_N": [32, 64, 128],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3],
+    },
+    "dq": {
+        "BLOCK_M": [32, 64, 128],
+        "BLOCK_N": [16, 32, 64],
+        "num_warps": [4, 8],
+        "num_stages": [1, 2, 3],
     },
 }
 
@@ -86,7 +149,17 @@ def choose(kernel: str, shape: Shape) -> dict[str, int]:
     return dict(half[arch_class(shape.arch), width])
 
 
-def shared_bytes(config: dict[str, int], shape: Shape) -> int:
-    """About what a tile needs: BLOCK_M rows of one tensor, and num_stages of BLOCK_N rows of two."""
-    rows = config["BLOCK_M"] + 2 * config["BLOCK_N"] * max(1, config["num_stages"])
-    return rows * shape.width * shape.itemsize
+def merge_rows(rows: int, width: int) -> int:
+    """Rows of a merge program: 4096 fp32 elements of a tile, no more rows than there are.
+
+    Rows do not meet in a sum, so this may depend on their number.
+    """
+    return max(1, min(4096 // width, 1 << (rows - 1).bit_length()))
+
+
+def fits(kernel: str, tile: dict[str, int], shape: Shape) -> bool:
+    """Whether a tile's operands fit the shared memory of an architecture."""
+    streamed, held = ("BLOCK_M", "BLOCK_N") if kernel == "dkdv" else ("BLOCK_N", "BLOCK_M")
+    tensors_held = 1 if kernel in ("fwd", "decode") else 2
+    rows = tensors_held * tile[held] + 2 * tile[streamed] * tile["num_stages"]
+    return rows * shape.width * shape.itemsize <= SHARED_LIMIT[arch_class(shape.arch)]

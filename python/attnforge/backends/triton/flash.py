@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from attnforge import _settings
-from attnforge._params import FlashParams
+from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.backends.triton import _interpreter
+from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.select import device_arch
 from attnforge.registry.spec import KernelSpec, Request
@@ -27,6 +28,7 @@ from attnforge.triton_kernels.flash import config
 __all__ = ["SPECS"]
 
 _FAR = 1 << 30  # a window at or past it is as wide as any sequence; sums of two stay in 32 bit
+_SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _LOG2E = math.log2(math.e)
 
 
@@ -135,6 +137,112 @@ def fwd(
         )  # fmt: skip
 
 
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    dq, dk, dv, dsinks = grads
+    q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
+    if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
+        for x in grads:
+            x.zero_()
+    if q.numel() == 0:
+        return
+    lse = tape.lse.contiguous()
+    delta = torch.empty_like(lse)
+    low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
+    heads, heads_kv, batch = q.shape[-2], k.shape[-2], _batch(q, p)
+    scores, sequences = _scores(p), _sequences(q, k, p)
+    inputs = (_view(q), _view(k), _view(v), _view(dout))
+    with _on(q.device):
+        _delta(dout, out, low, dlse, lse, delta)
+        sizes = _sizes("dkdv", q, v)
+        tiles = _tiles(p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"])
+        if grid := tiles * heads_kv * batch:
+            _kernel("bwd", "dkdv")[(grid,)](
+                *inputs, _view(dk), _view(dv), _stat(lse), _stat(delta), sequences, scores,
+                p.softmax_scale, heads_kv, heads // heads_kv, tiles, **sizes,
+            )  # fmt: skip
+        sizes = _sizes("dq", q, v)
+        tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
+        if grid := tiles * heads * batch:
+            _kernel("bwd", "dq")[(grid,)](
+                *inputs, _view(dq), _stat(lse), _stat(delta), sequences, scores,
+                p.softmax_scale, heads, heads // heads_kv, tiles, **sizes,
+            )  # fmt: skip
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def _delta(
+    dout: Tensor, out: Tensor, low: Tensor | None, dlse: Tensor | None, lse: Tensor, delta: Tensor
+) -> None:
+    rows, heads, dv = out.shape[-3:]
+    width = _padded(dv)
+    block = config.merge_rows(rows, width)
+    tiles = _tiles(rows, block)
+    batch = out.shape[0] if out.dim() == 4 else 1
+    _kernel("bwd", "delta")[(tiles * heads * batch,)](
+        _view(dout), _view(out), None if low is None else _view(low),
+        None if dlse is None else _stat(dlse.contiguous()), _stat(lse), _stat(delta),
+        rows, heads, tiles, DV=dv, BLOCK_M=block, BLOCK_DV=width, num_warps=4,
+    )  # fmt: skip
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
+    if out.numel() == 0:
+        return
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
+    sizes = _sizes("decode", q, v)
+    keys = max(1, k.shape[1])
+    splits = _tiles(keys, _SPLIT)
+    if num_splits > 0:  # a split has at least one tile
+        splits = min(num_splits, _tiles(keys, sizes["BLOCK_N"]))
+    many = splits > 1
+    values, stats = out, lse
+    if many:
+        values = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        stats = lse.new_empty((splits, *lse.shape))
+    first_value, first_stat = (values[0], stats[0]) if many else (out, lse)
+    grid = splits * _tiles(q.shape[1] * group, sizes["BLOCK_M"]) * heads_kv * q.shape[0]
+    with _on(q.device):
+        _kernel("decode", "decode")[(grid,)](
+            _view(q), _view(k), _view(v), _view(first_value), _stat(first_stat),
+            values.stride(0) if many else None, stats.stride(0) if many else None,
+            _sequences(q, k, p), _scores(p), heads_kv, group, splits,
+            0 if num_splits > 0 else _SPLIT, **sizes,
+        )  # fmt: skip
+        if many:
+            _merge(values, stats, out, lse, inf_is_empty=False)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Launcher of ``merge_states``; the kernel takes the parts as one stacked tensor."""
+    if out.numel() == 0:
+        lse.fill_(-math.inf)
+        return
+    with _on(out.device):
+        _merge(torch.stack(outs), torch.stack(lses).float(), out, lse, inf_is_empty=True)
+
+
+def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty: bool) -> None:
+    """values [N, ..] and stats [N, ..] (contiguous) into out and lse."""
+    rows, heads, dv = out.shape[-3:]
+    width = _padded(dv)
+    block = config.merge_rows(rows, width)
+    tiles = _tiles(rows, block)
+    batch = out.shape[0] if out.dim() == 4 else 1
+    _kernel("merge", "merge")[(tiles * heads * batch,)](
+        _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
+        tiles, values.stride(0), stats.stride(0),
+        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, num_warps=4,
+    )  # fmt: skip
+
+
 class _Devices(Device):
     """CUDA, and the CPU for a process whose Triton interprets."""
 
@@ -174,4 +282,9 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
     )
 
 
-SPECS = (_spec("fwd", "flash_fwd", "tiles over query rows, online softmax in base 2"),)
+SPECS = (
+    _spec("fwd", "flash_fwd", "tiles over query rows, online softmax in base 2"),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
+    _spec("decode", "flash_decode", "rows of a group packed, fixed splits over keys"),
+    _spec("merge", "merge_states", "weighted sum of stacked parts by LSE"),
+)
