@@ -92,9 +92,7 @@ def through_rows(
         q_tile = load_tile(q_head, start, n_rows, q, BLOCK_M, BLOCK_D, D, not MASKED)
         d_tile = load_tile(d_head, start, n_rows, dout, BLOCK_M, BLOCK_DV, DV, not MASKED)
         stat = row_lse(lse, b, h, first_row, rows, n_rows)
-        rest = tl.load(
-            stat_ptr(deltas, b, h, first_row) + rows, mask=rows < n_rows, other=0.0
-        )
+        rest = tl.load(stat_ptr(deltas, b, h, first_row) + rows, mask=rows < n_rows, other=0.0)
         s = dot(k_tile, q_tile.T, tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32))  # [BN, BM]
         s, factor = logits(s, rows[None, :], keys[:, None], shift, slope, scores)
         p = tl.exp2(s - stat[None, :])

@@ -57,7 +57,14 @@ def merge(
         x = part_lse(stat + tl.cast(n, tl.int64) * next_stat, some, INF_IS_EMPTY)
         weight = tl.where(x == base, 1.0, tl.exp(x - base))
         tile = load_tile(
-            value + tl.cast(n, tl.int64) * next_part, first, rows, part, BLOCK_M, BLOCK_DV, DV, False
+            value + tl.cast(n, tl.int64) * next_part,
+            first,
+            rows,
+            part,
+            BLOCK_M,
+            BLOCK_DV,
+            DV,
+            False,
         )
         term = weight[:, None] * tile.to(tl.float32)
         acc += tl.where((x == -INF)[:, None], 0.0, term)

@@ -133,10 +133,10 @@ class FlashInputs:
         names = ("dq", "dk", "dv", "dsinks")
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=False))}
 
-    def truth(self, grad: bool = True) -> oracle.Truth:
-        """The float64 truth of ``run`` (or of ``forward``)."""
+    def truth(self, grad: bool = True, rounded: bool = False) -> oracle.Truth:
+        """The float64 truth of ``run`` (or of ``forward``); rounded: see ``oracle.truth``."""
         cotangents = (self.dout, self.dlse) if grad else (None, None)
-        return oracle.truth(self.q, self.k, self.v, self.options, *cotangents)
+        return oracle.truth(self.q, self.k, self.v, self.options, *cotangents, rounded)
 
     def with_(self, **changes: Any) -> FlashInputs:
         """The same with other tensors (``q=``, ``k=`` ...) or keywords."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from attnforge import _settings
 from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.backends.triton import _interpreter
+from attnforge.backends.triton._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.select import device_arch
@@ -157,7 +158,9 @@ def bwd(
     with _on(q.device):
         _delta(dout, out, low, dlse, lse, delta)
         sizes = _sizes("dkdv", q, v)
-        tiles = _tiles(p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"])
+        tiles = _tiles(
+            p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"]
+        )
         if grid := tiles * heads_kv * batch:
             _kernel("bwd", "dkdv")[(grid,)](
                 *inputs, _view(dk), _view(dv), _stat(lse), _stat(delta), sequences, scores,
@@ -276,7 +279,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         op=op,
         backend="triton",
         launch=f"{__name__}:{kind}",
-        requires=_MERGE if kind == "merge" else _COMMON,
+        requires=(*(_MERGE if kind == "merge" else _COMMON), SelfTest(kind)),
         score=50.0,  # above the reference; native kernels of a device go first
         notes=notes,
     )
