@@ -1,33 +1,55 @@
-"""Compiles every shipped Triton config ahead of time and holds it to a table of resources.
+"""Compiles every shipped Triton tile ahead of time and holds it to a table of resources.
 
-    python tools/triton_budgets.py           # compare with triton_kernels/budgets.json
-    python tools/triton_budgets.py --write   # write the table anew
+    python tools/triton_budgets.py --write   # compile everything, write triton_kernels/budgets.json
 
 No GPU is needed: the launchers run on CPU tensors under a driver that names an architecture and
-compiles instead of launching, so what is compiled is what a launcher would start. A row holds the
-registers of a thread, its stack in bytes (spills) and the shared memory of a block.
+compiles instead of launching, so what is compiled is what a launcher would start there. A row holds
+the registers of a thread, its stack in bytes (spills), and of a block the shared memory and the
+columns of tensor memory.
+``tests/triton/test_compile.py`` compares.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "triton_kernels" / "budgets.json"
-ARCHS = (80, 90, 100)
-SLACK = 16  # bytes of stack that a compiler of another build may add; registers are no limit
+ARCHS = (80, 86, 90, 100)
+
+
+class Variant(NamedTuple):
+    """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys."""
+
+    dtype: torch.dtype
+    head_dim: int
+    causal: bool = False
+    features: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
+        return "-".join(words + ["causal"] * self.causal + ["features"] * self.features)
+
+
+# Every tile that ships (three widths, two sizes of elements), and masks and features once.
+VARIANTS = (
+    *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
+    *(Variant(torch.float32, d) for d in (64, 128, 256)),
+    Variant(torch.bfloat16, 128, causal=True),
+    *(Variant(torch.bfloat16, d, causal=True, features=True) for d in (128, 256)),
+)
 
 
 class _NoDevice:
@@ -69,7 +91,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(flash, "device_arch", lambda device: ("cuda", f"sm_{arch}")),
+            mock.patch.object(flash, "device_arch", return_value=("cuda", f"sm_{arch}")),
         ):
             yield found
     finally:
@@ -77,7 +99,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers and stack bytes of a thread, shared bytes of a block, from the compiled kernel."""
+    """Registers and stack bytes of a thread, shared bytes and tensor memory of a block."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -92,4 +114,67 @@ def resources(kernel: Any) -> dict[str, int]:
         "registers": int(words[1]),
         "stack": int(words[2]),
         "shared": int(kernel.metadata.shared),
+        "tensor_columns": int(getattr(kernel.metadata, "tmem_size", 0) or 0),
     }
+
+
+def launch(variant: Variant) -> None:
+    """Every kernel of the flash family on one problem, through its launcher."""
+    from attnforge._params import FlashGrads, FlashParams, FlashTape
+    from attnforge.backends.triton import flash
+
+    dtype, d = variant.dtype, variant.head_dim
+    rows, keys, heads = 48, 80, 4
+    q = torch.zeros(2, rows, heads, d, dtype=dtype)
+    k, v = torch.zeros(2, 2, keys, heads // 2, d, dtype=dtype)
+    out, low, dout = torch.zeros(3, *q.shape, dtype=dtype)
+    lse = torch.zeros(2, heads, rows)
+    some = variant.features
+    p = FlashParams(
+        None, None, torch.zeros(2, dtype=torch.int32) if some else None,
+        torch.zeros(2, heads) if some else None, torch.zeros(heads) if some else None,
+        rows, keys, 0.125, 32 if some else -1, 0 if variant.causal else -1, 8.0 if some else 0.0,
+    )  # fmt: skip
+    if dtype.itemsize == 4:
+        low = q.new_empty(0)
+    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads))
+    flash.fwd(q, k, v, p, out, lse, low)
+    flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
+    flash.decode(q[:, :1], k, v, p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone(), 2)
+
+
+def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
+    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
+    with compiling(arch) as found:
+        launch(variant)
+    return {name.rpartition(".")[2]: (resources(kernel), kernel) for name, kernel in found}
+
+
+def row_name(arch: int, variant: Variant, kernel: str) -> str:
+    """The key of the table."""
+    return f"sm_{arch}/{variant.name}/{kernel}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Resources of every shipped Triton kernel.")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    write = parser.parse_args().write
+    import triton
+
+    rows = {}
+    for arch in ARCHS:
+        for variant in VARIANTS:
+            for kernel, (used, _) in measure(arch, variant).items():
+                name = row_name(arch, variant, kernel)
+                rows[name] = used
+                print(
+                    f"{name:<48}", *(f"{key} {value:>6}" for key, value in used.items()), flush=True
+                )
+    if write:
+        lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(used)}" for n, used in rows.items())
+        head = f'"triton": {json.dumps(triton.__version__)}'
+        TABLE.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()

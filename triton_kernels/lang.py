@@ -1,15 +1,15 @@
 """The vocabulary of the Triton kernels: sequences, ranges, masks, scores, online softmax, products.
 
 A kernel takes few arguments, most of them named tuples: ``View`` for a tensor, ``Stat`` for
-statistics per row, ``Sequences`` for where sequences lie, ``Scores`` for what makes a logit of a dot
-product. A field that is None is a feature that is off: Triton specialises on it, so that neither a
-flag nor an instruction is left of it. A new feature of the scores is one field, and its lines in
-``logits`` (values) or in ``seen_range`` and ``seen`` (masks): forward, backward and decode call the
-same functions.
+statistics per row, ``Sequences`` for where sequences lie, ``Scores`` for what makes a logit of a
+dot product. A field that is None is a feature that is off: Triton specialises on it, so that
+neither a flag nor an instruction is left of it. A new feature of the scores is one field, and its
+lines in ``logits`` (values) or in ``seen_range`` and ``seen`` (masks): forward, backward and decode
+call the same functions.
 
-Rows are queries, keys are keys. Logits are in base 2: ``Scores`` holds log2(e). Offsets into tensors
-are 64-bit. Functions on tiles work by broadcasting, so a transposed tile takes rows as [1, BM] and
-keys as [BN, 1].
+Rows are queries, keys are keys. Logits are in base 2: ``Scores`` holds log2(e). Offsets into
+tensors are 64-bit. Functions on tiles work by broadcasting, so a transposed tile takes rows as
+[1, BM] and keys as [BN, 1].
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def load_tile(
 def seen_range(first, last, count, shift, back, ahead, BLOCK: tl.constexpr):
     """Tiles of the other side that positions ``first .. last`` see: (lo, whole_lo, whole_hi, hi).
 
-    Position p sees ``p + shift - back .. p + shift + ahead`` of ``count``. [lo, hi) covers what any of
-    them sees, from a multiple of BLOCK; the tiles of [whole_lo, whole_hi) are seen whole by all of
-    them and need no mask. Keys of rows: shift = keys - rows, (left, right); rows of keys: the
+    Position p sees ``p + shift - back .. p + shift + ahead`` of ``count``. [lo, hi) covers what any
+    of them sees, from a multiple of BLOCK; the tiles of [whole_lo, whole_hi) are seen whole by all
+    of them and need no mask. Keys of rows: shift = keys - rows, (left, right); rows of keys: the
     negative shift and (right, left).
     """
     lo = 0
@@ -216,7 +216,7 @@ def unleash(
 ):  # fmt: skip
     """acc + every NaN and infinity of x[lo .. hi) that position ``at`` of the other side sees.
 
-    acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys and ``at`` are rows; else the other way round.
+    acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys, ``at`` are rows; else the other way round.
     One row of x at a time: this runs where ``tame`` found something, and costs hot loops nothing.
     Between lo and hi there may be whole tiles, whose infinities are in acc already: once more is
     the same.
@@ -303,9 +303,10 @@ def walk(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, acc) after the keys of ``ranges`` = (lo, whole_lo, whole_hi, hi) (``seen_range``).
+    """(top, total, acc) after all keys that the rows see.
 
-    before: (top, total) from ``start_state``.
+    ranges: (lo, whole_lo, whole_hi, hi) from ``seen_range``; before: (top, total) from
+    ``start_state``.
     """
     lo, whole_lo, whole_hi, hi = ranges
     top, total = before

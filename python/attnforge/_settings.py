@@ -6,7 +6,7 @@
 | ``ATTNFORGE_CPU_ISA`` | ``auto baseline avx2 avx512 avx512_soft`` | level of CPU kernels |
 | ``ATTNFORGE_CACHE_DIR`` | a directory | where tuning results are kept |
 | ``ATTNFORGE_DEBUG`` | ``0`` or ``1`` | start with ``attnforge.debug(checks=True)`` |
-| ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: run Triton kernels in numpy, on the CPU too |
+| ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: run its kernels in numpy, on the CPU too |
 """
 
 from __future__ import annotations

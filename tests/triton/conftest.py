@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-
 from attnforge import _settings
 from attnforge.testing.cases import FlashCase, FlashInputs
 from attnforge.testing.compare import Report, compare

@@ -24,8 +24,10 @@ def case(**options: Any) -> FlashCase:
 @pytest.mark.parametrize("num_splits", [0, 1, 2, 3, 8, 5000])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_splits(check: Any, num_splits: int, rows: int) -> None:
-    check(case(seqlen_q=rows, head_dim=40, used=(150, 71), dtype=DTYPES[num_splits % 3]), grad=False,
-          num_splits=num_splits)  # fmt: skip
+    dtype = DTYPES[num_splits % 3]
+    check(
+        case(seqlen_q=rows, head_dim=40, used=(150, 71), dtype=dtype), False, num_splits=num_splits
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2047, 2048, 2049, 4500])

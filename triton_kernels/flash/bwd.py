@@ -15,8 +15,8 @@ Tiling: ``dkdv`` keeps K, V, dK, dV of its keys and streams Q, dO; it works on t
 that P^T and dS^T are left operands. ``dq`` keeps Q, dO, dQ and streams K, V. Tiles seen whole run
 without masks. delta is [B, Hq, Sq] fp32, from the unrounded output (out_lo).
 
-Cost: 7 products per visible pair instead of 5, as S and dP are computed twice: the price of having no
-atomics. 2 (5 D + 3 Dv) - 2 Dv flops; Q, K, V, dO are each read from L2 once per opposite tile.
+Cost: 7 products per visible pair instead of 5, as S and dP are computed twice: the price of having
+no atomics. 2 (4 D + 3 Dv) flops; Q, K, V, dO are each read from L2 once per opposite tile.
 
 Numerics: P and dS are rounded to the inputs' dtype for the products; sums are fp32.
 Limits: as the forward. Source: the paper above; the code is our own.

@@ -43,48 +43,51 @@ def _tile(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
 
 
 # fp32 products run without tensor cores and keep operands in registers: small tiles everywhere.
-_FP32 = {64: _tile(64, 32, 4, 2), 128: _tile(32, 32, 4, 2), 256: _tile(16, 32, 4, 1)}
+_FP32 = {64: _tile(64, 32, 8, 2), 128: _tile(32, 32, 8, 2), 256: _tile(16, 32, 8, 1)}
+_DECODE_FP32 = {64: _tile(16, 32, 4, 2), 128: _tile(16, 32, 4, 2), 256: _tile(16, 32, 8, 1)}
+_BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 4, 1), 256: _tile(16, 16, 4, 1)}
 
-# (class, width) -> tile of a 16-bit kernel. A thread holds BLOCK_M * width / (32 warps) registers of
-# acc and BLOCK_M * BLOCK_N / (32 warps) of S: above about 160 together the compiler spills.
+# (class, width) -> tile of a 16-bit kernel. A thread of BLOCK_M / (32 warps) rows holds ``width``
+# registers of acc and BLOCK_N of S for each: above about 160 together the compiler spills.
 _FWD = {
-    ("sm_80", 64): _tile(128, 64, 4, 3),  # acc 64, S 64; 2 blocks of 64 KiB per SM
-    ("sm_80", 128): _tile(128, 64, 8, 3),  # acc 64, S 32; 128 KiB
-    ("sm_80", 256): _tile(64, 64, 8, 2),  # acc 64, S 16; 160 KiB
+    ("sm_80", 64): _tile(128, 64, 4, 3),  # acc 64, S 64; 48 KiB, so 2 blocks fit an SM
+    ("sm_80", 128): _tile(128, 64, 8, 3),  # acc 64, S 32; 96 KiB
+    ("sm_80", 256): _tile(64, 64, 8, 2),  # acc 64, S 16; 104 KiB
     ("sm_86", 64): _tile(128, 64, 4, 2),  # as sm_80 with less shared memory
     ("sm_86", 128): _tile(128, 32, 8, 2),
     ("sm_86", 256): _tile(64, 32, 8, 1),
-    ("sm_90", 64): _tile(128, 128, 8, 3),  # wgmma of 64 rows per 4 warps; acc 32, S 64; 112 KiB
+    ("sm_90", 64): _tile(128, 128, 8, 3),  # wgmma: 64 rows per 4 warps; acc 32, S 64; 112 KiB
     ("sm_90", 128): _tile(128, 128, 8, 2),  # acc 64, S 64; 160 KiB
-    ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB
-    ("sm_100", 64): _tile(128, 128, 8, 3),  # accumulators live in tensor memory
+    ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB; spills only to write out_lo
+    ("sm_100", 64): _tile(128, 64, 8, 3),  # as sm_90; BLOCK_N 128 spills
     ("sm_100", 128): _tile(128, 128, 8, 2),
     ("sm_100", 256): _tile(128, 64, 8, 2),
 }
 
-# Decode streams the cache: 16 rows are what a tensor core takes at least, and many bytes in flight
-# per SM (num_stages * BLOCK_N keys) matter more than anything else. BLOCK_N divides a split of 2048.
+# Decode streams the cache: 16 rows are what a tensor core takes at least, and what counts are the
+# bytes in flight per SM (num_stages * BLOCK_N keys). BLOCK_N divides a split of 2048.
 _DECODE = {
     (arch, width): _tile(16, 64 if width < 256 else 32, 4, 2 if arch == "sm_86" else 3)
     for arch in SHARED_LIMIT
     for width in (64, 128, 256)
 }
-_DECODE_FP32 = {width: _tile(16, 32, 4, 2) for width in (64, 128, 256)}
 
 # dK, dV: BLOCK_N keys stay (two accumulators), BLOCK_M rows stream.
 _DKDV = {
-    ("sm_80", 64): _tile(64, 128, 8, 2),  # acc 32 + 32, S and dP 32 + 32
-    ("sm_80", 128): _tile(32, 128, 8, 2),  # acc 64 + 64, S and dP 16 + 16
-    ("sm_80", 256): _tile(32, 64, 8, 1),  # acc 64 + 64
+    ("sm_80", 64): _tile(32, 128, 8, 2),  # accs 32 + 32, S and dP 16 + 16; BLOCK_M 64 spills
+    ("sm_80", 128): _tile(64, 64, 8, 2),  # accs 32 + 32, S and dP 16 + 16
+    ("sm_80", 256): _tile(32, 32, 8, 1),  # accs 32 + 32
     ("sm_86", 64): _tile(32, 128, 8, 2),
     ("sm_86", 128): _tile(32, 64, 8, 1),
     ("sm_86", 256): _tile(16, 32, 8, 1),
-    ("sm_90", 64): _tile(64, 128, 8, 2),
-    ("sm_90", 128): _tile(64, 128, 8, 2),
-    ("sm_90", 256): _tile(32, 64, 8, 1),
+    ("sm_90", 64): _tile(64, 128, 8, 2),  # accs 32 + 32, S and dP 32 + 32
+    ("sm_90", 128): _tile(32, 128, 8, 2),  # accs 64 + 64, S and dP 16 + 16; BLOCK_M 64 spills
+    ("sm_90", 256): _tile(32, 64, 8, 1),  # accs 64 + 64; spills, and every wgmma tile does
     ("sm_100", 64): _tile(64, 128, 8, 2),
     ("sm_100", 128): _tile(64, 128, 8, 2),
-    ("sm_100", 256): _tile(32, 64, 8, 1),
+    ("sm_100", 256): _tile(
+        32, 32, 8, 1
+    ),  # two accs of 256 columns fill the tensor memory: mma.sync
 }
 
 # dQ: BLOCK_M rows stay (one accumulator, Q and dO as operands), BLOCK_N keys stream.
@@ -97,12 +100,11 @@ _DQ = {
     ("sm_86", 256): _tile(32, 32, 8, 1),
     ("sm_90", 64): _tile(128, 64, 8, 3),
     ("sm_90", 128): _tile(128, 64, 8, 2),
-    ("sm_90", 256): _tile(64, 64, 8, 1),
+    ("sm_90", 256): _tile(128, 32, 8, 1),  # the fewest spills of the tiles that wgmma takes
     ("sm_100", 64): _tile(128, 64, 8, 3),
     ("sm_100", 128): _tile(128, 64, 8, 2),
     ("sm_100", 256): _tile(64, 64, 8, 1),
 }
-_BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 4, 1), 256: _tile(16, 16, 4, 1)}
 
 _TABLES = {
     "fwd": (_FWD, _FP32),
@@ -114,7 +116,7 @@ _TABLES = {
 # What a tuner may try; ``fits`` says what to leave out.
 SPACE = {
     "fwd": {
-        "BLOCK_M": [64, 128],
+        "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4],
@@ -127,12 +129,12 @@ SPACE = {
     },
     "dkdv": {
         "BLOCK_M": [16, 32, 64],
-        "BLOCK_N": [32, 64, 128],
+        "BLOCK_N": [16, 32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3],
     },
     "dq": {
-        "BLOCK_M": [32, 64, 128],
+        "BLOCK_M": [16, 32, 64, 128],
         "BLOCK_N": [16, 32, 64],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3],

@@ -7,8 +7,8 @@ The keys are cut in splits, one program each, which run the forward's loop over 
 sink belongs to the first split.
 
 Tiling: grid (splits * row tiles * KV heads * batch). A split is a multiple of BLOCK_N keys: 2048 by
-default, wherever it lies and whatever else is in the batch, so that a sequence gets the same bits in
-any batch and any cache. Programs behind a sequence's end write an empty state and leave.
+default, wherever it lies and whatever else is in the batch, so that a sequence gets the same bits
+in any batch and any cache. Programs behind a sequence's end write an empty state and leave.
 
 Cost: 2 Sk Hk D elements of cache per step, whatever the group; the workspace is (Dv + 1) fp32 per
 row and split, 0.4 % of the cache that it stands for at D 128 and one row. Bound by memory.

@@ -1,13 +1,13 @@
 """Forward: exact attention in tiles (FlashAttention-2; Dao, 2023).
 
 Algorithm: one program holds BLOCK_M query rows of one head and walks the keys they see in tiles of
-BLOCK_N: S = Q K^T, online softmax in base 2 (Milakov and Gimelshein, 2018), O += P V. Tiles that all
-rows see whole run a loop without masks; those on the edge of a mask or of the sequence run a masked
-one before and behind it. The LSE is natural and includes the sink.
+BLOCK_N: S = Q K^T, online softmax in base 2 (Milakov and Gimelshein, 2018), O += P V. Tiles that
+all rows see whole run a loop without masks; those on the edge of a mask or of the sequence run a
+masked one before and behind it. The LSE is natural and includes the sink.
 
 Tiling: grid (tiles * heads * batch). Tiles of one head are neighbours, so that their K and V are in
-L2, and late ones, which see most keys under a causal mask, go first. Rows stay in registers; K and V
-tiles pass through shared memory, ``num_stages`` of them in flight.
+L2, and late ones, which see most keys under a causal mask, go first. Rows stay in registers; K and
+V tiles pass through shared memory, ``num_stages`` of them in flight.
 
 Cost: 2 (D + Dv) flops per visible pair; K and V are read ceil(Sq / BLOCK_M) times, from L2 mostly.
 

@@ -3,8 +3,8 @@
 Algorithm: lse = log sum_n exp(lse_n), O = sum_n exp(lse_n - lse) O_n, in two passes over the parts:
 the maximum, then the weighted sum, in the order of the parts. A part of LSE -inf is empty: its
 output is not used, whatever it holds. For ``merge_states`` +inf means the same; for the splits of a
-decode +inf is a sink of +inf, which takes all the weight. A single part comes out bit for bit, which
-makes a decode independent of empty splits.
+decode +inf is a sink of +inf, which takes all the weight. A single part comes out bit for bit,
+which makes a decode independent of empty splits.
 
 Tiling: one program per BLOCK_M rows of one head, all of Dv; grid (row tiles * heads * batch). Parts
 come stacked, one stride apart.

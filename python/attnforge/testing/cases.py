@@ -135,8 +135,8 @@ class FlashInputs:
 
     def truth(self, grad: bool = True, rounded: bool = False) -> oracle.Truth:
         """The float64 truth of ``run`` (or of ``forward``); rounded: see ``oracle.truth``."""
-        cotangents = (self.dout, self.dlse) if grad else (None, None)
-        return oracle.truth(self.q, self.k, self.v, self.options, *cotangents, rounded)
+        dout, dlse = (self.dout, self.dlse) if grad else (None, None)
+        return oracle.truth(self.q, self.k, self.v, self.options, dout, dlse, rounded)
 
     def with_(self, **changes: Any) -> FlashInputs:
         """The same with other tensors (``q=``, ``k=`` ...) or keywords."""

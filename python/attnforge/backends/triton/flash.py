@@ -1,7 +1,7 @@
 """``triton.flash.*``: the Triton kernels of ``triton_kernels/flash``.
 
-Launchers turn tensors and parameters into the named tuples of ``triton_kernels.lang``, choose a tile
-and start a kernel on the tensor's device.
+Launchers turn tensors and parameters into the named tuples of ``triton_kernels.lang``, choose a
+tile and start a kernel on the tensor's device.
 """
 
 from __future__ import annotations
