@@ -4,8 +4,8 @@
 
 No GPU is needed: the launchers run on CPU tensors under a driver that names an architecture and
 compiles instead of launching, so what is compiled is what a launcher would start there. A row holds
-the registers of a thread, its stack in bytes (spills), and of a block the shared memory and the
-columns of tensor memory.
+the registers of a thread, its stack in bytes, the accesses to that stack (spills) in hot loops, and
+of a block the shared memory and the columns of tensor memory.
 ``tests/triton/test_compile.py`` compares.
 """
 
@@ -98,21 +98,48 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
         driver._active = active
 
 
-def resources(kernel: Any) -> dict[str, int]:
-    """Registers and stack bytes of a thread, shared bytes and tensor memory of a block."""
+def disassembled(tool: str, option: str, cubin: bytes) -> str:
+    """What one of the tools in Triton's wheel prints about a binary."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    words = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert words is not None, text
+        command = [str(program), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def hot_spills(sass: str) -> int:
+    """Accesses to local memory in the innermost loops that multiply, all of them together.
+
+    Spills elsewhere, in the cold path for NaN or around an epilogue, cost next to nothing.
+    """
+    total, first_line = 0, {}
+    lines = sass.splitlines()
+    newest_loop = 0
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            first_line[label[1]] = number
+        branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+        start = first_line.get(branch[1]) if branch else None
+        if start is not None and start >= newest_loop:  # backwards, around no other loop
+            body = "\n".join(lines[start:number])
+            if re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", body):
+                total += len(re.findall(r"\b(?:LDL|STL)\b", body))
+            newest_loop = number
+    return total
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Of a thread: registers, stack, spills in hot loops. Of a block: shared and tensor memory."""
+    cubin = kernel.asm["cubin"]
+    words = re.search(r"REG:(\d+) STACK:(\d+)", disassembled("cuobjdump", "-res-usage", cubin))
+    assert words is not None
     return {
         "registers": int(words[1]),
         "stack": int(words[2]),
+        "hot_spills": hot_spills(disassembled("nvdisasm", "-c", cubin)),
         "shared": int(kernel.metadata.shared),
         "tensor_columns": int(getattr(kernel.metadata, "tmem_size", 0) or 0),
     }

@@ -48,8 +48,9 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
         budget = TABLE["kernels"].get(name)
         if budget is None:
             wrong.append(f"{name}: not in the table")
-        elif same_compiler and used["stack"] > budget["stack"]:
-            wrong.append(f"{name}: {used['stack']} bytes of stack, budget {budget['stack']}")
+        for key in ("stack", "hot_spills") if same_compiler and budget else ():
+            if used[key] > budget[key]:
+                wrong.append(f"{name}: {key} {used[key]}, budget {budget[key]}")
         if used["shared"] > SHARED_LIMIT[f"sm_{arch}"]:
             wrong.append(f"{name}: {used['shared']} bytes of shared memory")
         if used["tensor_columns"] > TENSOR_COLUMNS:

@@ -140,11 +140,12 @@ def dkdv(
     v_tile = load_tile(v_head, first, n_keys, v, BLOCK_N, BLOCK_DV, DV, False)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    bad = 0
     for head in tl.range(h * group, h * group + group):
         q_head = head_ptr(q, b, head, first_row)
         d_head = head_ptr(dout, b, head, first_row)
         slope = slope_of(scores, b, head)
-        state = (acc_k, acc_v, 0)
+        state = (acc_k, acc_v, bad)
         if scores.right is not None:
             state = through_rows(
                 state, k_tile, v_tile, keys, slope, lo, whole_lo, n_rows, n_keys, q, dout,
@@ -161,7 +162,10 @@ def dkdv(
             q_head, d_head, lse, deltas, b, head, first_row, scores,
             D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
-        if bad != 0:
+    if bad != 0:
+        for head in tl.range(h * group, h * group + group):
+            q_head = head_ptr(q, b, head, first_row)
+            d_head = head_ptr(dout, b, head, first_row)
             acc_k = unleash(
                 acc_k, keys, lo, hi, n_rows, n_keys, q_head, q, scores, BLOCK_D, D, False
             )
