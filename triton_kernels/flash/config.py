@@ -44,11 +44,12 @@ def _tile(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
 
 # fp32 products run without tensor cores and keep operands in registers: small tiles everywhere.
 _FP32 = {64: _tile(64, 32, 8, 2), 128: _tile(32, 32, 8, 2), 256: _tile(16, 32, 8, 1)}
-_DECODE_FP32 = {64: _tile(16, 32, 4, 2), 128: _tile(16, 32, 4, 2), 256: _tile(16, 32, 8, 1)}
-_BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 4, 1), 256: _tile(16, 16, 4, 1)}
+_DECODE_FP32 = {64: _tile(16, 32, 4, 2), 128: _tile(16, 32, 8, 2), 256: _tile(16, 32, 8, 1)}
+_BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 8, 1), 256: _tile(16, 16, 4, 1)}
 
 # (class, width) -> tile of a 16-bit kernel. A thread of BLOCK_M / (32 warps) rows holds ``width``
-# registers of acc and BLOCK_N of S for each: above about 160 together the compiler spills.
+# registers of acc and BLOCK_N of S for each: above about 160 together the compiler spills. Spills
+# are meant in a loop (``hot_spills`` of the table), with or without masks.
 _FWD = {
     ("sm_80", 64): _tile(128, 64, 4, 3),  # acc 64, S 64; 48 KiB, so 2 blocks fit an SM
     ("sm_80", 128): _tile(128, 64, 8, 3),  # acc 64, S 32; 96 KiB
@@ -58,9 +59,9 @@ _FWD = {
     ("sm_86", 256): _tile(64, 32, 8, 1),
     ("sm_90", 64): _tile(128, 128, 8, 3),  # wgmma: 64 rows per 4 warps; acc 32, S 64; 112 KiB
     ("sm_90", 128): _tile(128, 128, 8, 2),  # acc 64, S 64; 160 KiB
-    ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB; spills only to write out_lo
+    ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB
     ("sm_100", 64): _tile(128, 64, 8, 3),  # as sm_90; BLOCK_N 128 spills
-    ("sm_100", 128): _tile(128, 128, 8, 2),
+    ("sm_100", 128): _tile(128, 64, 8, 3),  # the same
     ("sm_100", 256): _tile(128, 64, 8, 2),
 }
 
@@ -82,12 +83,10 @@ _DKDV = {
     ("sm_86", 256): _tile(16, 32, 8, 1),
     ("sm_90", 64): _tile(64, 128, 8, 2),  # accs 32 + 32, S and dP 32 + 32
     ("sm_90", 128): _tile(32, 128, 8, 2),  # accs 64 + 64, S and dP 16 + 16; BLOCK_M 64 spills
-    ("sm_90", 256): _tile(32, 64, 8, 1),  # accs 64 + 64; spills, and every wgmma tile does
+    ("sm_90", 256): _tile(32, 32, 8, 1),  # mma.sync: the tiles of wgmma spill in the loop
     ("sm_100", 64): _tile(64, 128, 8, 2),
-    ("sm_100", 128): _tile(64, 128, 8, 2),
-    ("sm_100", 256): _tile(
-        32, 32, 8, 1
-    ),  # two accs of 256 columns fill the tensor memory: mma.sync
+    ("sm_100", 128): _tile(32, 128, 8, 2),
+    ("sm_100", 256): _tile(32, 32, 8, 1),  # mma.sync: two accs would fill the tensor memory
 }
 
 # dQ: BLOCK_M rows stay (one accumulator, Q and dO as operands), BLOCK_N keys stream.
