@@ -164,7 +164,8 @@ def launch(variant: Variant) -> None:
     )  # fmt: skip
     if dtype.itemsize == 4:
         low = q.new_empty(0)
-    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads))
+    unused = [q.new_empty(0)] * 5
+    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *unused)
     flash.fwd(q, k, v, p, out, lse, low)
     flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
     flash.decode(q[:, :1], k, v, p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone(), 2)

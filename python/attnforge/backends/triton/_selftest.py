@@ -119,9 +119,9 @@ def _backward(
     for backward in (run, reference.backward):
         dsinks = q.new_empty(4, dtype=torch.float32)
         dq, dk, dv = map(torch.empty_like, (q, k, v))
-        grads = FlashGrads(dq, dk, dv, dsinks)
+        grads = FlashGrads(dq, dk, dv, dsinks, *[q.new_empty(0)] * 5)
         backward(dout, None, tape, p, grads)
-        found.append([x / x.abs().max() for x in grads])
+        found.append([x / x.abs().max() for x in grads[:4]])
     return found[0], found[1]
 
 

@@ -21,7 +21,7 @@ from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
-from attnforge.registry.predicates import Available, Device, Dim, Dtypes
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.select import device_arch
 from attnforge.registry.spec import KernelSpec, Request
 from attnforge.triton_kernels.flash import config
@@ -142,7 +142,7 @@ def bwd(
     dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
 ) -> None:
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
-    dq, dk, dv, dsinks = grads
+    dq, dk, dv, dsinks = grads[:4]
     q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
     if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
         for x in grads:
@@ -268,6 +268,7 @@ _COMMON = (
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     Dim("head_dim", 8, 256, 8),
     Dim("v_head_dim", 8, 256, 8),
+    Features("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
     Available("triton", _missing),
 )
 _MERGE = (*_COMMON[:2], _COMMON[-1])
