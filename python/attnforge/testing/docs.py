@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attnforge.registry import KernelSpec, Request, list_kernels
-from attnforge.registry.predicates import Available, Device, Dtypes, dtype_name
+from attnforge.registry.predicates import Available, Device, Dtypes, Features, dtype_name
 from attnforge.testing import bench
 
 __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
@@ -100,7 +100,7 @@ def _needs(spec: KernelSpec) -> tuple[str, str, str]:
             device = ", ".join(need.types)
         elif isinstance(need, Dtypes):
             dtypes = ", ".join(_SHORT.get(n, n) for n in map(dtype_name, need.dtypes))
-        elif not isinstance(need, Available):
+        elif not isinstance(need, (Available, Features)):  # features have a table of their own
             sizes.append(str(need))
     return device, dtypes, "; ".join(sizes) or "any"
 

@@ -123,8 +123,12 @@ def truth(
     options: Mapping[str, Any],
     dout: Tensor | None = None,
     dlse: Tensor | None = None,
+    rounded: bool = False,
 ) -> Truth:
     """What ``flash_attention(_varlen)`` or ``flash_decode`` should give for these arguments.
+
+    rounded: P goes to the inputs' dtype before P V, as tensor cores take it: u16 M more for O, and
+    what follows from it for delta.
 
     options: the keywords of the call. Gradients are those of <out, dout> + <lse, dlse>; they
     are left out if both are None. Needs O(Hq Sq Sk) memory in float64, one sequence at a time.
@@ -191,8 +195,9 @@ def truth(
         o = p @ part.v
         rel = 4 * ua * (1 + s_max) + 16 * ua  # [H, Sq, 1]
         mass = p @ part.v.abs()
+        rounding = rel + half if rounded else rel
         lost = flush * part.v.abs().sum(1, keepdim=True)
-        bound = 1.05 * u * o.abs() + rel * mass + lost + floor * (1 + sk)
+        bound = 1.05 * u * o.abs() + rounding * mass + lost + floor * (1 + sk)
         place = part.index
         out[place] = o.transpose(0, 1)
         out_b[place] = bound.transpose(0, 1)
@@ -216,7 +221,10 @@ def truth(
         ds = p * (dp - delta) * slope * scale
         weight = p * slope * (dp.abs() + delta.abs()) * abs(scale)
         # Rounding inside the dot products; O is known to u^2 from out + out_lo; 1 - tanh^2 cancels.
-        inner = p * (4 * ua * (dp_abs + delta_abs) + half * half * delta_abs) * abs(scale)
+        lost_delta = half * half * delta_abs
+        if rounded:  # delta comes from an O of rounded P
+            lost_delta = lost_delta + half * (d_o.abs() * mass).sum(-1, keepdim=True)
+        inner = p * (4 * ua * (dp_abs + delta_abs) + lost_delta) * abs(scale)
         if cap > 0:
             inner = inner + 16 * ua * p * (dp_abs + delta_abs) * abs(scale)
         each = (2 * half + rel) * weight + inner + flush * (dp_abs + delta_abs) * abs(scale)
@@ -237,7 +245,7 @@ def truth(
             p_sink = torch.exp(sink - total).masked_fill(torch.isneginf(sink), 0.0).unsqueeze(-1)
             p_sink = torch.where(torch.isposinf(sink).unsqueeze(-1), 1.0, p_sink)
             dsink -= (p_sink * delta).sum((1, 2))
-            error = rel * delta.abs() + (4 * ua + half * half) * delta_abs
+            error = rel * delta.abs() + 4 * ua * delta_abs + lost_delta
             dsink_b += (p_sink * error).sum((1, 2))
 
     found = Truth()

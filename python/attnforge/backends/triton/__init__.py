@@ -1,0 +1,1 @@
+"""Triton kernels of ``triton_kernels``: compiled at their first call, for the device at hand."""

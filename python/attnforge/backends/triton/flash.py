@@ -1,0 +1,294 @@
+"""``triton.flash.*``: the Triton kernels of ``triton_kernels/flash``.
+
+Launchers turn tensors and parameters into the named tuples of ``triton_kernels.lang``, choose a
+tile and start a kernel on the tensor's device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _settings
+from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.backends.triton import _interpreter
+from attnforge.backends.triton._selftest import SelfTest
+from attnforge.reference.flash import sink_gradient
+from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
+from attnforge.registry.select import device_arch
+from attnforge.registry.spec import KernelSpec, Request
+from attnforge.triton_kernels.flash import config
+
+__all__ = ["SPECS"]
+
+_FAR = 1 << 30  # a window at or past it is as wide as any sequence; sums of two stay in 32 bit
+_SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
+_LOG2E = math.log2(math.e)
+
+
+@cache  # kernels of a process never change
+def _kernel(module: str, name: str) -> Any:
+    """A kernel by name; importing Triton waits for the first launch."""
+    if _settings.triton_interpreted():
+        _interpreter.repair()
+    return getattr(importlib.import_module(f"attnforge.triton_kernels.flash.{module}"), name)
+
+
+@cache
+def _lang() -> Any:
+    return importlib.import_module("attnforge.triton_kernels.lang")
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` itself if its last stride is 1, else a copy: the one layout kernels ask for."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> Any:
+    """A View of [B, S, H, X], or of packed [T, H, X] as one batch entry."""
+    batch = x.stride(0) if x.dim() == 4 else 0
+    return _lang().View(x, batch, x.stride(-3), x.stride(-2))
+
+
+def _stat(x: Tensor) -> Any:
+    """A Stat of a contiguous [B, H, S] or packed [H, T]."""
+    return _lang().Stat(x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _sequences(q: Tensor, k: Tensor, p: FlashParams) -> Any:
+    rows, keys = q.shape[-3], k.shape[-3]
+    return _lang().Sequences(
+        *map(_contiguous, (p.cu_seqlens_q, p.cu_seqlens_k, p.seqused_k)), rows, keys
+    )
+
+
+def _scores(p: FlashParams) -> Any:
+    slopes = _contiguous(p.alibi_slopes)
+    return _lang().Scores(
+        scale=p.softmax_scale * _LOG2E,
+        gain=p.softmax_scale / p.softcap if p.softcap > 0 else None,
+        cap=p.softcap * _LOG2E if p.softcap > 0 else None,
+        slopes=slopes,
+        slope_batch=None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0,
+        sinks=_contiguous(p.sinks),
+        left=min(p.window_left, _FAR) if p.window_left >= 0 else None,
+        right=min(p.window_right, _FAR) if p.window_right >= 0 else None,
+    )
+
+
+def _batch(q: Tensor, p: FlashParams) -> int:
+    return q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+
+
+def _padded(size: int) -> int:
+    """A head dim as tiles have it: a power of two, and what a tensor core takes at least."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
+    """The compile-time constants of a kernel: head dims, padded ones, the chosen tile."""
+    d, dv = q.shape[-1], v.shape[-1]
+    widths = {"BLOCK_D": _padded(d), "BLOCK_DV": _padded(dv)}
+    shape = config.Shape(device_arch(q.device)[1], q.dtype.itemsize, max(widths.values()))
+    return {"D": d, "DV": dv, **widths, **config.choose(kernel, shape)}
+
+
+def _tiles(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd``."""
+    low = out_lo if out_lo.dim() > 1 else None
+    if p.cu_seqlens_q is not None:  # rows of no sequence
+        lse.fill_(-math.inf)
+        for x in (out, out_lo):
+            x.zero_()
+    if out.numel() == 0:
+        return
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    heads, sizes = q.shape[-2], _sizes("fwd", q, v)
+    tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
+    grid = (tiles * heads * _batch(q, p),)
+    if grid[0] == 0:
+        return
+    with _on(q.device):
+        _kernel("fwd", "fwd")[grid](
+            _view(q), _view(k), _view(v), _view(out), None if low is None else _view(low),
+            _stat(lse), _sequences(q, k, p), _scores(p),
+            heads, heads // k.shape[-2], tiles, **sizes,
+        )  # fmt: skip
+
+
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    dq, dk, dv, dsinks = grads[:4]
+    q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
+    if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
+        for x in grads:
+            x.zero_()
+    if q.numel() == 0:
+        return
+    lse = tape.lse.contiguous()
+    delta = torch.empty_like(lse)
+    low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
+    heads, heads_kv, batch = q.shape[-2], k.shape[-2], _batch(q, p)
+    scores, sequences = _scores(p), _sequences(q, k, p)
+    inputs = (_view(q), _view(k), _view(v), _view(dout))
+    with _on(q.device):
+        _delta(dout, out, low, dlse, lse, delta)
+        sizes = _sizes("dkdv", q, v)
+        tiles = _tiles(
+            p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"]
+        )
+        if grid := tiles * heads_kv * batch:
+            _kernel("bwd", "dkdv")[(grid,)](
+                *inputs, _view(dk), _view(dv), _stat(lse), _stat(delta), sequences, scores,
+                p.softmax_scale, heads_kv, heads // heads_kv, tiles, **sizes,
+            )  # fmt: skip
+        sizes = _sizes("dq", q, v)
+        tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
+        if grid := tiles * heads * batch:
+            _kernel("bwd", "dq")[(grid,)](
+                *inputs, _view(dq), _stat(lse), _stat(delta), sequences, scores,
+                p.softmax_scale, heads, heads // heads_kv, tiles, **sizes,
+            )  # fmt: skip
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def _delta(
+    dout: Tensor, out: Tensor, low: Tensor | None, dlse: Tensor | None, lse: Tensor, delta: Tensor
+) -> None:
+    rows, heads, dv = out.shape[-3:]
+    width = _padded(dv)
+    block = config.merge_rows(rows, width)
+    tiles = _tiles(rows, block)
+    batch = out.shape[0] if out.dim() == 4 else 1
+    _kernel("bwd", "delta")[(tiles * heads * batch,)](
+        _view(dout), _view(out), None if low is None else _view(low),
+        None if dlse is None else _stat(dlse.contiguous()), _stat(lse), _stat(delta),
+        rows, heads, tiles, DV=dv, BLOCK_M=block, BLOCK_DV=width, num_warps=4,
+    )  # fmt: skip
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
+    if out.numel() == 0:
+        return
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
+    sizes = _sizes("decode", q, v)
+    keys = max(1, k.shape[1])
+    splits = _tiles(keys, _SPLIT)
+    if num_splits > 0:  # a split has at least one tile
+        splits = min(num_splits, _tiles(keys, sizes["BLOCK_N"]))
+    many = splits > 1
+    values, stats = out, lse
+    if many:
+        values = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        stats = lse.new_empty((splits, *lse.shape))
+    first_value, first_stat = (values[0], stats[0]) if many else (out, lse)
+    grid = splits * _tiles(q.shape[1] * group, sizes["BLOCK_M"]) * heads_kv * q.shape[0]
+    with _on(q.device):
+        _kernel("decode", "decode")[(grid,)](
+            _view(q), _view(k), _view(v), _view(first_value), _stat(first_stat),
+            values.stride(0) if many else None, stats.stride(0) if many else None,
+            _sequences(q, k, p), _scores(p), heads_kv, group, splits,
+            0 if num_splits > 0 else _SPLIT, **sizes,
+        )  # fmt: skip
+        if many:
+            _merge(values, stats, out, lse, inf_is_empty=False)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Launcher of ``merge_states``; the kernel takes the parts as one stacked tensor."""
+    if out.numel() == 0:
+        lse.fill_(-math.inf)
+        return
+    with _on(out.device):
+        _merge(torch.stack(outs), torch.stack(lses).float(), out, lse, inf_is_empty=True)
+
+
+def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty: bool) -> None:
+    """values [N, ..] and stats [N, ..] (contiguous) into out and lse."""
+    rows, heads, dv = out.shape[-3:]
+    width = _padded(dv)
+    block = config.merge_rows(rows, width)
+    tiles = _tiles(rows, block)
+    batch = out.shape[0] if out.dim() == 4 else 1
+    _kernel("merge", "merge")[(tiles * heads * batch,)](
+        _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
+        tiles, values.stride(0), stats.stride(0),
+        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, num_warps=4,
+    )  # fmt: skip
+
+
+class _Devices(Device):
+    """CUDA, and the CPU for a process whose Triton interprets."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+
+    def __call__(self, request: Request, /) -> str | None:
+        if request.device == "cpu" and _settings.triton_interpreted():
+            return None
+        return super().__call__(request)
+
+
+def _missing() -> str | None:
+    found = importlib.util.find_spec("triton") is not None
+    return None if found else "Triton is not installed (pip install attnforge[triton])"
+
+
+_COMMON = (
+    _Devices(),
+    Dtypes(torch.float32, torch.bfloat16, torch.float16),
+    Dim("head_dim", 8, 256, 8),
+    Dim("v_head_dim", 8, 256, 8),
+    Features("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
+    Available("triton", _missing),
+)
+_MERGE = (*_COMMON[:2], _COMMON[-1])
+
+
+def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+    return KernelSpec(
+        id=f"triton.flash.{kind}",
+        op=op,
+        backend="triton",
+        launch=f"{__name__}:{kind}",
+        requires=(*(_MERGE if kind == "merge" else _COMMON), SelfTest(kind)),
+        score=50.0,  # above the reference; native kernels of a device go first
+        notes=notes,
+    )
+
+
+SPECS = (
+    _spec("fwd", "flash_fwd", "tiles over query rows, online softmax in base 2"),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
+    _spec("decode", "flash_decode", "rows of a group packed, fixed splits over keys"),
+    _spec("merge", "merge_states", "weighted sum of stacked parts by LSE"),
+)

@@ -1,0 +1,72 @@
+"""Every shipped tile of every Triton kernel compiles for every class of GPU, within its budget.
+
+Compilation says nothing about values (the interpreter does) and nothing about speed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from attnforge.triton_kernels.flash.config import SHARED_LIMIT
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+budgets = load(ROOT / "tools" / "triton_budgets.py")
+TABLE = json.loads(budgets.TABLE.read_text())
+TENSOR_COLUMNS = 512  # of tensor memory; more compiles to an empty kernel
+# What multiplies 16-bit tiles in the forward: anything else would be many times slower.
+TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+KERNELS = ("fwd", "delta", "dkdv", "dq", "decode", "merge")
+
+
+@pytest.mark.parametrize("variant", budgets.VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("arch", budgets.ARCHS)
+def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ignore[name-defined]
+    import triton
+
+    found = budgets.measure(arch, variant)
+    assert sorted(found) == sorted(KERNELS)
+    same_compiler = triton.__version__ == TABLE["triton"]
+    wrong = []
+    for kernel, (used, compiled) in found.items():
+        name = budgets.row_name(arch, variant, kernel)
+        budget = TABLE["kernels"].get(name)
+        if budget is None:
+            wrong.append(f"{name}: not in the table")
+        for key in ("stack", "hot_spills") if same_compiler and budget else ():
+            if used[key] > budget[key]:
+                wrong.append(f"{name}: {key} {used[key]}, budget {budget[key]}")
+        if used["shared"] > SHARED_LIMIT[f"sm_{arch}"]:
+            wrong.append(f"{name}: {used['shared']} bytes of shared memory")
+        if used["tensor_columns"] > TENSOR_COLUMNS:
+            wrong.append(f"{name}: {used['tensor_columns']} columns of tensor memory")
+        if kernel in ("fwd", "dkdv", "dq") and variant.dtype.itemsize == 2:
+            product = TENSOR_CORE[arch] if kernel == "fwd" else "mma."
+            if product not in compiled.asm["ptx"]:
+                wrong.append(f"{name}: no {product}")
+    assert not wrong, "\n".join([*wrong, "after a reason: python tools/triton_budgets.py --write"])
+
+
+def test_table_has_no_rows_of_the_past() -> None:
+    known = {
+        budgets.row_name(arch, variant, kernel)
+        for arch in budgets.ARCHS
+        for variant in budgets.VARIANTS
+        for kernel in KERNELS
+    }
+    assert TABLE["kernels"].keys() == known

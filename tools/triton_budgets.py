@@ -1,0 +1,208 @@
+"""Compiles every shipped Triton tile ahead of time and holds it to a table of resources.
+
+    python tools/triton_budgets.py --write   # compile everything, write triton_kernels/budgets.json
+
+No GPU is needed: the launchers run on CPU tensors under a driver that names an architecture and
+compiles instead of launching, so what is compiled is what a launcher would start there. A row holds
+the registers of a thread, its stack in bytes, the accesses to that stack (spills) in hot loops, and
+of a block the shared memory and the columns of tensor memory.
+``tests/triton/test_compile.py`` compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "triton_kernels" / "budgets.json"
+ARCHS = (80, 86, 90, 100)
+
+
+class Variant(NamedTuple):
+    """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys."""
+
+    dtype: torch.dtype
+    head_dim: int
+    causal: bool = False
+    features: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
+        return "-".join(words + ["causal"] * self.causal + ["features"] * self.features)
+
+
+# Every tile that ships (three widths, two sizes of elements), and masks and features once.
+VARIANTS = (
+    *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
+    *(Variant(torch.float32, d) for d in (64, 128, 256)),
+    Variant(torch.bfloat16, 128, causal=True),
+    *(Variant(torch.bfloat16, d, causal=True, features=True) for d in (128, 256)),
+)
+
+
+class _NoDevice:
+    """A Triton driver of an architecture, without a device."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> tuple[str, int]:
+        return ("none", self.target.arch)  # kernels are cached by device
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
+    """Launches inside compile for ``sm_<arch>`` and append (kernel name, compiled kernel)."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from attnforge.backends.triton import flash
+
+    found: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        found.append((self.__name__, kernel))
+        return kernel
+
+    active = driver._active
+    driver.set_active(_NoDevice(arch))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(flash, "device_arch", return_value=("cuda", f"sm_{arch}")),
+        ):
+            yield found
+    finally:
+        driver._active = active
+
+
+def disassembled(tool: str, option: str, cubin: bytes) -> str:
+    """What one of the tools in Triton's wheel prints about a binary."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(program), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def hot_spills(sass: str) -> int:
+    """Accesses to local memory in the innermost loops that multiply, all of them together.
+
+    Spills elsewhere, in the cold path for NaN or around an epilogue, cost next to nothing.
+    """
+    total, first_line = 0, {}
+    lines = sass.splitlines()
+    newest_loop = 0
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            first_line[label[1]] = number
+        branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+        start = first_line.get(branch[1]) if branch else None
+        if start is not None and start >= newest_loop:  # backwards, around no other loop
+            body = "\n".join(lines[start:number])
+            if re.search(r"\b(HGMMA|HMMA|UTCHMMA|FFMA)\b", body):
+                total += len(re.findall(r"\b(?:LDL|STL)\b", body))
+            newest_loop = number
+    return total
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Of a thread: registers, stack, spills in hot loops. Of a block: shared and tensor memory."""
+    cubin = kernel.asm["cubin"]
+    words = re.search(r"REG:(\d+) STACK:(\d+)", disassembled("cuobjdump", "-res-usage", cubin))
+    assert words is not None
+    return {
+        "registers": int(words[1]),
+        "stack": int(words[2]),
+        "hot_spills": hot_spills(disassembled("nvdisasm", "-c", cubin)),
+        "shared": int(kernel.metadata.shared),
+        "tensor_columns": int(getattr(kernel.metadata, "tmem_size", 0) or 0),
+    }
+
+
+def launch(variant: Variant) -> None:
+    """Every kernel of the flash family on one problem, through its launcher."""
+    from attnforge._params import FlashGrads, FlashParams, FlashTape
+    from attnforge.backends.triton import flash
+
+    dtype, d = variant.dtype, variant.head_dim
+    rows, keys, heads = 48, 80, 4
+    q = torch.zeros(2, rows, heads, d, dtype=dtype)
+    k, v = torch.zeros(2, 2, keys, heads // 2, d, dtype=dtype)
+    out, low, dout = torch.zeros(3, *q.shape, dtype=dtype)
+    lse = torch.zeros(2, heads, rows)
+    some = variant.features
+    p = FlashParams(
+        None, None, torch.zeros(2, dtype=torch.int32) if some else None,
+        torch.zeros(2, heads) if some else None, torch.zeros(heads) if some else None,
+        rows, keys, 0.125, 32 if some else -1, 0 if variant.causal else -1, 8.0 if some else 0.0,
+    )  # fmt: skip
+    if dtype.itemsize == 4:
+        low = q.new_empty(0)
+    unused = [q.new_empty(0)] * 5
+    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *unused)
+    flash.fwd(q, k, v, p, out, lse, low)
+    flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
+    flash.decode(q[:, :1], k, v, p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone(), 2)
+
+
+def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
+    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
+    with compiling(arch) as found:
+        launch(variant)
+    return {name.rpartition(".")[2]: (resources(kernel), kernel) for name, kernel in found}
+
+
+def row_name(arch: int, variant: Variant, kernel: str) -> str:
+    """The key of the table."""
+    return f"sm_{arch}/{variant.name}/{kernel}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Resources of every shipped Triton kernel.")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    write = parser.parse_args().write
+    import triton
+
+    rows = {}
+    for arch in ARCHS:
+        for variant in VARIANTS:
+            for kernel, (used, _) in measure(arch, variant).items():
+                name = row_name(arch, variant, kernel)
+                rows[name] = used
+                print(
+                    f"{name:<48}", *(f"{key} {value:>6}" for key, value in used.items()), flush=True
+                )
+    if write:
+        lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(used)}" for n, used in rows.items())
+        head = f'"triton": {json.dumps(triton.__version__)}'
+        TABLE.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()

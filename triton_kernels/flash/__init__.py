@@ -1,0 +1,1 @@
+"""Kernels of the ``flash`` family: forward, backward, split-KV decode, merge."""

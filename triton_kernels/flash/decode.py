@@ -1,0 +1,107 @@
+"""Decode: few query rows over a long cache, split over keys (Flash-Decoding; Dao et al., 2023).
+
+Algorithm: the rows of a tile are the query rows of all heads that share a KV head, position by
+position: row r is query r // G of head r % G of the group. So K and V are read once for the group.
+The keys are cut in splits, one program each, which run the forward's loop over their part; states
+(O, LSE) of several splits go to an fp32 workspace, and ``merge`` adds them up in a fixed order. The
+sink belongs to the first split.
+
+Tiling: grid (splits * row tiles * KV heads * batch). A split is a multiple of BLOCK_N keys: 2048 by
+default, wherever it lies and whatever else is in the batch, so that a sequence gets the same bits
+in any batch and any cache. Programs behind a sequence's end write an empty state and leave.
+
+Cost: 2 Sk Hk D elements of cache per step, whatever the group; the workspace is (Dv + 1) fp32 per
+row and split, 0.4 % of the cache that it stands for at D 128 and one row. Bound by memory.
+
+Limits: padded rows cost products (tensor cores take 16 rows), not bytes.
+Source: the papers above; the code is our own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnforge.triton_kernels.lang import (
+    INF,
+    head_ptr,
+    result,
+    seen_range,
+    slope_of,
+    span,
+    start_state,
+    stat_ptr,
+    walk,
+)
+
+
+@triton.jit(do_not_specialize=["seq", "scores", "splits", "split_keys"])
+def decode(
+    q, k, v, out, lse, part_out, part_lse, seq, scores, heads, group, splits, split_keys,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """q, k, v and out are Views, lse is a Stat; heads counts KV heads.
+
+    out, lse: the results, or the workspace's first part, with the strides part_out and part_lse
+    from split to split. split_keys: keys of a split, or 0 for ``splits`` equal ones.
+    """
+    pid = tl.program_id(0)
+    split = pid % splits
+    tiles = tl.cdiv(seq.rows * group, BLOCK_M)
+    tile = pid // splits % tiles
+    h = pid // splits // tiles % heads
+    b = pid // splits // tiles // heads
+    _, n_rows, _, n_keys = span(seq, b)
+    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = packed // group
+    head = h * group + packed % group
+    real = packed < n_rows * group
+    head = tl.where(real, head, 0)
+
+    first = tile * BLOCK_M // group
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, n_rows - 1)
+    lo, whole_lo, whole_hi, hi = seen_range(
+        first, last, n_keys, n_keys - n_rows, scores.left, scores.right, BLOCK_N
+    )
+    if split_keys == 0:
+        size = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
+    else:
+        size = split_keys
+    begin = split * size
+    end = tl.minimum(begin + size, n_keys)
+    lo = tl.maximum(lo, begin)
+    hi = tl.maximum(tl.minimum(hi, end), lo)
+    whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
+    whole_hi = tl.maximum(tl.minimum(whole_hi, hi), whole_lo)
+
+    top, total = start_state(scores, head, BLOCK_M)
+    if scores.sinks is not None:
+        top = tl.where(split == 0, top, -INF)
+        total = tl.where(split == 0, total, 0.0)
+    slope = slope_of(scores, b, head)
+    if scores.slopes is not None:
+        slope = slope[:, None]
+    q_rows = head_ptr(q, b, head, rows)
+    columns = tl.arange(0, BLOCK_D)
+    q_tile = tl.load(
+        q_rows[:, None] + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0
+    )
+    top, total, acc = walk(
+        q_tile, rows, slope, (top, total), (lo, whole_lo, whole_hi, hi), n_rows, n_keys,
+        k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    o, stat = result(top, total, acc)
+    o_rows = head_ptr(out, b, head, rows)
+    l_rows = stat_ptr(lse, b, head, rows)
+    if part_out is not None:
+        o_rows += tl.cast(split, tl.int64) * part_out
+        l_rows += tl.cast(split, tl.int64) * part_lse
+    columns = tl.arange(0, BLOCK_DV)
+    tl.store(
+        o_rows[:, None] + columns[None, :],
+        o.to(out.ptr.dtype.element_ty),
+        mask=real[:, None] & (columns < DV)[None, :],
+    )
+    tl.store(l_rows, stat, mask=real)

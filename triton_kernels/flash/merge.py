@@ -1,0 +1,78 @@
+"""Merge: attention over the union of disjoint sets of keys, from the states of the parts.
+
+Algorithm: lse = log sum_n exp(lse_n), O = sum_n exp(lse_n - lse) O_n, in two passes over the parts:
+the maximum, then the weighted sum, in the order of the parts. A part of LSE -inf is empty: its
+output is not used, whatever it holds. For ``merge_states`` +inf means the same; for the splits of a
+decode +inf is a sink of +inf, which takes all the weight. A single part comes out bit for bit,
+which makes a decode independent of empty splits.
+
+Tiling: one program per BLOCK_M rows of one head, all of Dv; grid (row tiles * heads * batch). Parts
+come stacked, one stride apart.
+
+Cost: every part is read once and nothing else counts: bound by memory.
+
+Limits: Dv in one tile, padded to a power of two. Source: our own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnforge.triton_kernels.lang import INF, head_ptr, inside, load_tile, stat_ptr, tile_ptr
+
+
+@triton.jit
+def part_lse(pointers, mask, INF_IS_EMPTY: tl.constexpr):
+    """Natural LSE of one part for some rows, -inf where it is empty."""
+    stat = tl.load(pointers, mask=mask, other=-INF)
+    if INF_IS_EMPTY:
+        stat = tl.where(stat == INF, -INF, stat)
+    return stat
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "tiles"])
+def merge(
+    part, part_stat, out, lse, rows, heads, parts, tiles, next_part, next_stat,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INF_IS_EMPTY: tl.constexpr,
+):  # fmt: skip
+    """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one."""
+    pid = tl.program_id(0)
+    first = pid % tiles * BLOCK_M
+    h = pid // tiles % heads
+    b = pid // tiles // heads
+    at = first + tl.arange(0, BLOCK_M)
+    some = at < rows
+    value = head_ptr(part, b, h, 0)
+    stat = stat_ptr(part_stat, b, h, at)
+
+    top = tl.full([BLOCK_M], -INF, tl.float32)  # a NaN it drops stays in the weights
+    for n in tl.range(0, parts):
+        x = part_lse(stat + tl.cast(n, tl.int64) * next_stat, some, INF_IS_EMPTY)
+        top = tl.maximum(top, x)
+    base = tl.where(top == -INF, 0.0, top)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for n in tl.range(0, parts):
+        x = part_lse(stat + tl.cast(n, tl.int64) * next_stat, some, INF_IS_EMPTY)
+        weight = tl.where(x == base, 1.0, tl.exp(x - base))
+        tile = load_tile(
+            value + tl.cast(n, tl.int64) * next_part,
+            first,
+            rows,
+            part,
+            BLOCK_M,
+            BLOCK_DV,
+            DV,
+            False,
+        )
+        term = weight[:, None] * tile.to(tl.float32)
+        acc += tl.where((x == -INF)[:, None], 0.0, term)
+        total += weight
+    o = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    mask = inside(first, rows, BLOCK_M, BLOCK_DV, DV)
+    o_head = head_ptr(out, b, h, 0)
+    tl.store(
+        tile_ptr(o_head, first, out, BLOCK_M, BLOCK_DV), o.to(out.ptr.dtype.element_ty), mask=mask
+    )
+    tl.store(stat_ptr(lse, b, h, at), base + tl.log(total), mask=some)

@@ -1,0 +1,336 @@
+"""The vocabulary of the Triton kernels: sequences, ranges, masks, scores, online softmax, products.
+
+A kernel takes few arguments, most of them named tuples: ``View`` for a tensor, ``Stat`` for
+statistics per row, ``Sequences`` for where sequences lie, ``Scores`` for what makes a logit of a
+dot product. A field that is None is a feature that is off: Triton specialises on it, so that
+neither a flag nor an instruction is left of it. A new feature of the scores is one field, and its
+lines in ``logits`` (values) or in ``seen_range`` and ``seen`` (masks): forward, backward and decode
+call the same functions.
+
+Rows are queries, keys are keys. Logits are in base 2: ``Scores`` holds log2(e). Offsets into
+tensors are 64-bit. Functions on tiles work by broadcasting, so a transposed tile takes rows as
+[1, BM] and keys as [BN, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+class View(NamedTuple):
+    """A tensor [B, S, H, X] with unit last stride; packed sequences [T, H, X] have batch = 0."""
+
+    ptr: Any
+    batch: Any  # strides in elements
+    row: Any
+    head: Any
+
+
+class Stat(NamedTuple):
+    """fp32 [B, H, S] or packed [H, T], one number per row, rows contiguous."""
+
+    ptr: Any
+    batch: Any
+    head: Any
+
+
+class Sequences(NamedTuple):
+    """Where sequences lie: dense ones all alike, packed ones by prefix sums."""
+
+    cu_q: Any  # int32 [B + 1] or None
+    cu_k: Any
+    used: Any  # int32 [B] or None: keys at or past it do not exist
+    rows: Any  # of each sequence; packed: of the whole tensor
+    keys: Any
+
+
+class Scores(NamedTuple):
+    """What turns <q, k> into a base-2 logit."""
+
+    scale: Any  # softmax_scale * log2(e)
+    gain: Any  # softmax_scale / softcap, or None
+    cap: Any  # softcap * log2(e), or None
+    slopes: Any  # fp32 [Hq] or [B, Hq], or None
+    slope_batch: Any  # its batch stride: 0 or Hq, or None
+    sinks: Any  # fp32 [Hq], or None
+    left: Any  # keys a row sees before and after its own position; None is all
+    right: Any
+
+
+@triton.jit
+def span(seq, b):
+    """(first row, rows, first key, keys) of sequence ``b``, clamped to what there is."""
+    first_row = 0  # of the tensor
+    first_key = 0
+    rows = seq.rows
+    keys = seq.keys
+    if seq.cu_q is not None:
+        first_row = tl.minimum(tl.maximum(tl.load(seq.cu_q + b), 0), seq.rows)
+        first_key = tl.minimum(tl.maximum(tl.load(seq.cu_k + b), 0), seq.keys)
+        rows = tl.minimum(tl.maximum(tl.load(seq.cu_q + b + 1), first_row), seq.rows) - first_row
+        keys = tl.minimum(tl.maximum(tl.load(seq.cu_k + b + 1), first_key), seq.keys) - first_key
+    if seq.used is not None:
+        keys = tl.minimum(keys, tl.maximum(tl.load(seq.used + b), 0))
+    return first_row, rows, first_key, keys
+
+
+@triton.jit
+def head_ptr(x, b, h, first):
+    """Pointer to row ``first`` of a head of a View; ``h`` may be a vector."""
+    at = tl.cast(b, tl.int64) * x.batch + tl.cast(first, tl.int64) * x.row
+    return x.ptr + at + tl.cast(h, tl.int64) * x.head
+
+
+@triton.jit
+def stat_ptr(x, b, h, first):
+    """Pointer to row ``first`` of a head of a Stat; ``h`` may be a vector."""
+    return x.ptr + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head + first
+
+
+@triton.jit
+def tile_ptr(base, start, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """[BLOCK, WIDTH] pointers to rows ``start ..`` of the head at ``base``."""
+    rows = (start + tl.arange(0, BLOCK)).to(tl.int64)
+    return base + rows[:, None] * x.row + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """[BLOCK, WIDTH] mask: rows below ``count``, columns below SIZE."""
+    rows = start + tl.arange(0, BLOCK) < count
+    return rows[:, None] & (tl.arange(0, WIDTH) < SIZE)[None, :]
+
+
+@triton.jit
+def load_tile(
+    base, start, count, x,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Rows ``start ..`` as [BLOCK, WIDTH], 0 at and past row ``count`` and column SIZE.
+
+    WHOLE promises that all rows exist, so that only columns need a mask, or nothing does.
+    """
+    pointers = tile_ptr(base, start, x, BLOCK, WIDTH)
+    if WHOLE:
+        if SIZE == WIDTH:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(tl.arange(0, WIDTH) < SIZE)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=inside(start, count, BLOCK, WIDTH, SIZE), other=0.0)
+    return tile
+
+
+@triton.jit
+def seen_range(first, last, count, shift, back, ahead, BLOCK: tl.constexpr):
+    """Tiles of the other side that positions ``first .. last`` see: (lo, whole_lo, whole_hi, hi).
+
+    Position p sees ``p + shift - back .. p + shift + ahead`` of ``count``. [lo, hi) covers what any
+    of them sees, from a multiple of BLOCK; the tiles of [whole_lo, whole_hi) are seen whole by all
+    of them and need no mask. Keys of rows: shift = keys - rows, (left, right); rows of keys: the
+    negative shift and (right, left).
+    """
+    lo = 0
+    hi = count
+    whole_lo = 0
+    whole_hi = count
+    if back is not None:
+        lo = tl.maximum(first + shift - back, 0)
+        whole_lo = tl.maximum(last + shift - back, 0)
+    if ahead is not None:
+        hi = tl.minimum(last + shift + ahead + 1, count)
+        whole_hi = tl.minimum(first + shift + ahead + 1, count)
+    lo = lo // BLOCK * BLOCK
+    hi = tl.maximum(hi, lo)
+    whole_lo = tl.minimum(tl.cdiv(whole_lo, BLOCK) * BLOCK, hi)
+    whole_hi = tl.maximum(whole_hi // BLOCK * BLOCK, whole_lo)
+    return lo, whole_lo, whole_hi, hi
+
+
+@triton.jit
+def seen(rows, keys, n_rows, n_keys, scores):
+    """Which keys each row sees, for the tiles that ``seen_range`` does not call whole."""
+    visible = (rows < n_rows) & (keys < n_keys)
+    at = rows + (n_keys - n_rows)
+    if scores.left is not None:
+        visible = visible & (keys >= at - scores.left)
+    if scores.right is not None:
+        visible = visible & (keys <= at + scores.right)
+    return visible
+
+
+@triton.jit
+def slope_of(scores, b, h):
+    """ALiBi slope of head ``h`` in base 2 (0 without ALiBi); ``h`` may be a vector."""
+    slope = 0.0
+    if scores.slopes is not None:
+        slope = tl.load(scores.slopes + tl.cast(b, tl.int64) * scores.slope_batch + h) * LOG2E
+    return slope
+
+
+@triton.jit
+def logits(products, rows, keys, shift, slope, scores):
+    """Base-2 logits of a tile of dot products, and their derivative up to the scale."""
+    if scores.gain is None:
+        s = products * scores.scale
+        factor = 1.0
+    else:
+        # tanh by exp2: absolutely exact to 1e-7, which is what a logit of size cap needs.
+        t = 1.0 - 2.0 / (1.0 + tl.exp2(products * (scores.gain * (2 * LOG2E))))
+        s = t * scores.cap
+        factor = 1.0 - t * t
+    if scores.slopes is not None:
+        s = s - slope * tl.abs(rows + shift - keys).to(tl.float32)
+    return s, factor
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, fp32 accumulation: tensor cores for 16-bit operands, true fp32 for fp32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tame(x):
+    """(``x`` with 0 for NaN and infinities, 1 if there were any): a factor of partly hidden terms.
+
+    The other factor is 0 where a term is hidden, but 0 * NaN is NaN. So masked tiles multiply tame
+    factors, and ``unleash`` adds afterwards what visible terms lost.
+    """
+    finite = tl.abs(x.to(tl.float32)) < INF
+    bad = 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0)
+    return tl.where(finite, x, tl.zeros_like(x)), bad
+
+
+@triton.jit
+def unleash(
+    acc, at, lo, hi, n_rows, n_keys, base, x, scores,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """acc + every NaN and infinity of x[lo .. hi) that position ``at`` of the other side sees.
+
+    acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys, ``at`` are rows; else the other way round.
+    One row of x at a time: this runs where ``tame`` found something, and costs hot loops nothing.
+    Between lo and hi there may be whole tiles, whose infinities are in acc already: once more is
+    the same.
+    """
+    columns = tl.arange(0, WIDTH)
+    for n in tl.range(lo, hi):
+        row = base + tl.cast(n, tl.int64) * x.row + columns
+        value = tl.load(row, mask=columns < SIZE, other=0.0).to(tl.float32)
+        wild = tl.where(tl.abs(value) < INF, 0.0, value)
+        if KEYS:
+            visible = seen(at, n, n_rows, n_keys, scores)
+        else:
+            visible = seen(n, at, n_rows, n_keys, scores)
+        acc += tl.where(visible[:, None], wild[None, :], 0.0)
+    return acc
+
+
+@triton.jit
+def row_lse(lse, b, h, first_row, rows, n_rows):
+    """Base-2 LSE of rows of the forward, +inf for rows without probabilities: exp2(s - it) is 0."""
+    stat = tl.load(stat_ptr(lse, b, h, first_row) + rows, mask=rows < n_rows, other=-INF)
+    return tl.where(stat == -INF, INF, stat * LOG2E)
+
+
+@triton.jit
+def online(s, top, total):
+    """One step of online softmax: (p, factor of old sums, new maximum, new sum), all base 2.
+
+    A row that has seen nothing has top = -inf; equal infinities leave old sums alone, and NaN in
+    ``s`` reaches the sum even where the maximum drops it.
+    """
+    new_top = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new_top == -INF, 0.0, new_top)
+    p = tl.exp2(s - base[:, None])
+    alpha = tl.where(top == new_top, 1.0, tl.exp2(top - base))
+    return p, alpha, new_top, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def start_state(scores, h, BLOCK_M: tl.constexpr):
+    """(top, total) before any key: a sink is a key of value 0 that every row of head ``h`` sees."""
+    top = tl.full([BLOCK_M], -INF, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if scores.sinks is not None:
+        top = total + tl.load(scores.sinks + h) * LOG2E
+        total = tl.where(top == -INF, 0.0, 1.0)
+    return top, total
+
+
+@triton.jit
+def attend(
+    state, q, rows, slope, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key tiles from ``lo`` to ``hi``: the state after them.
+
+    State: top, total [BM], acc [BM, BLOCK_DV] fp32, and whether ``tame`` found anything. q
+    [BM, BLOCK_D]; rows [BM] are positions in the sequence. Unless MASKED, every row sees every key.
+    """
+    top, total, acc, bad = state
+    shift = n_keys - n_rows
+    for start in tl.range(lo, hi, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(k_head, start, n_keys, k, BLOCK_N, BLOCK_D, D, not MASKED)
+        s = dot(q, k_tile.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores)
+        if MASKED:
+            visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores)
+            s = tl.where(visible, s, -INF)
+        p, alpha, top, total = online(s, top, total)
+        acc = acc * alpha[:, None]
+        v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
+        if MASKED:
+            v_tile, found = tame(v_tile)
+            bad = bad | found
+        acc = dot(p.to(v_tile.dtype), v_tile, acc)
+    return top, total, acc, bad
+
+
+@triton.jit
+def walk(
+    q, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """(top, total, acc) after all keys that the rows see.
+
+    ranges: (lo, whole_lo, whole_hi, hi) from ``seen_range``; before: (top, total) from
+    ``start_state``.
+    """
+    lo, whole_lo, whole_hi, hi = ranges
+    top, total = before
+    state = (top, total, tl.zeros([q.shape[0], BLOCK_DV], tl.float32), 0)
+    if scores.left is not None:
+        state = attend(
+            state, q, rows, slope, lo, whole_lo, n_rows, n_keys, k, v, k_head, v_head, scores,
+            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        )  # fmt: skip
+    state = attend(
+        state, q, rows, slope, whole_lo, whole_hi, n_rows, n_keys, k, v, k_head, v_head, scores,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+    )  # fmt: skip
+    top, total, acc, bad = attend(
+        state, q, rows, slope, whole_hi, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+    )  # fmt: skip
+    if bad != 0:
+        acc = unleash(acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, BLOCK_DV, DV, True)
+    return top, total, acc
+
+
+@triton.jit
+def result(top, total, acc):
+    """(O, natural LSE) of finished sums; a row that saw nothing has 0 and -inf."""
+    out = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
+    return out, (top + tl.log2(total)) * LN2
