@@ -29,7 +29,7 @@ _RESULTS = "docs/measurements"
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 # What a call may ask of a kernel beyond sizes and dtype, in the words of the documentation.
-_FEATURES = {
+_FOUNDATION = {
     "causal, right window": "window_right",
     "sliding window": "window_left",
     "varlen (`cu_seqlens`)": "varlen",
@@ -37,6 +37,9 @@ _FEATURES = {
     "softcap": "softcap",
     "ALiBi": "alibi",
     "learned sinks": "sinks",
+}
+# Features of single scores, which the flash operators alone take.
+_MODS = {
     "per-head windows, prefix-LM, hulls of segments": "row_bounds",
     "segment ids": "segments",
     "bool mask (tree)": "mask",
@@ -52,7 +55,9 @@ _FEATURES = {
     "softplus": "softplus",
     "signed softmax": "signed_softmax",
 }
-_OF_THE_MATRIX = frozenset({"varlen", "sinks"})  # one sequence at a time; the LSE has the sinks
+_FEATURES = _FOUNDATION | _MODS
+# One sequence at a time, of plain logits; the LSE has the sinks.
+_OF_THE_MATRIX = frozenset({"varlen", "sinks", *_MODS.values()})
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {
     "merge_states": frozenset(_FEATURES.values()),
@@ -119,7 +124,8 @@ def support_matrix(family: str = "flash") -> str:
             "–" if name in _NOT_ASKED.get(s.op, ()) else "yes" if _serves(s, name) else "no"
             for s in asked
         ]
-        features.append([label, *cells])
+        if set(cells) != {"–"}:
+            features.append([label, *cells])
     return _table(needs) + "\n" + _table(features)
 
 
