@@ -1,0 +1,188 @@
+"""Which config of one kernel wins one problem: right first, then faster by more than the noise.
+
+1. *Right.* Every candidate runs a small proof problem, checked in full by the family (for
+   attention: every element within the per-element bound of float64), and the problem itself,
+   where every row must keep half the digits of the default's answer. Outputs are filled with
+   NaN before. What fails either is never timed.
+2. *Screen.* A few short bursts of each, in turn.
+3. *Duel.* The best of the screen against the default in fresh paired bursts. The screen picks the
+   luckiest of many; only the duel's own numbers count. It wins if the lower end of the confidence
+   interval of its gain is above ``MARGIN``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnforge.registry.space import Config
+from attnforge.registry.spec import KernelSpec, Request
+from attnforge.tuning import measure
+from attnforge.tuning.measure import Gain
+
+__all__ = ["MARGIN", "Race", "Workload", "differs", "duel", "race"]
+
+MARGIN = 1.02  # a gain that no user notices is not worth another config
+REPEATS = 15
+SCREEN_S = 0.02
+SCREEN_ROUNDS = 3
+MODEL_LIMIT = 16  # configs measured where a model ranks them
+
+Launch = Callable[..., Any]
+
+
+class Workload(Protocol):
+    """Inputs and outputs of one problem of an operator, made by its family."""
+
+    @property
+    def outputs(self) -> dict[str, Tensor]:
+        """What ``run`` writes, by name."""
+
+    @property
+    def proof(self) -> Workload:
+        """A small problem with the same metadata that ``wrong`` can check in full."""
+
+    def run(self, launch: Launch) -> None:
+        """One call of a launcher on the inputs."""
+
+    def wrong(self) -> str | None:
+        """Why the outputs are not the right answer, or None."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """The winning config; ``gain`` is None if the default won without a duel."""
+
+    config: Config
+    gain: Gain | None
+    won: bool
+    tried: int
+    wrong: tuple[str, ...]
+    finished: bool
+
+
+def _poison(work: Workload) -> None:
+    for x in work.outputs.values():
+        x.fill_(math.nan)
+
+
+def _answer(work: Workload, launch: Launch) -> dict[str, Tensor]:
+    _poison(work)
+    work.run(launch)
+    return {name: x.clone() for name, x in work.outputs.items()}
+
+
+def differs(got: dict[str, Tensor], want: dict[str, Tensor]) -> str | None:
+    """Why ``got`` is another answer than ``want``, or None.
+
+    Rows (the last dimension) may differ by half the digits of the dtype, relative to the row's norm
+    and to the typical norm of all rows. Rounding stays far below that; a tile left out, an index
+    past its end or an unwritten row does not.
+    """
+    for name, expected in want.items():
+        wide, x = expected.double(), got[name].double()
+        if wide.dim() == 0 or wide.numel() == 0:
+            continue
+        if not torch.equal(x.isfinite(), wide.isfinite()):
+            return f"{name} is not finite where the default's is"
+        known = wide.isfinite()
+        wide, x = torch.where(known, wide, 0.0), torch.where(known, x, 0.0)
+        norms = wide.norm(dim=-1)
+        allowed = math.sqrt(torch.finfo(expected.dtype).eps) * (
+            norms + norms.square().mean().sqrt()
+        )
+        excess = float(((x - wide).norm(dim=-1) - allowed).max())
+        if not excess <= 0.0:
+            return f"{name} differs from the default's answer by {excess:.2g} too much"
+    return None
+
+
+def _fault(work: Workload, launch: Launch, want: dict[str, Tensor]) -> str | None:
+    """Why a candidate must not be used, or None. A launch that fails is a reason like another."""
+    try:
+        _poison(work.proof)
+        work.proof.run(launch)
+        return work.proof.wrong() or differs(_answer(work, launch), want)
+    except Exception as error:  # too much shared memory, no such instance, ...
+        return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+
+
+def _call(work: Workload, launch: Launch, device: str) -> measure.Call:
+    """What is timed. On a GPU every burst has to wait for its kernels."""
+    if device != "cuda":
+        return lambda: work.run(launch)
+
+    def run() -> None:
+        work.run(launch)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def race(work: Workload, spec: KernelSpec, request: Request, deadline: float) -> Race:
+    """The winner among the configs of ``spec``, measured until the monotonic clock says deadline.
+
+    RuntimeError if the default itself fails: then there is nothing to compare with.
+    """
+    if spec.space is None:
+        return Race(Config({}), None, False, 0, (), True)
+    default, *others = spec.space.configs(request, MODEL_LIMIT)
+    base = spec.resolve(default)
+    if (fault := _fault(work, base, want := _answer(work, base))) is not None:
+        raise RuntimeError(
+            f"attnforge.tune: {spec.id} is wrong or fails with its default {default}: {fault}"
+        )
+    right: list[Config] = []
+    wrong: list[str] = []
+    finished = True
+    for config in others:
+        if time.monotonic() > deadline:
+            finished = False
+            break
+        fault = _fault(work, spec.resolve(config), want)
+        if fault is None:
+            right.append(config)
+        else:
+            wrong.append(f"{config}: {fault}")
+    if not right:
+        return Race(default, None, False, len(wrong), tuple(wrong), finished)
+
+    runs = [_call(work, spec.resolve(c), request.device) for c in (default, *right)]
+    calls = measure.calls_per_burst(runs[0], SCREEN_S)
+    best = measure.screen([(run, calls) for run in runs], SCREEN_ROUNDS, deadline)
+    fastest = min(range(1, len(runs)), key=best.__getitem__)
+    tried = len(right) + len(wrong)
+    if best[fastest] >= best[0]:
+        return Race(default, None, False, tried, tuple(wrong), finished)
+    gain = duel(runs[0], runs[fastest], deadline)
+    won = gain.low > MARGIN
+    winner = right[fastest - 1] if won else default
+    return Race(winner, gain, won, tried, tuple(wrong), finished)
+
+
+def duel(default: measure.Call, candidate: measure.Call, deadline: float) -> Gain:
+    """Fresh paired bursts of two calls; a deadline that is near still leaves enough to decide."""
+    calls = (measure.calls_per_burst(default), measure.calls_per_burst(candidate))
+    return measure.duel(default, candidate, calls, REPEATS, deadline)
+
+
+def rivals(
+    work: Workload, old: tuple[KernelSpec, Config], new: tuple[KernelSpec, Config],
+    request: Request, deadline: float,
+) -> Gain | None:  # fmt: skip
+    """The gain of one kernel over another, both with their own config; None if it is wrong."""
+    before, after = (_bound(spec, config) for spec, config in (old, new))
+    if _fault(work, after, _answer(work, before)) is not None:
+        return None
+    calls = (_call(work, before, request.device), _call(work, after, request.device))
+    return duel(*calls, deadline)
+
+
+def _bound(spec: KernelSpec, config: Config) -> Launch:
+    return spec.resolve(None if spec.space is None else spec.space.config(config))
