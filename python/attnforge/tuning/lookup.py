@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from attnforge.registry.space import Config, Scalar
@@ -13,7 +13,7 @@ from attnforge.tuning import store
 from attnforge.tuning.device import VERSIONS, device_name, environment, source_digest
 from attnforge.tuning.entry import Entry, Problem
 
-__all__ = ["Tables"]
+__all__ = ["Tables", "foreign"]
 
 # A tile that suits 2048 keys says something about 8192 and nothing about 131072.
 _NEAR = 2.0  # largest distance of one size, in doublings
@@ -69,6 +69,16 @@ class Tables:
         return rows
 
 
+def foreign(entry: Entry, now: Mapping[str, Scalar]) -> dict[str, str]:
+    """What the entry was measured with that is not so now: name -> ``"then, now ..."``."""
+    then = entry.environment
+    return {
+        name: f"{then.get(name, 'none')}, now {now.get(name, 'none')}"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    }
+
+
 def _usable(
     rows: tuple[_Row, ...], spec: KernelSpec, problem: Problem, now: dict[str, Scalar]
 ) -> Iterator[tuple[tuple[float, bool, str], _Row]]:
@@ -78,9 +88,7 @@ def _usable(
         if entry.spec != spec.id or not entry.problem.same_but_sizes(problem):
             continue
         # A shipped table stands beside the source it was measured with.
-        skip = VERSIONS if row.shipped else ()
-        then = {k: v for k, v in entry.environment.items() if k not in skip}
-        if then != {k: v for k, v in now.items() if k not in skip}:
+        if set(foreign(entry, now)) - set(VERSIONS if row.shipped else ()):
             continue
         distances = [
             abs(math.log2(max(size, 1) / max(entry.problem.bucket[name], 1)))

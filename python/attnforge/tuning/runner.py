@@ -126,9 +126,10 @@ def tune(
     progress: called as ``progress(what, done, total)`` before each problem and at the end.
 
     Each finished bucket is written at once, so a run that is stopped is resumed by the next.
-    Results are used from the next call on, in this process too. Returns a Report. Raises
-    RuntimeError under ``torch.compile``, on fake tensors and during CUDA graph capture, and ValueError
-    if nothing is known by that name.
+    Results are used from the next call on, in this process too.
+
+    Returns a Report. Raises RuntimeError under ``torch.compile``, on fake tensors and during CUDA
+    graph capture, and ValueError if nothing is known by that name.
     """
     _refuse_inside()
     call = {"dtype": dtype, "device": device, **options}
