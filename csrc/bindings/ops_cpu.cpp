@@ -61,8 +61,11 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                const OptionalTensor& out_lo, int64_t max_seqlen_q, int64_t max_seqlen_k,
-               double softmax_scale, int64_t window_left, int64_t window_right, double softcap) {
+               double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+               const Tiles& tiles) {
   FlashFwdParams params;
+  FlashTiles& t = params.tiles;
+  set_tiles(tiles, {&t.block_m, &t.block_n, &t.wave_bytes});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
               max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
@@ -91,8 +94,9 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
                   const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                   const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                   double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-                  int64_t num_splits) {
+                  int64_t num_splits, const Tiles& tiles) {
   FlashFwdParams params;
+  set_tiles(tiles, {&params.tiles.split_keys, &params.tiles.chunk_keys});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
               k.size(1), {softmax_scale, window_left, window_right, softcap});
@@ -206,8 +210,8 @@ std::string cpu_isa_levels() {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
   m.def("flash_fwd(Tensor q, Tensor k, Tensor v, " ATTNFORGE_EXTRAS
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES
-        ") -> ()");
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, " ATTNFORGE_LENGTHS
+            ATTNFORGE_SCORES ATTNFORGE_TILES ") -> ()");
   m.def(
       "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? out_lo, " ATTNFORGE_EXTRAS
@@ -215,7 +219,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
       "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ATTNFORGE_TILES ") -> ()");
   m.def(
       "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
-      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES ", int num_splits) -> ()");
+      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES
+      ", int num_splits" ATTNFORGE_TILES ") -> ()");
   m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("probe_read(Tensor buffer) -> float");
   m.def("probe_fma(int iterations) -> float");

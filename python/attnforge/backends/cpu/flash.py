@@ -50,13 +50,21 @@ def _has_extras(p: FlashParams) -> bool:
 
 
 def fwd(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: FlashParams,
+    out: Tensor,
+    lse: Tensor,
+    out_lo: Tensor,
+    *,
+    config: Config,
 ) -> None:
     """Launcher of ``flash_fwd``."""
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
-    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11])
+    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], config.row)
 
 
 def bwd(
@@ -98,13 +106,21 @@ def bwd(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: FlashParams,
+    out: Tensor,
+    lse: Tensor,
+    num_splits: int,
+    *,
+    config: Config,
 ) -> None:
     """Launcher of ``flash_decode``."""
     if _has_extras(p):
         p = _contiguous(p)
     _native_op("flash_decode")(
-        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits
+        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits, config.row
     )
 
 
@@ -157,8 +173,23 @@ def _space(kernel: str, reason: str, **parameters: Sequence[int]) -> SearchSpace
     )
 
 
-# Large query tiles stream packed K and V less often, small ones leave room in L1 and L2. Chunks
-# share out the keys: more of them balance many cores, fewer need fewer fp32 slabs of dQ.
+# Large query tiles stream packed K and V less often, small ones leave room in L1 and L2. Waves
+# bound the packed K and V that share the last cache.
+_FWD = _space(
+    "flash/fwd",
+    "48 queries by 256 keys, waves of 8 MiB",
+    block_m=(24, 96, 144),
+    block_n=(64, 128),
+    wave_bytes=(2 << 20, 32 << 20),
+)
+# Short splits balance many cores, long ones merge less; chunks stand beside each other in L1.
+_DECODE = _space(
+    "flash/decode",
+    "splits of 2048 keys, 8 KiB of K at a time",
+    split_keys=(512, 1024, 4096, 8192),
+    chunk_keys=(8, 32, 64),
+)
+# Chunks share out the keys: more of them balance many cores, fewer need fewer fp32 slabs of dQ.
 _BWD = _space(
     "flash/bwd",
     "96 queries by 96 keys (64 for head_dim above 96), 16 chunks",
@@ -182,8 +213,8 @@ def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> K
 
 
 SPECS = (
-    _spec("fwd", "flash_fwd", "tiles over query rows, packed K^T, online softmax in fp32"),
+    _spec("fwd", "flash_fwd", "tiles over query rows, packed K^T, online softmax in fp32", _FWD),
     _spec("bwd", "flash_bwd", "recomputed probabilities, fp32 delta, no atomics", _BWD),
-    _spec("decode", "flash_decode", "split over keys, merged by LSE; K and V read once"),
+    _spec("decode", "flash_decode", "split over keys, merged by LSE; K and V read once", _DECODE),
     _spec("merge", "merge_states", "weighted sum of parts by LSE"),
 )
