@@ -1,10 +1,10 @@
 """Which config of one kernel wins one problem: right first, then faster by more than the noise.
 
-1. *Right.* Every candidate runs a small proof problem, checked in full by the family (for
-   attention: every element within the per-element bound of float64), and the problem itself,
-   where every row must keep half the digits of the default's answer. Outputs are filled with
-   NaN before. What fails either is never timed.
-2. *Screen.* A few short bursts of each, in turn.
+1. *Proof.* Every candidate runs a small problem that the family checks in full (for attention:
+   every element within the per-element bound of float64). Outputs are filled with NaN before.
+   What fails is never timed.
+2. *Screen.* A few short bursts of each, in turn. The fastest then runs the problem itself, where
+   every row must keep half the digits of the default's answer; if it does not, the next one does.
 3. *Duel.* The best of the screen against the default in fresh paired bursts. The screen picks the
    luckiest of many; only the duel's own numbers count. It wins if the lower end of the confidence
    interval of its gain is above ``MARGIN``.
@@ -103,14 +103,17 @@ def differs(got: dict[str, Tensor], want: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _fault(work: Workload, launch: Launch, want: dict[str, Tensor]) -> str | None:
+def _fault(work: Workload, launch: Launch) -> str | None:
     """Why a candidate must not be used, or None. A launch that fails is a reason like another."""
     try:
         _poison(work.proof)
         work.proof.run(launch)
-        return work.proof.wrong() or differs(_answer(work, launch), want)
+        if (wrong := work.proof.wrong()) is not None:
+            return wrong
+        work.run(launch)  # whether it runs at this size at all; it warms up too
     except Exception as error:  # too much shared memory, no such instance, ...
         return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return None
 
 
 def _call(work: Workload, launch: Launch, device: str) -> measure.Call:
@@ -134,36 +137,37 @@ def race(work: Workload, spec: KernelSpec, request: Request, deadline: float) ->
         return Race(Config({}), None, False, 0, (), True)
     default, *others = spec.space.configs(request, MODEL_LIMIT)
     base = spec.resolve(default)
-    if (fault := _fault(work, base, want := _answer(work, base))) is not None:
+    if (fault := _fault(work, base)) is not None:
         raise RuntimeError(
             f"attnforge.tune: {spec.id} is wrong or fails with its default {default}: {fault}"
         )
-    right: list[Config] = []
+    want = _answer(work, base)
+    right = [default]
     wrong: list[str] = []
-    finished = True
     for config in others:
         if time.monotonic() > deadline:
-            finished = False
-            break
-        fault = _fault(work, spec.resolve(config), want)
-        if fault is None:
+            return Race(default, None, False, len(right) + len(wrong), tuple(wrong), False)
+        if (fault := _fault(work, spec.resolve(config))) is None:
             right.append(config)
         else:
             wrong.append(f"{config}: {fault}")
-    if not right:
-        return Race(default, None, False, len(wrong), tuple(wrong), finished)
+    tried = len(right) + len(wrong) - 1
 
-    runs = [_call(work, spec.resolve(c), request.device) for c in (default, *right)]
+    runs = [_call(work, spec.resolve(config), request.device) for config in right]
     calls = measure.calls_per_burst(runs[0], SCREEN_S)
     best = measure.screen([(run, calls) for run in runs], SCREEN_ROUNDS, deadline)
-    fastest = min(range(1, len(runs)), key=best.__getitem__)
-    tried = len(right) + len(wrong)
-    if best[fastest] >= best[0]:
-        return Race(default, None, False, tried, tuple(wrong), finished)
-    gain = duel(runs[0], runs[fastest], deadline)
+    for index in sorted(range(len(runs)), key=best.__getitem__):
+        if index == 0:  # nothing that is right is ahead of the default
+            return Race(default, None, False, tried, tuple(wrong), math.isfinite(max(best)))
+        fault = differs(_answer(work, spec.resolve(right[index])), want)
+        if fault is None:
+            break
+        wrong.append(f"{right[index]}: {fault}")
+    gain = duel(runs[0], runs[index], deadline)
     won = gain.low > MARGIN
-    winner = right[fastest - 1] if won else default
-    return Race(winner, gain, won, tried, tuple(wrong), finished)
+    # Cut short, a duel may say that the candidate wins, but not that it does not.
+    finished = won or gain.repeats == REPEATS
+    return Race(right[index] if won else default, gain, won, tried, tuple(wrong), finished)
 
 
 def duel(default: measure.Call, candidate: measure.Call, deadline: float) -> Gain:
@@ -178,7 +182,8 @@ def rivals(
 ) -> Gain | None:  # fmt: skip
     """The gain of one kernel over another, both with their own config; None if it is wrong."""
     before, after = (_bound(spec, config) for spec, config in (old, new))
-    if _fault(work, after, _answer(work, before)) is not None:
+    want = _answer(work, before)
+    if _fault(work, after) is not None or differs(_answer(work, after), want) is not None:
         return None
     calls = (_call(work, before, request.device), _call(work, after, request.device))
     return duel(*calls, deadline)
