@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,16 @@ def test_one_problem_per_bucket(toy: Any, add: Add) -> None:
     assert len(report.outcomes) == 2
     assert "toy.scan float32 head_dim=8" in str(report)
     assert toy.request(100) in [o.request for o in report.outcomes]
+
+
+def test_a_problem_without_inputs_is_skipped_and_said(
+    toy: Any, add: Add, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: object) -> None:
+        raise ValueError("no inputs with masks")
+
+    add("good")
+    monkeypatch.setattr(sys.modules["toy_tuning"], "workload", refuse)
+    report = attnforge.tune("toy")
+    assert [o.status for o in report.outcomes] == ["skipped", "skipped"]
+    assert "no inputs with masks" in str(report)

@@ -29,6 +29,7 @@ __all__ = ["FlashWorkload", "problems", "workload"]
 _PROOF_ROWS = 1003
 _PROOF_KEYS = 9001
 _FEW_ROWS = 8  # up to this many rows are a decode: a few rows need no keys dropped
+_FEATURES = frozenset("varlen seqused_k alibi sinks softcap window_left window_right".split())
 _SOFTCAP = 30.0  # the cap that models use; its size does not change the time
 
 
@@ -80,7 +81,7 @@ class FlashWorkload:
     def _backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> None:
         out, lse, low = _flash_ops.flash_fwd(q, k, v, *self.p, True, None)
         tape = FlashTape(q, k, v, out, lse, low)
-        grads: FlashGrads = _flash_ops.alloc_bwd(q, k, v, self.p.sinks)
+        grads: FlashGrads = _flash_ops.alloc_bwd(q, k, v, self.p, 0)
         self.outputs = {n: x for n, x in grads._asdict().items() if x.numel()}
         self._call = lambda launch: launch(dout, None, tape, self.p, grads)
 
@@ -120,7 +121,13 @@ class FlashWorkload:
 
 
 def workload(request: Request) -> FlashWorkload:
-    """Inputs of the sizes, dims and features of ``request``."""
+    """Inputs of the sizes, dims and features of ``request``.
+
+    ValueError for features that no inputs are made for here: results of plain calls of such
+    sizes do not hold for them.
+    """
+    if unknown := sorted(request.features - _FEATURES):
+        raise ValueError(f"no inputs with {', '.join(unknown)}")
     size, used = dict(request.sizes), request.features
     group = request.dim("group") or 1
     head_dim, v_head_dim = request.dim("head_dim"), request.dim("v_head_dim")

@@ -32,7 +32,8 @@ class Outcome:
     """What became of one kernel in one bucket.
 
     status: ``"tuned"``, ``"default"`` (nothing beat it by more than the noise), ``"kept"`` (there
-    was a result), ``"unfinished"`` (the budget ended; nothing was written).
+    was a result), ``"unfinished"`` (the budget ended; nothing was written), ``"skipped"`` (the
+    family makes no such inputs; ``wrong`` says which).
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Outcome:
             "default": f"default stays ({self.tried} tried, best x{self.gain:.3f})",
             "kept": f"kept: {self.config}",
             "unfinished": "not finished within the budget",
+            "skipped": "skipped",
         }[self.status]
         return f"{head}: {tail}{' preferred' if self.preferred else ''}"
 
@@ -76,7 +78,7 @@ class Report:
         return "\n".join([*lines, *(f"results in {path}" for path in self.files)])
 
 
-_STATUS = ("tuned", "default", "kept", "unfinished")
+_STATUS = ("tuned", "default", "kept", "unfinished", "skipped")
 
 
 def _refuse_inside() -> None:
@@ -220,7 +222,10 @@ def _tune_bucket(
             done.append((spec, Config(old.config)))
             continue
         if work is None:
-            work = _workload(request)
+            try:
+                work = _workload(request)
+            except ValueError as error:
+                return [Outcome(request, spec.id, "skipped", Config({}), wrong=(str(error),))]
         found = race(work, spec, request, deadline)
         if not found.finished:
             outcomes.append(_outcome(request, spec, found, "unfinished"))

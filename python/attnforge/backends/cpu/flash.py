@@ -64,7 +64,9 @@ def fwd(
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
-    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], config.row)
+    _native_op("flash_fwd")(
+        _unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], config.row
+    )
 
 
 def bwd(
