@@ -29,7 +29,7 @@ __all__ = ["FlashWorkload", "problems", "workload"]
 _PROOF_ROWS = 1003
 _PROOF_KEYS = 9001
 _FEW_ROWS = 8  # up to this many rows are a decode: a few rows need no keys dropped
-_FEATURES = frozenset("varlen seqused_k alibi sinks softcap window_left window_right".split())
+_FEATURES = {"varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"}
 _SOFTCAP = 30.0  # the cap that models use; its size does not change the time
 
 
