@@ -91,7 +91,7 @@ def test_too_few_pairs_decide_nothing(toy: Any, add: Add) -> None:
     add("good")
     toy.costs = {"good": 0.5e-3}
     run = lambda mode: lambda: toy.launch(torch.ones(1, 8), torch.ones(1, 8), config={"mode": mode})  # noqa: E731
-    gain = measure.duel(run("plain"), run("good"), (1, 1), 15, deadline=toy.now + 4e-3)
+    gain = measure.duel((run("plain"), run("good")), 15, toy.now + 0.3, "cpu")
     assert gain.repeats < 6
     assert gain.middle == pytest.approx(2.0)
     assert gain.low == 0.0

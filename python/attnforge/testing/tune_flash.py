@@ -172,7 +172,7 @@ def problems(op: str) -> list[Request]:
             for dtype in (bf16, fp32)
             for keys in (4096, 32768)
         ]
-    lengths = (512, 2048) if op == "flash_bwd" else (512, 2048, 8192)
+    lengths = (512, 2048) if op == "flash_bwd" else (512, 2048, 4096)
     return [
         request(dtype, 64, 1, seqlen_q=s, seqlen_k=s) for dtype in (fp32, bf16) for s in lengths
     ]

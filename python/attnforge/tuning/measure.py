@@ -13,25 +13,39 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["BURST_S", "Gain", "burst", "calls_per_burst", "duel", "lower_rank"]
+import torch
 
-BURST_S = 0.08
+__all__ = ["BURST_S", "Gain", "calls_per_burst", "duel", "lower_rank", "screen", "seconds_per_call"]
+
+# A GPU needs no long bursts: its clock is its own, and nobody shares it.
+BURST_S = {"cpu": 0.08, "cuda": 0.02}
 Call = Callable[[], object]
 
 
-def burst(run: Call, calls: int) -> float:
-    """Seconds per call over ``calls`` calls in a row."""
+def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> float:
+    """Mean seconds of ``calls`` calls in a row; on "cuda" by events on the current stream."""
+    if device == "cuda":
+        event: Any = torch.cuda.Event
+        begin_event, end_event = event(enable_timing=True), event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin_event.record()
+        for _ in range(calls):
+            run()
+        end_event.record()
+        torch.cuda.synchronize()
+        return float(begin_event.elapsed_time(end_event)) * 1e-3 / calls
     begin = time.perf_counter()
     for _ in range(calls):
         run()
     return (time.perf_counter() - begin) / calls
 
 
-def calls_per_burst(run: Call, seconds: float = BURST_S) -> int:
+def calls_per_burst(run: Call, seconds: float, device: str) -> int:
     """Warm up, then choose how many calls fill one burst (one if a call is longer)."""
-    run()  # first touch, thread pool, selection
-    best = min(burst(run, 1) for _ in range(2))
+    seconds_per_call(run, 1, device)  # first touch, thread pool, selection, compilation
+    best = min(seconds_per_call(run, 1, device) for _ in range(2))
     return max(1, min(10_000, int(seconds / max(best, 1e-9))))
 
 
@@ -52,19 +66,17 @@ class Gain:
         return (self.high - self.low) / 2 / self.middle
 
 
-def duel(
-    default: Call, candidate: Call, calls: tuple[int, int], repeats: int, deadline: float
-) -> Gain:
-    """Paired bursts; fewer than ``repeats`` if the monotonic clock passes ``deadline``."""
+def duel(runs: tuple[Call, Call], repeats: int, deadline: float, device: str) -> Gain:
+    """Paired bursts of a default and a candidate.
+
+    Fewer than ``repeats`` if the monotonic clock passes ``deadline``.
+    """
+    calls = [calls_per_burst(run, BURST_S[device], device) for run in runs]
     base: list[float] = []
     ours: list[float] = []
     for repeat in range(repeats):
-        if repeat % 2:
-            ours.append(burst(candidate, calls[1]))
-            base.append(burst(default, calls[0]))
-        else:
-            base.append(burst(default, calls[0]))
-            ours.append(burst(candidate, calls[1]))
+        for side in (1, 0) if repeat % 2 else (0, 1):
+            (base, ours)[side].append(seconds_per_call(runs[side], calls[side], device))
         if time.monotonic() > deadline:
             break
     ratios = sorted(b / o for b, o in zip(base, ours, strict=True))
@@ -95,18 +107,21 @@ def lower_rank(count: int, tail: float = 0.025) -> int | None:
     return rank
 
 
-def screen(calls: Sequence[tuple[Call, int]], rounds: int, deadline: float) -> list[float]:
+def screen(
+    runs: Sequence[Call], seconds: float, rounds: int, deadline: float, device: str
+) -> list[float]:
     """The best seconds per call of each, over rounds that visit all of them in turn.
 
     What is far behind after a round is not visited again (infinity if never).
     """
-    best = [math.inf] * len(calls)
-    left = list(range(len(calls)))
+    calls = calls_per_burst(runs[0], seconds, device)
+    best = [math.inf] * len(runs)
+    left = list(range(len(runs)))
     for turn in range(rounds):
         for index in left[turn % len(left) :] + left[: turn % len(left)]:
             if time.monotonic() > deadline:
                 return best
-            best[index] = min(best[index], burst(*calls[index]))
+            best[index] = min(best[index], seconds_per_call(runs[index], calls, device))
         lead = min(best)
         left = [index for index in left if best[index] <= 1.25 * lead]
     return best

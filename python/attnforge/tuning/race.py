@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from attnforge.registry.spec import KernelSpec, Request
 from attnforge.tuning import measure
 from attnforge.tuning.measure import Gain
 
-__all__ = ["MARGIN", "Race", "Workload", "differs", "duel", "race"]
+__all__ = ["MARGIN", "Race", "Workload", "differs", "race", "rivals"]
 
 MARGIN = 1.02  # a gain that no user notices is not worth another config
 REPEATS = 15
@@ -116,16 +117,8 @@ def _fault(work: Workload, launch: Launch) -> str | None:
     return None
 
 
-def _call(work: Workload, launch: Launch, device: str) -> measure.Call:
-    """What is timed. On a GPU every burst has to wait for its kernels."""
-    if device != "cuda":
-        return lambda: work.run(launch)
-
-    def run() -> None:
-        work.run(launch)
-        torch.cuda.synchronize()
-
-    return run
+def _calls(work: Workload, launches: Sequence[Launch]) -> list[measure.Call]:
+    return [partial(work.run, launch) for launch in launches]
 
 
 def race(work: Workload, spec: KernelSpec, request: Request, deadline: float) -> Race:
@@ -153,9 +146,8 @@ def race(work: Workload, spec: KernelSpec, request: Request, deadline: float) ->
             wrong.append(f"{config}: {fault}")
     tried = len(right) + len(wrong) - 1
 
-    runs = [_call(work, spec.resolve(config), request.device) for config in right]
-    calls = measure.calls_per_burst(runs[0], SCREEN_S)
-    best = measure.screen([(run, calls) for run in runs], SCREEN_ROUNDS, deadline)
+    runs = _calls(work, [spec.resolve(config) for config in right])
+    best = measure.screen(runs, SCREEN_S, SCREEN_ROUNDS, deadline, request.device)
     for index in sorted(range(len(runs)), key=best.__getitem__):
         if index == 0:  # nothing that is right is ahead of the default
             return Race(default, None, False, tried, tuple(wrong), math.isfinite(max(best)))
@@ -163,17 +155,11 @@ def race(work: Workload, spec: KernelSpec, request: Request, deadline: float) ->
         if fault is None:
             break
         wrong.append(f"{right[index]}: {fault}")
-    gain = duel(runs[0], runs[index], deadline)
+    gain = measure.duel((runs[0], runs[index]), REPEATS, deadline, request.device)
     won = gain.low > MARGIN
     # Cut short, a duel may say that the candidate wins, but not that it does not.
     finished = won or gain.repeats == REPEATS
     return Race(right[index] if won else default, gain, won, tried, tuple(wrong), finished)
-
-
-def duel(default: measure.Call, candidate: measure.Call, deadline: float) -> Gain:
-    """Fresh paired bursts of two calls; a deadline that is near still leaves enough to decide."""
-    calls = (measure.calls_per_burst(default), measure.calls_per_burst(candidate))
-    return measure.duel(default, candidate, calls, REPEATS, deadline)
 
 
 def rivals(
@@ -185,8 +171,8 @@ def rivals(
     want = _answer(work, before)
     if _fault(work, after) is not None or differs(_answer(work, after), want) is not None:
         return None
-    calls = (_call(work, before, request.device), _call(work, after, request.device))
-    return duel(*calls, deadline)
+    first, second = _calls(work, (before, after))
+    return measure.duel((first, second), REPEATS, deadline, request.device)
 
 
 def _bound(spec: KernelSpec, config: Config) -> Launch:
