@@ -202,9 +202,8 @@ def run_case(
     probe = peaks.of(case.resource)
     runs: dict[str, Callable[[], object]] = {"attnforge": workload.candidate}
     unavailable: dict[str, str] = {}
-    calls: dict[str, int] = {
-        "attnforge": calls_per_burst(workload.candidate, BURST_S[case.device], case.device)
-    }
+    long = BURST_S[case.device]
+    calls = {"attnforge": calls_per_burst(workload.candidate, long, case.device)}
     for name, run in workload.peers.items():
         if isinstance(run, str):
             unavailable[name] = run

@@ -7,7 +7,8 @@
    every row must keep half the digits of the default's answer; if it does not, the next one does.
 3. *Duel.* The best of the screen against the default in fresh paired bursts. The screen picks the
    luckiest of many; only the duel's own numbers count. It wins if the lower end of the confidence
-   interval of its gain is above ``MARGIN``.
+   interval of its gain is above ``MARGIN``. All pairs are of one process: what differs between
+   processes is not in the interval.
 """
 
 from __future__ import annotations
