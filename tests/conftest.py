@@ -7,6 +7,7 @@ any comparison. The marker ``plain_memory`` turns that off where a test needs to
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for _name in ("ATTNFORGE_BACKEND", "ATTNFORGE_DEBUG"):
     os.environ.pop(_name, None)
+# Results of tuning on this machine must not change what is tested.
+os.environ["ATTNFORGE_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnforge-tests-")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -1,8 +1,10 @@
 // Private CPU operators (namespace attnforge_native) over the torch-free kernels: unpack tensors
 // into params structs, lend torch's thread pool and a workspace, call. LibTorch stable ABI only.
 #include <chrono>
+#include <initializer_list>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "bindings/tensors.h"
 
@@ -33,6 +35,21 @@ void fill_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch, float 
   }
 }
 
+using Tiles = std::vector<int64_t>;
+
+// The list `tiles` of a launcher into the named fields of the operator; empty leaves all of them.
+void set_tiles(const Tiles& tiles, std::initializer_list<int64_t*> fields) {
+  STD_TORCH_CHECK(tiles.empty() || tiles.size() == fields.size(),
+                  "attnforge_native: tiles must be empty or have ", fields.size(), " entries");
+  size_t i = 0;
+  for (int64_t* field : fields) {
+    if (tiles.empty()) return;
+    STD_TORCH_CHECK(tiles[i] >= 0 && tiles[i] <= int64_t{1} << 40,
+                    "attnforge_native: tiles must not be negative or huge");
+    *field = tiles[i++];
+  }
+}
+
 void run_decode(FlashFwdParams& params) {
   Tensor scratch = workspace(kernels().flash_decode_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
@@ -44,8 +61,11 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                const OptionalTensor& out_lo, int64_t max_seqlen_q, int64_t max_seqlen_k,
-               double softmax_scale, int64_t window_left, int64_t window_right, double softcap) {
+               double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+               const Tiles& tiles) {
   FlashFwdParams params;
+  FlashTiles& t = params.tiles;
+  set_tiles(tiles, {&t.block_m, &t.block_n, &t.wave_bytes});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
               max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
@@ -74,8 +94,9 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
                   const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                   const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                   double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-                  int64_t num_splits) {
+                  int64_t num_splits, const Tiles& tiles) {
   FlashFwdParams params;
+  set_tiles(tiles, {&params.tiles.split_keys, &params.tiles.chunk_keys});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
               k.size(1), {softmax_scale, window_left, window_right, softcap});
@@ -94,8 +115,11 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
                const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                const OptionalTensor& sinks, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                const Tensor& delta, int64_t max_seqlen_q, int64_t max_seqlen_k,
-               double softmax_scale, int64_t window_left, int64_t window_right, double softcap) {
+               double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+               const Tiles& tiles) {
   FlashBwdParams params;
+  FlashTiles& t = params.tiles;
+  set_tiles(tiles, {&t.block_m, &t.block_n, &t.chunks});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
               max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
@@ -181,20 +205,22 @@ std::string cpu_isa_levels() {
 #define ATTNFORGE_EXTRAS                                                                          \
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, Tensor? " \
   "sinks, "
+#define ATTNFORGE_TILES ", int[] tiles"
 #define ATTNFORGE_LENGTHS "int max_seqlen_q, int max_seqlen_k, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
   m.def("flash_fwd(Tensor q, Tensor k, Tensor v, " ATTNFORGE_EXTRAS
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES
-        ") -> ()");
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, " ATTNFORGE_LENGTHS
+            ATTNFORGE_SCORES ATTNFORGE_TILES ") -> ()");
   m.def(
       "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? out_lo, " ATTNFORGE_EXTRAS
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
-      "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ") -> ()");
+      "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ATTNFORGE_TILES ") -> ()");
   m.def(
       "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
-      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES ", int num_splits) -> ()");
+      "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES
+      ", int num_splits" ATTNFORGE_TILES ") -> ()");
   m.def("merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("probe_read(Tensor buffer) -> float");
   m.def("probe_fma(int iterations) -> float");

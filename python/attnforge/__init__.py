@@ -10,6 +10,7 @@ the first call.
 
 from attnforge import backends as _backends
 from attnforge import registry as _registry
+from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
 from attnforge.ops.flash import (
@@ -19,12 +20,25 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.tables import rope_tables, t5_rel_bias
-from attnforge.registry import KernelSpec, backend, debug, explain, list_kernels, register
+from attnforge.registry import (
+    Config,
+    KernelSpec,
+    SearchSpace,
+    backend,
+    debug,
+    explain,
+    list_kernels,
+    register,
+)
+from attnforge.tuning import trace_shapes, tune
 
 _registry.add_source(_backends.discover)
+_registry.set_table(_tuning.Tables())
 
 __all__ = [
+    "Config",
     "KernelSpec",
+    "SearchSpace",
     "__version__",
     "backend",
     "debug",
@@ -38,4 +52,6 @@ __all__ = [
     "register",
     "rope_tables",
     "t5_rel_bias",
+    "trace_shapes",
+    "tune",
 ]

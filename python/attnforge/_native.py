@@ -15,7 +15,7 @@ import torch
 
 from attnforge import _settings
 
-__all__ = ["isa", "isa_levels", "library_path", "operator", "unavailable"]
+__all__ = ["isa", "isa_levels", "library_path", "operator", "source_digest", "unavailable"]
 
 _LIBRARY = "libattnforge_cpu.so"
 _LEVELS = ("auto", "baseline", "avx2", "avx512", "avx512_soft")
@@ -61,12 +61,22 @@ def _load() -> None:
     _loaded = True
 
 
-def _why_not_built() -> str:
-    """What the build lacked, as it recorded beside the package; empty if it recorded nothing."""
+def _build_info(name: str) -> str:
+    """What the build recorded beside the package under ``name``; empty if nothing."""
     try:
-        reason = json.loads((Path(__file__).parent / "_build_info.json").read_text()).get("reason")
+        info = json.loads((Path(__file__).parent / "_build_info.json").read_text())
     except (OSError, ValueError):
         return ""
+    return str(info.get(name, ""))
+
+
+def source_digest(kernel: str) -> str:
+    """A digest of ``csrc/cpu/<kernel>.cpp``, the headers it may include and the compiler flags."""
+    return _build_info(f"source {kernel}") or "unknown"
+
+
+def _why_not_built() -> str:
+    reason = _build_info("reason")
     return f": {reason}" if reason else ""
 
 

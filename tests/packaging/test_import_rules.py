@@ -25,19 +25,20 @@ ALLOWED: dict[str, set[str]] = {
     "_native": {"_settings"},
     "reference": {"_params"},
     "registry": {"_settings"},
+    "tuning": {"_settings", "_version", "registry"},
     "ops": {"_ops", "_params", "registry"},
     "backends": {"registry"},
     "backends.*": {"_native", "_params", "_settings", "reference", "registry", "triton_kernels"},
     "triton_kernels": set(),
-    "__init__": {"_version", "backends", "ops", "registry"},
+    "__init__": {"_version", "backends", "ops", "registry", "tuning"},
     "__main__": {"cli"},
 }
 # Outside the operators: the public API. `_native` tells testing and cli what is built.
-PUBLIC = {"__init__", "ops", "reference", "registry"}
+PUBLIC = {"__init__", "ops", "reference", "registry", "tuning"}
 BUILD_FACTS = {"_host", "_native", "_settings", "_version"}
 ALLOWED |= {
     "diagnose": PUBLIC | BUILD_FACTS,
-    "testing": PUBLIC | BUILD_FACTS,
+    "testing": PUBLIC | BUILD_FACTS | {"_params"},  # tune_flash calls launchers
     "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
     "integrations": PUBLIC,
     "nn": PUBLIC,
@@ -126,7 +127,8 @@ def test_rules_catch_an_arrow_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert violations("ops.flash", source), line
 
 
-CORE = ("_", "backends.cpu", "backends.reference", "ops", "reference", "registry")
+CORE = ("_", "backends.cpu", "backends.reference", "ops", "reference", "registry", "tuning")
+OPTIONAL = {"filelock"}  # the extra ``tune``: imported when results are written
 
 
 @pytest.mark.parametrize(
@@ -136,15 +138,16 @@ CORE = ("_", "backends.cpu", "backends.reference", "ops", "reference", "registry
 )
 def test_core_needs_torch_only(module: str, path: Path) -> None:
     # torch itself needs typing_extensions: it is there wherever torch is.
-    known = sys.stdlib_module_names | {"attnforge", "torch", "typing_extensions"}
+    known = sys.stdlib_module_names | {"attnforge", "torch", "typing_extensions"} | OPTIONAL
     foreign = [f"{line}: {name}" for line, name in imports(path) if name.split(".")[0] not in known]
     assert foreign == []
 
 
-def test_registry_knows_no_family() -> None:
+@pytest.mark.parametrize("floor", ["registry", "tuning"])
+def test_floor_knows_no_family(floor: str) -> None:
     """No family name in code: identifiers, and strings other than docstrings."""
     found = []
-    for path in sorted((PACKAGE / "registry").rglob("*.py")):
+    for path in sorted((PACKAGE / floor).rglob("*.py")):
         tree = ast.parse(path.read_text())
         docstrings = {
             id(node.body[0].value)

@@ -14,7 +14,8 @@
 //   chunks     key blocks are dealt round-robin to ceil(kChunksWanted / kv heads) chunks: work for
 //              all threads where heads are few, balanced under a causal mask, and the same sums for
 //              any number of threads and any batch. No atomics
-//   tile       96 queries x 96 keys (64 when D > 96): S and dP 84 KiB, operands stream from L2
+//   tile       96 queries x 96 keys (64 when D > 96): S and dP 84 KiB, operands stream from L2;
+//              tuning may choose others (FlashTiles)
 //   transpose  P^T and dS^T are the same tiles read with swapped compile-time strides
 //   flops      5 products: 10 D per visible pair (6 D + 4 Dv when they differ)
 //   bytes      Q, K, V, O, dO once, dQ, dK, dV once; packed fp32 copies from cache
@@ -36,20 +37,23 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kBlockM = 96;
+constexpr int64_t kMaxBlockM = 384;
+constexpr int64_t kRowStep = 12;  // a multiple of every kMR (4, 6, 12)
 constexpr int64_t kMaxBlockN = 96;
 constexpr int64_t kLds = kMaxBlockN + 16;
 constexpr int64_t kChunksWanted = 16;
+constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kWaveBytes = 32 << 20;
 
 struct Plan {
-  int64_t group, block_n;
+  int64_t group, block_m, block_n;
   int64_t max_tiles, max_blocks;
-  int64_t chunks, slots;
+  int64_t chunks_wanted, chunks, slots;
   int64_t ldd, ldv;  // padded D and Dv
 };
 
-AF_INLINE int64_t chunks_of(const FlashProblem& p, int64_t blocks) {
-  return max64(1, min64(ceil_div(kChunksWanted, p.heads_k), blocks));
+AF_INLINE int64_t chunks_of(const FlashProblem& p, const Plan& plan, int64_t blocks) {
+  return max64(1, min64(ceil_div(plan.chunks_wanted, p.heads_k), blocks));
 }
 
 // A packed query tile: everything phase 2 reads of it.
@@ -58,32 +62,32 @@ struct QueryTile {
   float* q_panels;  // scaled for dK
   float* do_groups;
   float* do_panels;
-  float* lse2;     // [kBlockM]
-  float* delta;    // [kBlockM]
-  Interval* keys;  // [kBlockM]
+  float* lse2;     // [block_m]
+  float* delta;    // [block_m]
+  Interval* keys;  // [block_m]
   bool* finite;    // one flag: Q and dO of the tile hold no NaN or infinity
 };
 
 struct Head {
   Arena tiles;
-  float* slabs;  // [chunks][max_tiles * kBlockM][ldd]
+  float* slabs;  // [chunks][max_tiles * block_m][ldd]
 };
 
 struct Scratch {
   float *k_panels, *k_columns, *v_panels;  // K^T, K and V^T operands of one key block
-  float *s, *dp, *s_cap;                   // [kBlockM][kLds]; s_cap keeps tanh under a softcap
+  float *s, *dp, *s_cap;                   // [block_m][kLds]; s_cap keeps tanh under a softcap
   float *dk, *dv;                          // [kMaxBlockN + kMR][ldd], [..][ldv]
 };
 
 AF_INLINE QueryTile take_query_tile(Arena& a, const FlashProblem& p, const Plan& plan) {
   QueryTile t;
-  t.q_groups = a.take<float>(kBlockM * p.head_dim);
-  t.q_panels = a.take<float>(kBlockM * plan.ldd);
-  t.do_groups = a.take<float>(kBlockM * p.v_head_dim);
-  t.do_panels = a.take<float>(kBlockM * plan.ldv);
-  t.lse2 = a.take<float>(kBlockM);
-  t.delta = a.take<float>(kBlockM);
-  t.keys = a.take<Interval>(kBlockM);
+  t.q_groups = a.take<float>(plan.block_m * p.head_dim);
+  t.q_panels = a.take<float>(plan.block_m * plan.ldd);
+  t.do_groups = a.take<float>(plan.block_m * p.v_head_dim);
+  t.do_panels = a.take<float>(plan.block_m * plan.ldv);
+  t.lse2 = a.take<float>(plan.block_m);
+  t.delta = a.take<float>(plan.block_m);
+  t.keys = a.take<Interval>(plan.block_m);
   t.finite = a.take<bool>(1);
   return t;
 }
@@ -94,9 +98,9 @@ AF_INLINE Scratch take_scratch(Arena& a, const FlashProblem& p, const Plan& plan
   s.k_panels = a.take<float>(keys * p.head_dim);
   s.k_columns = a.take<float>(kMaxBlockN * plan.ldd);
   s.v_panels = a.take<float>(keys * p.v_head_dim);
-  s.s = a.take<float>(kBlockM * kLds + kMR);
-  s.dp = a.take<float>(kBlockM * kLds + kMR);
-  s.s_cap = a.take<float>(p.softcap > 0.0f ? kBlockM * kLds : 0);
+  s.s = a.take<float>(plan.block_m * kLds + kMR);
+  s.dp = a.take<float>(plan.block_m * kLds + kMR);
+  s.s_cap = a.take<float>(p.softcap > 0.0f ? plan.block_m * kLds : 0);
   s.dk = a.take<float>((kMaxBlockN + kMR) * plan.ldd);
   s.dv = a.take<float>((kMaxBlockN + kMR) * plan.ldv);
   return s;
@@ -107,14 +111,18 @@ struct Layout {
   int64_t tile_bytes, scratch_bytes, slab_floats, head_bytes, total;
 };
 
-AF_INLINE Layout make_layout(const FlashProblem& p, int64_t threads) {
+AF_INLINE Layout make_layout(const FlashBwdParams& params, int64_t threads) {
+  const FlashProblem& p = params.problem;
+  const FlashTiles& tiles = params.tiles;
   Layout l;
   Plan& plan = l.plan;
   plan.group = group_size(p);
-  plan.block_n = p.head_dim > 96 ? 64 : kMaxBlockN;
-  plan.max_tiles = max_tiles(p.seqlen_q, plan.group, kBlockM);
+  plan.block_m = chosen(tiles.block_m, kBlockM, kRowStep, kMaxBlockM);
+  plan.block_n = chosen(tiles.block_n, p.head_dim > 96 ? 64 : kMaxBlockN, 8, kMaxBlockN);
+  plan.chunks_wanted = chosen(tiles.chunks, kChunksWanted, 1, kMaxChunks);
+  plan.max_tiles = max_tiles(p.seqlen_q, plan.group, plan.block_m);
   plan.max_blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
-  plan.chunks = chunks_of(p, plan.max_blocks);
+  plan.chunks = chunks_of(p, plan, plan.max_blocks);
   plan.ldd = padded_columns(p.head_dim);
   plan.ldv = padded_columns(p.v_head_dim);
   Arena tile{nullptr}, scratch{nullptr};
@@ -122,7 +130,7 @@ AF_INLINE Layout make_layout(const FlashProblem& p, int64_t threads) {
   take_scratch(scratch, p, plan);
   l.tile_bytes = tile.used;
   l.scratch_bytes = scratch.used;
-  l.slab_floats = plan.max_tiles * kBlockM * plan.ldd;
+  l.slab_floats = plan.max_tiles * plan.block_m * plan.ldd;
   l.head_bytes = plan.max_tiles * l.tile_bytes + plan.chunks * l.slab_floats * 4;
   int64_t pairs = p.batch * p.heads_k;
   int64_t enough = ceil_div(2 * threads, plan.chunks);
@@ -148,10 +156,10 @@ struct Pair {
   AF_INLINE_MEMBER float* slab(int64_t chunk, int64_t tile_index) const {
     char* slabs = memory + layout.plan.max_tiles * layout.tile_bytes;
     return reinterpret_cast<float*>(slabs) + chunk * layout.slab_floats +
-           tile_index * kBlockM * layout.plan.ldd;
+           tile_index * layout.plan.block_m * layout.plan.ldd;
   }
   AF_INLINE_MEMBER int64_t chunks() const {
-    return chunks_of(problem(), ceil_div(seq.k_len, layout.plan.block_n));
+    return chunks_of(problem(), layout.plan, ceil_div(seq.k_len, layout.plan.block_n));
   }
   AF_INLINE_MEMBER int64_t head(int64_t row) const {
     return kv_head * layout.plan.group + row / seq.q_len;
@@ -178,6 +186,7 @@ AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
   const FlashProblem& p = params.problem;
   const QueryTile tile = pair.tile(index);
   const int64_t first = pair.tiling.first_row(index), rows = pair.tiling.rows(index);
+  const Plan& plan = pair.layout.plan;
   const float q_scale = score_map(p).q_scale;
   bool finite = true;
   for (int64_t r = 0; r < rows; ++r) {
@@ -188,9 +197,9 @@ AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
     pack_row(q, p.head_dim, q_scale, r, tile.q_groups);
     pack_row(dout, p.v_head_dim, 1.0f, r, tile.do_groups);
     finite &= pack_column_panels(q, 0, 1, p.head_dim, p.softmax_scale, tile.q_panels + r * kNR,
-                                 kBlockM * kNR);
-    finite &=
-        pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR, kBlockM * kNR);
+                                 plan.block_m * kNR);
+    finite &= pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR,
+                                 plan.block_m * kNR);
     const T* lo = params.out_lo.data ? row_ptr<const T>(params.out_lo, batch, row, head) : nullptr;
     float delta =
         dot_residue(dout, row_ptr<const T>(params.out, batch, row, head), lo, p.v_head_dim);
@@ -271,9 +280,9 @@ AF_INLINE void full_step(const Step& t) {
   gemm<1, kMR>(t.rows, vectors_of(n), dv, t.tile.do_groups, dv, w.v_panels, dv * kNR, w.dp, kLds,
                false);
   for (int64_t r = 0; r < t.rows; ++r) differentiate_row(t, r, 0, n, n != t.keys);
-  gemm<1, kLds>(t.keys, vectors_of(dv), t.rows, w.s, 1, t.tile.do_panels, kBlockM * kNR, w.dv,
+  gemm<1, kLds>(t.keys, vectors_of(dv), t.rows, w.s, 1, t.tile.do_panels, plan.block_m * kNR, w.dv,
                 plan.ldv, true);
-  gemm<1, kLds>(t.keys, vectors_of(d), t.rows, w.dp, 1, t.tile.q_panels, kBlockM * kNR, w.dk,
+  gemm<1, kLds>(t.keys, vectors_of(d), t.rows, w.dp, 1, t.tile.q_panels, plan.block_m * kNR, w.dk,
                 plan.ldd, true);
   gemm<kLds, 1>(t.rows, vectors_of(d), t.keys, w.dp, kLds, w.k_columns, kMaxBlockN * kNR, t.dq,
                 plan.ldd, true);
@@ -297,9 +306,10 @@ AF_INLINE void accumulate_pairs(const Step& t) {
     int64_t hi = min64(t.keys, t.tile.keys[r].hi - t.key0);
     for (int64_t c = lo; c < hi; ++c) {
       float prob = w.s[r * kLds + c], ds = w.dp[r * kLds + c];
-      axpy_panels(prob, t.tile.do_panels + r * kNR, kBlockM * kNR, p.v_head_dim,
+      axpy_panels(prob, t.tile.do_panels + r * kNR, plan.block_m * kNR, p.v_head_dim,
                   w.dv + c * plan.ldv);
-      axpy_panels(ds, t.tile.q_panels + r * kNR, kBlockM * kNR, p.head_dim, w.dk + c * plan.ldd);
+      axpy_panels(ds, t.tile.q_panels + r * kNR, plan.block_m * kNR, p.head_dim,
+                  w.dk + c * plan.ldd);
       axpy_panels(ds, w.k_columns + c * kNR, kMaxBlockN * kNR, p.head_dim, t.dq + r * plan.ldd);
     }
   }
@@ -353,9 +363,11 @@ AF_INLINE void partial_step(const Step& t, bool finite) {
     }
     if (lo >= hi) continue;
     gemm<1, kLds>(keys, vectors_of(dv), hi - lo, w.s + lo * kLds + c0, 1,
-                  t.tile.do_panels + lo * kNR, kBlockM * kNR, w.dv + c0 * plan.ldv, plan.ldv, true);
+                  t.tile.do_panels + lo * kNR, plan.block_m * kNR, w.dv + c0 * plan.ldv, plan.ldv,
+                  true);
     gemm<1, kLds>(keys, vectors_of(d), hi - lo, w.dp + lo * kLds + c0, 1,
-                  t.tile.q_panels + lo * kNR, kBlockM * kNR, w.dk + c0 * plan.ldd, plan.ldd, true);
+                  t.tile.q_panels + lo * kNR, plan.block_m * kNR, w.dk + c0 * plan.ldd, plan.ldd,
+                  true);
   }
 }
 
@@ -377,7 +389,7 @@ AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
   const Sequence& seq = pair.seq;
   const ScoreMap map = score_map(p);
   const int64_t tiles = pair.tiling.tiles(), chunks = pair.chunks();
-  fill(pair.slab(chunk, 0), 0, tiles * kBlockM * plan.ldd, 0.0f);
+  fill(pair.slab(chunk, 0), 0, tiles * plan.block_m * plan.ldd, 0.0f);
   for (int64_t key0 = chunk * plan.block_n; key0 < seq.k_len; key0 += chunks * plan.block_n) {
     const int64_t keys = min64(plan.block_n, seq.k_len - key0);
     const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, pair.kv_head);
@@ -457,7 +469,7 @@ AF_INLINE void finish_tile(const Pair& pair, int64_t index) {
 template <class T>
 AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
   const FlashProblem& p = params.problem;
-  const Layout layout = make_layout(p, workers.num_threads);
+  const Layout layout = make_layout(params, workers.num_threads);
   const Plan& plan = layout.plan;
   char* scratch = static_cast<char*>(params.workspace);
   char* heads = scratch + workers.num_threads * layout.scratch_bytes;
@@ -469,7 +481,7 @@ AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
       return Pair{params,
                   layout,
                   seq,
-                  row_tiling(seq.q_len, plan.group, kBlockM),
+                  row_tiling(seq.q_len, plan.group, plan.block_m),
                   (pair0 + slot) % p.heads_k,
                   heads + slot * layout.head_bytes};
     };
@@ -501,7 +513,7 @@ AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
 }  // namespace
 
 int64_t flash_bwd_workspace(const FlashBwdParams& params, int64_t num_threads) {
-  return make_layout(params.problem, num_threads).total;
+  return make_layout(params, num_threads).total;
 }
 
 void flash_bwd(const FlashBwdParams& params, const Workers& workers) {

@@ -3,7 +3,7 @@
 // Algorithm (Flash-Decoding, Dao et al. 2023): the keys are cut into splits of fixed length; each
 // (batch, split, range of kv heads) is a task that leaves (m, l, O) per row; a second pass merges
 // the splits in ascending order. Splits are anchored at key 0 and their length does not depend on
-// the machine or the batch, so neither do results.
+// the machine or the batch, so neither do results. Tuning may choose another length (FlashTiles).
 //
 //   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
 //              read from memory once, from cache once per four rows
@@ -36,6 +36,7 @@ constexpr int64_t kRows = 4;          // rows of a register group
 constexpr int64_t kSplitKeys = 2048;  // 1-2 MiB of K and V: tasks enough for any core count at 32k
 constexpr int64_t kChunkBytes = 8 << 10;  // of K: with V and the next K a part of L1
 constexpr int64_t kMaxChunk = 64;
+constexpr int64_t kMaxSplitKeys = 1 << 20;
 constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
 constexpr int64_t kColumnVectors = kLanes == 16 ? 4 : 2;  // PV: 16 or 8 accumulators
 
@@ -69,9 +70,12 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
   plan.group = group_size(p);
   int64_t q_len = params.route == RowRoute::kFewRows ? min64(p.seqlen_q, kFewRows) : p.seqlen_q;
   plan.rows = round_up(q_len * plan.group, kRows);
-  plan.split_keys = params.split_keys > 0 ? params.split_keys : kSplitKeys;
+  plan.split_keys = params.split_keys > 0
+                        ? params.split_keys
+                        : chosen(params.tiles.split_keys, kSplitKeys, kMaxChunk, kMaxSplitKeys);
   plan.splits = max64(1, ceil_div(p.seqlen_k, plan.split_keys));
-  plan.chunk = max64(8, min64(kMaxChunk, kChunkBytes / (p.head_dim * item) / 8 * 8));
+  const int64_t chunk = max64(8, min64(kMaxChunk, kChunkBytes / (p.head_dim * item) / 8 * 8));
+  plan.chunk = chosen(params.tiles.chunk_keys, chunk, 8, kMaxChunk);
   int64_t bytes = p.batch * p.heads_k * p.seqlen_k * (p.head_dim + p.v_head_dim) * item;
   plan.threads = bytes * max64(1, plan.rows / kRows) < kInlineBytes ? 1 : threads;
   bool planes = params.k.head_stride > params.k.seq_stride;

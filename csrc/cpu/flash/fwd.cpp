@@ -9,6 +9,7 @@
 //              128 KiB, inside a 512 KiB L2. Long rows pay for the maximum, the sum and the
 //              rescaling once per 256 keys: 3% over 96 x 128 on Zen 4. 48 is a multiple of every
 //              kMR (4, 6, 12)
+//   tuning     FlashTiles may choose other tiles: query rows up to kMaxBlockM, keys up to kBlockN
 //   heads      short sequences put the rows of several heads of a group into one tile
 //   masks      every mask is one interval of keys per row. Blocks that all rows see whole take the
 //              unmasked path; others, and the last kMaxSpan keys of a tile at once, go kMR rows at
@@ -34,29 +35,32 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kBlockM = 48;
-constexpr int64_t kBlockN = 256;
+constexpr int64_t kMaxBlockM = 192;
+constexpr int64_t kRowStep = 12;            // a multiple of every kMR
+constexpr int64_t kBlockN = 256;            // also the most: S has room for it
 constexpr int64_t kMaxSpan = kBlockN + 96;  // a window of kBlockN keys, as a whole tile sees it
 constexpr int64_t kLds = kMaxSpan + 16;     // off the power of two: rows do not share L1 sets
 constexpr int64_t kWaveBytes = 8 << 20;     // a quarter of a 32 MiB L3: packed K and V stay cached
 
 // The packed K and V of one (batch, kv head), block after block.
 struct PackedHead {
-  float* k;         // [blocks][kBlockN / kNR][D][kNR]
-  float* v;         // [blocks][Dv / kNR][kBlockN][kNR]
+  float* k;         // [blocks][block_n / kNR][D][kNR]
+  float* v;         // [blocks][Dv / kNR][block_n][kNR]
   uint8_t* finite;  // [blocks]: every V element of the block is finite
 };
 
 // One worker's tile.
 struct Tile {
   float* q;  // row groups, scaled
-  float* s;  // [kBlockM][kLds]
-  float* o;  // [kBlockM][ldo]
+  float* s;  // [block_m][kLds]
+  float* o;  // [block_m][ldo]
   float* m;
   float* l;
   Interval* keys;  // what each row sees
 };
 
 struct Plan {
+  int64_t block_m, block_n;
   int64_t blocks;     // key blocks of the longest sequence
   int64_t max_tiles;  // query tiles of the longest sequence, per (batch, kv head)
   int64_t slots;      // (batch, kv head) pairs per wave
@@ -64,18 +68,23 @@ struct Plan {
   int64_t k_floats, v_floats;  // packed floats per key block
 };
 
-AF_INLINE Plan make_plan(const FlashProblem& p, int64_t threads) {
+AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
+  const FlashProblem& p = params.problem;
+  const FlashTiles& tiles = params.tiles;
   Plan plan;
-  plan.blocks = max64(1, ceil_div(p.seqlen_k, kBlockN));
+  plan.block_m = chosen(tiles.block_m, kBlockM, kRowStep, kMaxBlockM);
+  plan.block_n = chosen(tiles.block_n, kBlockN, kNR, kBlockN);
+  const int64_t wave_bytes = tiles.wave_bytes > 0 ? tiles.wave_bytes : kWaveBytes;
+  plan.blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
   int64_t group = group_size(p);
-  plan.max_tiles = max_tiles(p.seqlen_q, group, kBlockM);
+  plan.max_tiles = max_tiles(p.seqlen_q, group, plan.block_m);
   plan.ldo = padded_columns(p.v_head_dim);
-  plan.k_floats = kBlockN * p.head_dim;
-  plan.v_floats = kBlockN * plan.ldo;
+  plan.k_floats = plan.block_n * p.head_dim;
+  plan.v_floats = plan.block_n * plan.ldo;
   int64_t pairs = p.batch * p.heads_k;
   int64_t bytes = plan.blocks * (plan.k_floats + plan.v_floats) * 4;
   int64_t enough = ceil_div(4 * threads, max64(1, plan.max_tiles));
-  plan.slots = max64(1, min64(pairs, max64(enough, kWaveBytes / bytes)));
+  plan.slots = max64(1, min64(pairs, max64(enough, wave_bytes / bytes)));
   return plan;
 }
 
@@ -89,12 +98,12 @@ AF_INLINE PackedHead take_head(Arena& arena, const Plan& plan) {
 
 AF_INLINE Tile take_tile(Arena& arena, const FlashProblem& p, const Plan& plan) {
   Tile tile;
-  tile.q = arena.take<float>(kBlockM * p.head_dim);
-  tile.s = arena.take<float>(kBlockM * kLds);
-  tile.o = arena.take<float>(kBlockM * plan.ldo);
-  tile.m = arena.take<float>(kBlockM);
-  tile.l = arena.take<float>(kBlockM);
-  tile.keys = arena.take<Interval>(kBlockM);
+  tile.q = arena.take<float>(plan.block_m * p.head_dim);
+  tile.s = arena.take<float>(plan.block_m * kLds);
+  tile.o = arena.take<float>(plan.block_m * plan.ldo);
+  tile.m = arena.take<float>(plan.block_m);
+  tile.l = arena.take<float>(plan.block_m);
+  tile.keys = arena.take<Interval>(plan.block_m);
   return tile;
 }
 
@@ -102,8 +111,8 @@ template <class T>
 AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
                           int64_t kv_head, int64_t block, const PackedHead& head) {
   const FlashProblem& p = params.problem;
-  int64_t key0 = block * kBlockN;
-  int64_t n = min64(kBlockN, seq.k_len - key0);
+  int64_t key0 = block * plan.block_n;
+  int64_t n = min64(plan.block_n, seq.k_len - key0);
   const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, kv_head);
   float* k_block = head.k + block * plan.k_floats;
   for (int64_t c = 0; c < n; c += kNR) {
@@ -112,7 +121,7 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
   }
   const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, kv_head);
   head.finite[block] = pack_column_panels(v, params.v.seq_stride, n, p.v_head_dim, 1.0f,
-                                          head.v + block * plan.v_floats, kBlockN * kNR);
+                                          head.v + block * plan.v_floats, plan.block_n * kNR);
 }
 
 // What a tile of rows [row0, row0 + rows) of one band needs to know about itself.
@@ -162,8 +171,8 @@ template <class F>
 AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0, Interval span,
                           const F& f) {
   for (int64_t c = span.lo; c < span.hi;) {
-    const int64_t block = (key0 + c) / kBlockN, first = (key0 + c) % kBlockN;
-    const int64_t n = min64(span.hi - c, kBlockN - first);
+    const int64_t block = (key0 + c) / plan.block_n, first = (key0 + c) % plan.block_n;
+    const int64_t n = min64(span.hi - c, plan.block_n - first);
     f(head.v + block * plan.v_floats + first * kNR, c, n);
     c += n;
   }
@@ -177,7 +186,7 @@ AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedH
     for (int64_t c = 0; c < n; ++c) {
       VecF weight = splat(tile.s[r * kLds + c0 + c]);
       for (int64_t d = 0; d < t.plan.ldo; d += kLanes) {
-        const float* v = panel + d / kNR * (kBlockN * kNR) + c * kNR + d % kNR;
+        const float* v = panel + d / kNR * (t.plan.block_n * kNR) + c * kNR + d % kNR;
         float* o = tile.o + r * t.plan.ldo + d;
         store(o, fma(weight, load(v), load(o)));
       }
@@ -206,8 +215,9 @@ AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap&
   const FlashProblem& p = t.params.problem;
   const float* k_panels = head.k + key0 * p.head_dim;  // panels of all blocks follow each other
   bool finite = true;
-  for (int64_t b = key0 / kBlockN; b <= (key0 + width - 1) / kBlockN; ++b) finite &= head.finite[b];
-  Interval columns[kBlockM / kMR];
+  for (int64_t b = key0 / t.plan.block_n; b <= (key0 + width - 1) / t.plan.block_n; ++b)
+    finite &= head.finite[b];
+  Interval columns[kMaxBlockM / kMR];
   int64_t first = width, last = 0;
   for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
     const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, width, r0);
@@ -232,7 +242,7 @@ AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap&
     for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
       for_blocks(t.plan, head, key0, columns[r0 / kMR], [&](const float* v, int64_t c, int64_t n) {
         gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)), n,
-                      tile.s + r0 * kLds + c, kLds, v + d * kBlockN, 0,
+                      tile.s + r0 * kLds + c, kLds, v + d * t.plan.block_n, 0,
                       tile.o + r0 * t.plan.ldo + d, t.plan.ldo, true);
       });
     }
@@ -279,9 +289,9 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
 
   for (int64_t key0 = any_lo / kNR * kNR; key0 < any_hi;) {
-    const int64_t block = key0 / kBlockN;
-    const int64_t block_end = (block + 1) * kBlockN;
-    const bool whole = key0 % kBlockN == 0 && key0 >= all_lo && block_end <= all_hi;
+    const int64_t block = key0 / t.plan.block_n;
+    const int64_t block_end = (block + 1) * t.plan.block_n;
+    const bool whole = key0 % t.plan.block_n == 0 && key0 >= all_lo && block_end <= all_hi;
     // What is left in one go, if it fits: one softmax and one rescaling where blocks take two.
     const bool rest = any_hi != block_end && any_hi - key0 <= kMaxSpan;
     if (!whole || rest) {
@@ -291,11 +301,12 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
       continue;
     }
     const float* v_block = head.v + block * t.plan.v_floats;
-    gemm<1, kMR>(t.rows, vectors_of(kBlockN), p.head_dim, tile.q, p.head_dim,
+    gemm<1, kMR>(t.rows, vectors_of(t.plan.block_n), p.head_dim, tile.q, p.head_dim,
                  head.k + block * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds, false);
-    for (int64_t r = 0; r < t.rows; ++r) update_row(t, tile, map, key0, r, 0, kBlockN, false);
-    gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), kBlockN, tile.s, kLds, v_block, kBlockN * kNR,
-                  tile.o, t.plan.ldo, true);
+    for (int64_t r = 0; r < t.rows; ++r)
+      update_row(t, tile, map, key0, r, 0, t.plan.block_n, false);
+    gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), t.plan.block_n, tile.s, kLds, v_block,
+                  t.plan.block_n * kNR, tile.o, t.plan.ldo, true);
     key0 = block_end;
   }
   for (int64_t r = 0; r < t.rows; ++r) finish_row<T>(t, tile, r);
@@ -304,7 +315,7 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
 template <class T>
 AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
   const FlashProblem& p = params.problem;
-  const Plan plan = make_plan(p, workers.num_threads);
+  const Plan plan = make_plan(params, workers.num_threads);
   Arena arena{static_cast<char*>(params.workspace)};
   char* tiles = arena.base;
   int64_t tile_bytes;
@@ -328,14 +339,14 @@ AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
     parallel_tasks(workers, slots * plan.blocks, [&](int64_t task, int64_t) {
       int64_t slot = task / plan.blocks, block = task % plan.blocks, pair = pair0 + slot;
       Sequence seq = sequence(p, pair / p.heads_k);
-      if (!served_here(params, seq) || seq.q_len == 0 || block * kBlockN >= seq.k_len) return;
+      if (!served_here(params, seq) || seq.q_len == 0 || block * plan.block_n >= seq.k_len) return;
       pack_block<T>(params, plan, seq, pair % p.heads_k, block, head_at(slot));
     });
     parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
       // Late tiles see the most keys under a causal mask: they go first.
       int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots, pair = pair0 + slot;
       Sequence seq = sequence(p, pair / p.heads_k);
-      RowTiling tiling = row_tiling(seq.q_len, group_size(p), kBlockM);
+      RowTiling tiling = row_tiling(seq.q_len, group_size(p), plan.block_m);
       if (!served_here(params, seq) || seq.q_len == 0 || index >= tiling.tiles()) return;
       Arena a{tiles + worker * tile_bytes};
       TileRows t{params, plan, seq, pair % p.heads_k, tiling.first_row(index), tiling.rows(index)};
@@ -347,7 +358,7 @@ AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
 }  // namespace
 
 int64_t flash_fwd_workspace(const FlashFwdParams& params, int64_t num_threads) {
-  const Plan plan = make_plan(params.problem, num_threads);
+  const Plan plan = make_plan(params, num_threads);
   Arena tile{nullptr}, head{nullptr};
   take_tile(tile, params.problem, plan);
   take_head(head, plan);

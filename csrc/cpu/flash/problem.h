@@ -60,6 +60,11 @@ AF_INLINE int64_t group_size(const FlashProblem& p) {
   return p.heads_q / p.heads_k;
 }
 
+// A size that tuning may set: `own` if it is 0, else within [step, most], a multiple of step.
+AF_INLINE int64_t chosen(int64_t tuned, int64_t own, int64_t step, int64_t most) {
+  return tuned <= 0 ? own : max64(step, min64(tuned, most) / step * step);
+}
+
 // The query rows of one (batch, kv head), head-major, cut into tiles of block_m rows. Long
 // sequences keep every tile inside one head (a band); short ones put the rows of several heads into
 // one tile.

@@ -98,6 +98,18 @@ struct FlashProblem {
 // once in dot-product form, while the packed form would spend as much on packing as on the product.
 constexpr int64_t kFewRows = 8;
 
+// What tuning may change about a kernel. 0 is the kernel's own choice; anything else is clamped to
+// what the kernel has room for, so no value is unsafe. Results stay inside the error bound and do
+// not depend on the number of threads; their last bits may depend on the tiles.
+struct FlashTiles {
+  int64_t block_m = 0;     // query rows of a tile
+  int64_t block_n = 0;     // keys of a block
+  int64_t chunks = 0;      // backward: parts that the key blocks of all heads are dealt to
+  int64_t wave_bytes = 0;  // forward: packed K and V held at a time
+  int64_t split_keys = 0;  // decode: keys of a split
+  int64_t chunk_keys = 0;  // decode: keys of a step
+};
+
 // Which sequences a forward kernel serves.
 enum class RowRoute : int32_t { kAll = 0, kManyRows = 1, kFewRows = 2 };
 
@@ -107,7 +119,8 @@ struct FlashFwdParams {
   TensorRef out_lo;  // data null: not wanted. Else round16(O - round16(O)), same dtype as out
   RowStatRef lse;
   RowRoute route = RowRoute::kAll;
-  int64_t split_keys = 0;  // decode: keys per split
+  int64_t split_keys = 0;  // decode: keys per split, above what the tiles say
+  FlashTiles tiles;
   void* workspace = nullptr;
 };
 
@@ -125,6 +138,7 @@ struct FlashBwdParams {
   float* dbias = nullptr;  // strides of its own, zeroed; added to: no two tasks share an element
   int64_t dbias_batch = 0, dbias_head = 0, dbias_row = 0;
   float* drel_bias = nullptr;  // [batch, heads_q, bwd chunks, 2 rel_radius + 1], zeroed
+  FlashTiles tiles;
   void* workspace = nullptr;
 };
 

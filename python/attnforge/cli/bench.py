@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from attnforge.testing.bench import Progress
+from attnforge.cli._progress import progress_bar
 
 __all__ = ["register"]
 
@@ -48,34 +46,6 @@ def _arguments(family: str, quick: bool, options: Mapping[str, object]) -> list[
         if value is not None:
             words += [f"--{name}", str(value)]
     return words
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A rich bar on a terminal, one plain line per case elsewhere."""
-    if not sys.stderr.isatty():
-
-        def plain(what: str, done: int, total: int) -> None:
-            print(f"[{done}/{total}] {what}", file=sys.stderr, flush=True)
-
-        yield plain
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def rich(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield rich
 
 
 def _check_device(device: str, isa: str | None) -> None:
@@ -151,7 +121,7 @@ def _bench(
     env = machine.environment(restricted=isa or "", device=device)
     for key, value in env.items():
         typer.echo(f"{key:>13}  {value}")
-    with _progress() as progress:
+    with progress_bar() as progress:
         progress("peaks of this machine", 0, len(cases))
         peaks = measure_peaks(device)
         results = bench.run_cases(cases, progress, peaks=peaks, backend=backend)

@@ -280,12 +280,12 @@ def run_model(report: Report, prompt: str, tokens: int) -> None:
 
 def run_kernels(quick: bool) -> tuple[str, dict[str, Any]]:
     """Step 4: (table, JSON document)."""
-    from attnforge.cli.bench import _progress
+    from attnforge.cli._progress import progress_bar
     from attnforge.testing import bench, machine
     from attnforge.testing.roofline import measure_peaks
 
     cases = bench.flash_cases(quick)
-    with _progress() as progress:
+    with progress_bar() as progress:
         progress("peaks of this machine", 0, len(cases))
         peaks = measure_peaks()
         results = bench.run_cases(cases, progress, peaks=peaks)

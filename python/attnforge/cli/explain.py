@@ -9,12 +9,13 @@ import typer
 
 import attnforge
 
-__all__ = ["register"]
+__all__ = ["parse_shape", "register"]
 
 _FUNCTIONS = ("flash_attention", "flash_attention_varlen", "flash_decode", "merge_states")
 
 
-def _shape(text: str, option: str) -> tuple[int, ...]:
+def parse_shape(text: str, option: str) -> tuple[int, ...]:
+    """``"1,4096,32,128"`` as a shape; a usage error of ``option`` if it is none."""
     try:
         shape = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -36,9 +37,9 @@ def _arguments(
     function: str, q: str, k: str, v: str, batch: int, parts: int
 ) -> tuple[list[Any], dict[str, Any]]:
     """Positional arguments and index tensors of ``function`` as shapes."""
-    rows = _shape(q, "--q")
-    keys = _shape(k, "--k") if k else rows
-    values = _shape(v, "--v") if v else keys
+    rows = parse_shape(q, "--q")
+    keys = parse_shape(k, "--k") if k else rows
+    values = parse_shape(v, "--v") if v else keys
     if function == "merge_states":
         stat = (*rows[:-3], *rows[-2:-4:-1])
         return [[rows] * parts, [stat] * parts], {}

@@ -19,8 +19,9 @@ from attnforge.ops import _checks, _flash_vmap
 from attnforge.registry import override
 from attnforge.registry.select import device_arch, launcher
 from attnforge.registry.spec import Request
+from attnforge.registry.tuned import Sized, sized
 
-__all__ = ["flash_bwd", "flash_decode", "flash_fwd", "merge_states", "metadata", "request"]
+__all__ = ["flash_bwd", "flash_decode", "flash_fwd", "merge_states", "metadata", "request", "sizes"]
 
 _FEATURES = ("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right")
 # Features of single scores by the first tensor of FlashMods that brings each.
@@ -84,6 +85,24 @@ def request(op: str, meta: tuple[Any, ...]) -> Request:
         (("head_dim", head_dim), ("v_head_dim", v_head_dim), ("group", group)),
         frozenset([*(name for name, on in zip(_FEATURES, used, strict=True) if on), *mods]),
         torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def sizes(q: Tensor, p: FlashParams) -> tuple[int, int, int, int, int]:
+    """batch, seqlen_q, seqlen_k (varlen: bounds), query heads, keys of the left window (0: all)."""
+    batch = q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
+    return batch, p.max_seqlen_q, p.max_seqlen_k, q.shape[-2], p.window_left + 1
+
+
+for _op in ("flash_fwd", "flash_bwd", "flash_decode"):
+    sized(
+        _op,
+        Sized(
+            ("batch", "seqlen_q", "seqlen_k", "heads", "window"),
+            sizes,
+            workload="attnforge.testing.tune_flash:workload",
+            problems="attnforge.testing.tune_flash:problems",
+        ),
     )
 
 
@@ -154,7 +173,7 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     if p.cu_seqlens_q is not None or p.seqused_k is not None:
         p = _checked("flash_fwd", q, k, p)
     outputs = alloc_fwd(q, v, save_out_lo)
-    launch = launcher("flash_fwd", metadata(q, v, p), request, backend)
+    launch = launcher("flash_fwd", metadata(q, v, p), request, backend, q, p)
     launch(q, k, v, p, *outputs)
     return outputs
 
@@ -180,7 +199,7 @@ def _bwd(
     if p.cu_seqlens_q is not None or p.seqused_k is not None:
         p = _checked("flash_bwd", q, k, p)
     grads = alloc_bwd(q, k, v, p, grad_mods)
-    launch = launcher("flash_bwd", metadata(q, v, p), request, backend)
+    launch = launcher("flash_bwd", metadata(q, v, p), request, backend, q, p)
     launch(dout, dlse, FlashTape(q, k, v, out, lse, out_lo), p, grads)
     return grads
 
@@ -208,7 +227,7 @@ def _decode(
     if cache_seqlens is not None:
         p = _checked("flash_decode", q, k_cache, p, "cache_seqlens")
     out, lse, _ = alloc_fwd(q, v_cache)
-    launch = launcher("flash_decode", metadata(q, v_cache, p), request, backend)
+    launch = launcher("flash_decode", metadata(q, v_cache, p), request, backend, q, p)
     launch(q, k_cache, v_cache, p, out, lse, num_splits)
     return out, lse
 

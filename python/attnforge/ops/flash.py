@@ -10,6 +10,7 @@ a problem by ``cost``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from attnforge.ops._features import Features, apply_features, split_window
 from attnforge.ops._flash_autograd import attend, merge, needs_grad
 from attnforge.ops._flash_cost import Cost, cost
 from attnforge.ops._flash_finish import finish
-from attnforge.registry import override
+from attnforge.registry import override, tuned
 from attnforge.registry.explain import explained_by
 from attnforge.registry.spec import Request
 
@@ -114,7 +115,7 @@ def _dense(
 
 def _requests(ops: tuple[str, ...], q: Tensor, _: Tensor, v: Tensor, p: FlashParams) -> Any:
     meta = _flash_ops.metadata(q, v, p)
-    return [_flash_ops.request(op, meta) for op in ops]
+    return [replace(_flash_ops.request(op, meta), sizes=tuned.call_sizes(op, (q, p))) for op in ops]
 
 
 def _attention_requests(

@@ -58,7 +58,7 @@ class Explanation:
 
     @property
     def source(self) -> str:
-        """Where the first choice came from: an argument, a block, the environment, the score."""
+        """Where the first choice came from: an argument, a block, the environment, a table, ..."""
         return self.decisions[0].source
 
     @property
@@ -82,6 +82,8 @@ class Explanation:
                 lines.append(f"    error: {d.error}")
             else:
                 lines.append(f"    chosen: {d.chosen.id} (by {d.source})")
+            if d.config is not None:
+                lines.append(f"    config: {d.config} ({d.config_source})")
             lines += [f"    rejected: {s.id}: {'; '.join(why)}" for s, why in d.rejected]
         return "\n".join(lines)
 
@@ -97,6 +99,9 @@ def _as_dict(d: Decision) -> dict[str, Any]:
         "features": sorted(r.features),
         "chosen": d.chosen.id if d.chosen else None,
         "source": d.source,
+        "sizes": dict(r.sizes),
+        "config": None if d.config is None else dict(d.config),
+        "config_source": d.config_source,
         "error": d.error,
         "rejected": {s.id: list(why) for s, why in d.rejected},
     }
@@ -181,4 +186,5 @@ def _placed(request: Request, place: tuple[str, str] | None) -> Request:
         request.dims,
         request.features,
         torch.are_deterministic_algorithms_enabled(),
+        request.sizes,
     )

@@ -8,21 +8,22 @@ silence. Results are memoised by a key of metadata and the table's epoch.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from attnforge import _settings
-from attnforge.registry import override
+from attnforge.registry import override, tuned
 from attnforge.registry import spec as _spec
+from attnforge.registry.space import Config
 from attnforge.registry.spec import KernelSpec, Request
 
 __all__ = ["Decision", "choice_for", "decide", "device_arch", "launcher", "parse_choice"]
 
 _MEMO: dict[Hashable, Callable[..., Any]] = {}
-# Metadata keys hold no sequence lengths, so a real program has tens of them; the bound only
-# stops a program that sweeps head dims and registers kernels for ever.
+# Metadata keys hold no sequence lengths (powers of two where there are tuned results), so a real
+# program has tens of them; the bound only stops one that registers kernels for ever.
 _MEMO_LIMIT = 4096
 
 
@@ -32,9 +33,11 @@ class Decision:
 
     request: Request
     chosen: KernelSpec | None
-    source: str  # "argument", "context manager", "ATTNFORGE_BACKEND" or "score"
+    source: str  # "argument", "context manager", "ATTNFORGE_BACKEND", "tuned table" or "score"
     choice: str | None  # the forced backend or kernel id, if any
     rejected: tuple[tuple[KernelSpec, tuple[str, ...]], ...]
+    config: Config | None = None  # of the chosen kernel, if it has a search space
+    config_source: str = ""  # "default: <reason>" or "tuned: <cache, bucket, date, gain>"
 
     @property
     def error(self) -> str | None:
@@ -111,39 +114,84 @@ def decide(request: Request, backend: str | None, outer: bool = False) -> Decisi
     outer: ``backend`` came from an enclosing ``attnforge.backend`` and not from an argument.
     """
     choice, source = choice_for(request.op, backend, outer)
-    chosen: KernelSpec | None = None
+    specs = _spec.specs_for(request.op)
+    tuned.activate(request.op, request)
+    preferred = _preferred(specs, request) if choice is None else None
+    if preferred is not None:
+        source = "tuned table"
+    chosen: KernelSpec | None = preferred
     rejected: list[tuple[KernelSpec, tuple[str, ...]]] = []
-    for spec in _spec.specs_for(request.op):
+    for spec in specs:
+        if spec is preferred:
+            continue
         reasons = spec.reasons(request)
         if choice is not None and not _matches(spec, choice):
             reasons = (*reasons, f"{source} asks for {choice!r}")
+        elif not reasons and preferred is not None:
+            reasons = (f"{preferred.id} was measured to be faster at these sizes",)
         elif not reasons and chosen is not None:
             reasons = (f"score {spec.score:g} is not above {chosen.score:g} of {chosen.id}",)
         if reasons:
             rejected.append((spec, reasons))
         else:
             chosen = spec
-    return Decision(request, chosen, source, choice, tuple(rejected))
+    config, origin = _config(chosen, request)
+    return Decision(request, chosen, source, choice, tuple(rejected), config, origin)
+
+
+def _preferred(specs: tuple[KernelSpec, ...], request: Request) -> KernelSpec | None:
+    """The kernel that a tuning run measured to beat the one with the best score, if it serves."""
+    for spec in specs:
+        found = tuned.find(spec, request)
+        if found is not None and found.preferred and not spec.reasons(request):
+            return spec
+    return None
+
+
+def _config(spec: KernelSpec | None, request: Request) -> tuple[Config | None, str]:
+    """The config a kernel runs with and where that came from; (None, "") without a space."""
+    if spec is None or spec.space is None:
+        return None, ""
+    found = tuned.find(spec, request)
+    if found is not None:
+        return found.config, f"tuned: {found.origin}"
+    return spec.space.default(request), f"default: {spec.space.reason}"
 
 
 def launcher(
-    op: str, metadata: tuple[Any, ...], describe: Callable[..., Request], backend: str | None
+    op: str,
+    metadata: tuple[Any, ...],
+    describe: Callable[..., Request],
+    backend: str | None,
+    *call: Any,
 ) -> Callable[..., Any]:
     """The launcher that serves a call. The hot path is one dictionary look-up.
 
-    ``describe(op, metadata)`` makes the Request on a miss. ValueError if nothing can serve.
+    ``describe(op, metadata)`` makes the Request on a miss. ``call`` is what ``tuned.sized`` was
+    told to read sizes from; they are read only where tuned results for ``op`` were found, or
+    while shapes are traced. ValueError if nothing can serve.
     """
+    if tuned.recorder is not None:
+        tuned.recorder(op, metadata, describe, call)
     deterministic = torch.are_deterministic_algorithms_enabled()
     forced = backend or _settings.backend()
+    key: tuple[Any, ...]
     key = (op, metadata, forced, backend is None, deterministic, _spec._TABLE.epoch)
+    if op in tuned.active:  # results hold for one number of threads
+        key = (*key, tuned.call_key(op, call), torch.get_num_threads())
     found = _MEMO.get(key)
     if found is None:
+        request = describe(op, metadata)
+        if tuned.activate(op, request):
+            return launcher(op, metadata, describe, backend, *call)
+        if op in tuned.active:
+            request = replace(request, sizes=tuned.call_sizes(op, call))
         # The operator gets one string; that it equals the override says where it came from.
         outer = backend is not None and backend == override.current
-        decision = decide(describe(op, metadata), backend, outer)
+        decision = decide(request, backend, outer)
         if decision.chosen is None:
             raise ValueError(decision.error)
-        found = decision.chosen.resolve()
+        found = decision.chosen.resolve(decision.config)
         if len(_MEMO) >= _MEMO_LIMIT:
             _MEMO.clear()
         _MEMO[key] = found

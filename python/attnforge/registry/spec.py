@@ -19,9 +19,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+
+from attnforge.registry.space import Config, SearchSpace
 
 __all__ = [
     "ENTRY_POINTS",
@@ -32,6 +35,7 @@ __all__ = [
     "backends",
     "epoch",
     "list_kernels",
+    "named",
     "register",
     "specs_for",
     "unregister",
@@ -46,6 +50,8 @@ class Request:
 
     dims holds the sizes that decide (``head_dim``, ``v_head_dim``, ``group``), features the
     names of what is used (``window``, ``softcap``, ...). arch is ``sm_90`` and the like, or "".
+    sizes are how large the problem is (``seqlen_q``, ...): requirements do not look at them, tuned
+    results are found by them.
     """
 
     op: str
@@ -55,6 +61,7 @@ class Request:
     dims: tuple[tuple[str, int], ...] = ()
     features: frozenset[str] = frozenset()
     deterministic: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def dim(self, name: str) -> int | None:
         """The size called ``name``, or None if the operator has no such size."""
@@ -79,7 +86,7 @@ class KernelSpec:
     launch: the launcher, or ``"module:function"``, imported at first use.
     requires: predicates that all must hold.
     score: the highest among those that can serve wins; ties go to the smaller id.
-    space: the tuning search space, if it has one.
+    space: the tuning search space, if it has one; the launcher then gets ``config=``.
     deterministic: False makes ``torch.use_deterministic_algorithms(True)`` reject it.
     notes: one sentence for ``attnforge list``.
     """
@@ -90,7 +97,7 @@ class KernelSpec:
     launch: str | Callable[..., Any]
     requires: tuple[Predicate, ...] = ()
     score: float = 0.0
-    space: Any = None
+    space: SearchSpace | None = None
     deterministic: bool = True
     notes: str = ""
 
@@ -101,13 +108,11 @@ class KernelSpec:
             found.append("is not deterministic, and torch.use_deterministic_algorithms is on")
         return tuple(found)
 
-    def resolve(self) -> Callable[..., Any]:
-        """The launcher function, imported if it was given by name."""
-        if not isinstance(self.launch, str):
-            return self.launch
-        module, _, name = self.launch.partition(":")
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        return function
+    def resolve(self, config: Config | None = None) -> Callable[..., Any]:
+        """The launcher function, imported if it was given by name, bound to ``config`` if any."""
+        launch = self.launch
+        found = named(launch) if isinstance(launch, str) else launch
+        return found if config is None else partial(found, config=config)
 
     def describe(self) -> dict[str, Any]:
         """The spec as plain data, for ``attnforge list --json``."""
@@ -121,6 +126,7 @@ class KernelSpec:
             "requires": [str(need) for need in self.requires],
             "score": self.score,
             "deterministic": self.deterministic,
+            "space": None if self.space is None else self.space.describe(),
             "launch": launch,
             "notes": self.notes,
         }
@@ -139,6 +145,13 @@ class _Table:
 
 
 _TABLE = _Table()
+
+
+def named(path: str) -> Callable[..., Any]:
+    """The function that ``"module:function"`` names, imported now."""
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def epoch() -> int:

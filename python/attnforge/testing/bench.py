@@ -42,13 +42,8 @@ from attnforge.testing.results import (
     table_rows,
     to_json,
 )
-from attnforge.testing.roofline import (
-    UNIT,
-    Peaks,
-    Resource,
-    measure_peaks,
-    seconds_per_call,
-)
+from attnforge.testing.roofline import UNIT, Peaks, Resource, measure_peaks
+from attnforge.tuning.measure import BURST_S, calls_per_burst, seconds_per_call
 
 __all__ = [
     "FAMILIES",
@@ -75,8 +70,6 @@ __all__ = [
 ]
 
 FAMILIES = ("flash", "reductions")
-# A GPU needs neither long bursts nor long rests: its clock is its own, and nobody shares it.
-_BURST_S = {"cpu": 0.08, "cuda": 0.02}
 _REST_S = {"cpu": 0.1, "cuda": 0.01}
 REPEATS = 15
 QUICK_REPEATS = 5
@@ -186,13 +179,6 @@ class _Load:
         return max(0.0, (seconds - own) / elapsed)
 
 
-def _calls_per_burst(run: Callable[[], object], device: str) -> int:
-    """Warm up, then choose how many calls fill one burst."""
-    seconds_per_call(run, 1, device)  # first touch, thread pool, selection, compilation
-    best = min(seconds_per_call(run, 1, device) for _ in range(2))
-    return max(1, min(10_000, int(_BURST_S[device] / max(best, 1e-9))))
-
-
 def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -216,13 +202,14 @@ def run_case(
     probe = peaks.of(case.resource)
     runs: dict[str, Callable[[], object]] = {"attnforge": workload.candidate}
     unavailable: dict[str, str] = {}
-    calls: dict[str, int] = {"attnforge": _calls_per_burst(workload.candidate, case.device)}
+    long = BURST_S[case.device]
+    calls = {"attnforge": calls_per_burst(workload.candidate, long, case.device)}
     for name, run in workload.peers.items():
         if isinstance(run, str):
             unavailable[name] = run
             continue
         try:
-            calls[name] = _calls_per_burst(run, case.device)
+            calls[name] = calls_per_burst(run, long, case.device)
         except Exception as error:  # a peer that fails is reported, it does not end the run
             unavailable[name] = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             continue

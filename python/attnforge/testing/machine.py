@@ -14,21 +14,11 @@ import torch
 
 from attnforge import _native
 from attnforge._version import __version__
+from attnforge.tuning.device import cpu_model
 
 __all__ = ["commit", "cpu_isa", "cpu_model", "environment", "huge_pages"]
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-def cpu_model() -> str:
-    """The processor's own name, or the architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def cpu_isa() -> str:

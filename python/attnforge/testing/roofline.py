@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from attnforge import _native
+from attnforge.tuning.measure import seconds_per_call
 
 __all__ = ["UNIT", "Peaks", "Probe", "Resource", "Unit", "measure_peaks", "seconds_per_call"]
 
@@ -104,24 +105,6 @@ def _probe_op(name: str) -> Callable[..., Any] | None:
     except AttributeError:  # a library built before the probes
         return None
     return op
-
-
-def seconds_per_call(run: Callable[[], object], calls: int, device: str) -> float:
-    """Mean seconds of ``calls`` calls in a row; on "cuda" by events on the current stream."""
-    if device == "cuda":
-        event: Any = torch.cuda.Event
-        begin_event, end_event = event(enable_timing=True), event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin_event.record()
-        for _ in range(calls):
-            run()
-        end_event.record()
-        torch.cuda.synchronize()
-        return float(begin_event.elapsed_time(end_event)) * 1e-3 / calls
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - begin) / calls
 
 
 def _timed(run: Callable[[], object], work: float, device: str = "cpu") -> Callable[[], float]:

@@ -7,6 +7,7 @@ but the backward's delta, [B, Hq, Sq] fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from attnforge import _native
 from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
+from attnforge.registry.space import Config, SearchSpace
 from attnforge.registry.spec import KernelSpec, Request
 
 __all__ = ["SPECS"]
@@ -48,17 +50,33 @@ def _has_extras(p: FlashParams) -> bool:
 
 
 def fwd(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: FlashParams,
+    out: Tensor,
+    lse: Tensor,
+    out_lo: Tensor,
+    *,
+    config: Config,
 ) -> None:
     """Launcher of ``flash_fwd``."""
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
-    _native_op("flash_fwd")(_unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11])
+    _native_op("flash_fwd")(
+        _unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], config.row
+    )
 
 
 def bwd(
-    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+    dout: Tensor,
+    dlse: Tensor | None,
+    tape: FlashTape,
+    p: FlashParams,
+    grads: FlashGrads,
+    *,
+    config: Config,
 ) -> None:
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
     q, k, v, out, lse, out_lo = tape
@@ -83,19 +101,28 @@ def bwd(
         dv,
         delta,
         *p[5:11],
+        config.row,
     )
     if p.sinks is not None:
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: FlashParams,
+    out: Tensor,
+    lse: Tensor,
+    num_splits: int,
+    *,
+    config: Config,
 ) -> None:
     """Launcher of ``flash_decode``."""
     if _has_extras(p):
         p = _contiguous(p)
     _native_op("flash_decode")(
-        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits
+        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits, config.row
     )
 
 
@@ -134,7 +161,47 @@ _COMMON = (
 _MERGE = (_COMMON[0], _COMMON[1], _COMMON[4])
 
 
-def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+def _space(kernel: str, reason: str, **parameters: Sequence[int]) -> SearchSpace:
+    """Run-time tiles of a kernel, in the order of its native operator's list ``tiles``.
+
+    0 is the kernel's own choice: the numbers and their reasons stand in the C++ file.
+    """
+    return SearchSpace(
+        {name: (0, *values) for name, values in parameters.items()},
+        dict.fromkeys(parameters, 0),
+        f"0 is the kernel's own choice, {reason}",
+        environment=lambda: {"isa": _native.isa(), "threads": torch.get_num_threads()},
+        source=lambda: _native.source_digest(kernel),
+    )
+
+
+# Large query tiles stream packed K and V less often, small ones leave room in L1 and L2. Waves
+# bound the packed K and V that share the last cache.
+_FWD = _space(
+    "flash/fwd",
+    "48 queries by 256 keys, waves of 8 MiB",
+    block_m=(24, 96, 144),
+    block_n=(64, 128),
+    wave_bytes=(2 << 20, 32 << 20),
+)
+# Short splits balance many cores, long ones merge less; chunks stand beside each other in L1.
+_DECODE = _space(
+    "flash/decode",
+    "splits of 2048 keys, 8 KiB of K at a time",
+    split_keys=(512, 1024, 4096, 8192),
+    chunk_keys=(8, 32, 64),
+)
+# Chunks share out the keys: more of them balance many cores, fewer need fewer fp32 slabs of dQ.
+_BWD = _space(
+    "flash/bwd",
+    "96 queries by 96 keys (64 for head_dim above 96), 16 chunks",
+    block_m=(48, 192),
+    block_n=(32, 64),
+    chunks=(8, 32),
+)
+
+
+def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> KernelSpec:
     return KernelSpec(
         id=f"cpu.flash.{kind}",
         op=op,
@@ -142,13 +209,14 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         launch=f"{__name__}:{kind}",
         requires=_MERGE if kind == "merge" else _COMMON,
         score=100.0,  # far above the reference; room below for simpler kernels
+        space=space,
         notes=notes,
     )
 
 
 SPECS = (
-    _spec("fwd", "flash_fwd", "tiles over query rows, packed K^T, online softmax in fp32"),
-    _spec("bwd", "flash_bwd", "recomputed probabilities, fp32 delta, no atomics"),
-    _spec("decode", "flash_decode", "split over keys, merged by LSE; K and V read once"),
+    _spec("fwd", "flash_fwd", "tiles over query rows, packed K^T, online softmax in fp32", _FWD),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, fp32 delta, no atomics", _BWD),
+    _spec("decode", "flash_decode", "split over keys, merged by LSE; K and V read once", _DECODE),
     _spec("merge", "merge_states", "weighted sum of parts by LSE"),
 )

@@ -1,0 +1,14 @@
+"""Tuning: search spaces measured on this machine, results kept in readable files.
+
+    attnforge.tune("flash", budget=60)                     # never implicit
+    with attnforge.trace_shapes("shapes.jsonl"): serve()   # what a program really calls
+    attnforge.tune("flash", trace="shapes.jsonl")
+
+Look-up at a call, once per bucket of sizes: user cache, shipped table, nearest bucket, default.
+"""
+
+from attnforge.tuning.lookup import Tables
+from attnforge.tuning.runner import Outcome, Report, tune
+from attnforge.tuning.trace import read_trace, trace_shapes
+
+__all__ = ["Outcome", "Report", "Tables", "read_trace", "trace_shapes", "tune"]
