@@ -1,9 +1,12 @@
-"""Triton kernels without a GPU: run by the interpreter, or compiled ahead of time.
+"""Triton kernels on a GPU, or without one: run by the interpreter, or compiled ahead of time.
 
 Triton decides when it is imported, so the two need processes of their own:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton     # values: everything but test_compile.py
     python -m pytest tests/triton                        # compilation: test_compile.py alone
+
+Where a GPU is there and nothing is interpreted, the same tests of values run on it, with the tiles
+that calls get.
 """
 
 from __future__ import annotations
@@ -13,17 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from attnforge import _settings
+from attnforge.testing import cases
 from attnforge.testing.cases import FlashCase, FlashInputs
 from attnforge.testing.compare import Report, compare
 from attnforge.triton_kernels.flash import config
 
 HERE = Path(__file__).parent
+ON_GPU = torch.cuda.is_available() and not _settings.triton_interpreted()
 collect_ignore = [
     path.name
     for path in HERE.glob("test_*.py")
-    if (path.name == "test_compile.py") == _settings.triton_interpreted()
+    if not ON_GPU and (path.name == "test_compile.py") == _settings.triton_interpreted()
 ]
 
 # Small and unequal, so that short sequences have whole tiles, edges and tails in each direction.
@@ -35,9 +41,16 @@ TILES = {
 }
 
 
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: what a test makes by itself goes there."""
+    return "cuda" if ON_GPU else "cpu"
+
+
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles for the interpreter, whose time goes by programs; numpy is silent about NaN."""
+def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
+    """Cases on the device; tiles for the interpreter, whose time goes by programs; numpy is silent about NaN."""
+    monkeypatch.setattr(cases, "DEVICE", device)
     if _settings.triton_interpreted():
         monkeypatch.setattr(
             config, "choose", lambda kernel, _: {**TILES[kernel], "num_warps": 4, "num_stages": 1}

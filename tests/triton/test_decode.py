@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import attnforge
+from attnforge.testing import cases
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle import merged_truth
@@ -59,11 +61,10 @@ def test_more_rows_than_keys(check: Any) -> None:
 
 def test_is_the_forward() -> None:
     inputs = case(seqlen_q=3, seqlen_k=90, dtype=torch.bfloat16).make()
-    options = {"causal": True, "return_lse": True, "backend": "triton"}
-    out, lse = attnforge.flash_attention(inputs.q, inputs.k, inputs.v, **options)
+    whole = replace(inputs, call=attnforge.flash_attention).forward("triton")
     got = inputs.forward("triton", num_splits=3)
-    assert (got["out"].double() - out.double()).abs().max() <= 2.0**-7
-    assert (got["lse"] - lse).abs().max() <= 1e-6
+    assert (got["out"].double() - whole["out"].double()).abs().max() <= 2.0**-7
+    assert (got["lse"] - whole["lse"]).abs().max() <= 1e-6
 
 
 def test_default_split_ignores_batch_and_capacity() -> None:
@@ -89,9 +90,9 @@ def parts(n: int, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[list[Any]
 
 
 def merged(outs: list[Any], lses: list[Any]) -> dict[str, torch.Tensor]:
-    return dict(
-        zip(("out", "lse"), attnforge.merge_states(outs, lses, backend="triton"), strict=True)
-    )
+    parts = ([x.to(cases.DEVICE) for x in xs] for xs in (outs, lses))
+    results = attnforge.merge_states(*parts, backend="triton")
+    return {name: x.cpu() for name, x in zip(("out", "lse"), results, strict=True)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnforge import reductions
+from attnforge.testing import cases
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import compare
 from attnforge.testing.oracle import Truth
@@ -21,16 +22,21 @@ NAMES = ("sums", "weighted", "mass", "top_prob", "top_logit", "entropy")
 
 def run(inputs: ReductionInputs) -> dict[str, Tensor]:
     """The statistics that have a Triton kernel."""
-    q, k, lse, o = inputs.q, inputs.k, inputs.lse, {**inputs.options, "backend": "triton"}
+
+    def put(x: Any) -> Any:
+        return x.to(cases.DEVICE) if isinstance(x, Tensor) else x
+
+    q, k, lse = put(inputs.q), put(inputs.k), put(inputs.lse)
+    o: Any = {**{name: put(x) for name, x in inputs.options.items()}, "backend": "triton"}
     results = (
         reductions.column_sums(q, k, lse, **o),
-        reductions.column_sums(q, k, lse, row_weights=inputs.weights, **o),
-        reductions.span_mass(q, k, lse, inputs.boundaries, **o),
+        reductions.column_sums(q, k, lse, row_weights=put(inputs.weights), **o),
+        reductions.span_mass(q, k, lse, put(inputs.boundaries), **o),
         reductions.block_max(q, k, lse, *inputs.blocks, **o),
         reductions.block_max(q, k, None, *inputs.blocks, **o),
         reductions.row_entropy(q, k, lse, **o),
     )
-    return dict(zip(NAMES, results, strict=True))
+    return {name: x.cpu() for name, x in zip(NAMES, results, strict=True)}
 
 
 def check(case: FlashCase, **changes: Any) -> dict[str, Tensor]:

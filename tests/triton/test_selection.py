@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import attnforge
+from attnforge import _settings
 from attnforge.backends.triton import _selftest, flash
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import decide
@@ -16,6 +17,9 @@ from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import compare
 from attnforge.triton_kernels.flash import config
 
+pytestmark = pytest.mark.skipif(
+    not _settings.triton_interpreted(), reason="selection is tested with kernels that run anywhere"
+)
 KINDS = ("fwd", "bwd", "decode", "merge")
 OPS = {"fwd": "flash_fwd", "bwd": "flash_bwd", "decode": "flash_decode", "merge": "merge_states"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -169,6 +169,10 @@ class FlashInputs:
         return replace(self, **own, options={**self.options, **changes})
 
 
+# Where cases run that do not say it: tests of GPU kernels put it on a GPU.
+DEVICE = "cpu"
+
+
 @dataclass(frozen=True)
 class FlashCase:
     """A problem. Lengths of a varlen case are pairs (rows, keys) in ``lengths``.
@@ -201,7 +205,7 @@ class FlashCase:
     v_mean: float = 0.0
     lse_grad: bool = True
     seed: int = 0
-    device: str = "cpu"
+    device: str = ""  # where the call runs; "" is ``DEVICE``
 
     def make(self) -> FlashInputs:
         """Inputs of this case: standard normal values, the same on every machine."""
@@ -253,4 +257,5 @@ class FlashCase:
                 ends = torch.tensor([0, *(pair[side] for pair in self.lengths)])
                 options[name] = ends.cumsum(0).to(torch.int32)
         cotangent = dlse.to(stat) if self.lse_grad else None
-        return FlashInputs(call, q, k, v, options, dout, cotangent, repr(self), self.device)
+        device = self.device or DEVICE
+        return FlashInputs(call, q, k, v, options, dout, cotangent, repr(self), device)
