@@ -49,7 +49,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
-    """Cases on the device; tiles for the interpreter, whose time goes by programs; numpy is silent about NaN."""
+    """Cases on the device; small tiles for the interpreter; numpy is silent about NaN."""
     monkeypatch.setattr(cases, "DEVICE", device)
     if _settings.triton_interpreted():
         monkeypatch.setattr(
