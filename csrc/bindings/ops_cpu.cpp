@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/mods.h"
 #include "bindings/tensors.h"
 
 namespace attnforge::cpu {
@@ -62,13 +63,15 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                const OptionalTensor& out_lo, int64_t max_seqlen_q, int64_t max_seqlen_k,
                double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-               const Tiles& tiles) {
+               const std::vector<OptionalTensor>& mods, const std::string& score_fn,
+               double dropout_p, bool rope_interleaved, const Tiles& tiles) {
   FlashFwdParams params;
   FlashTiles& t = params.tiles;
   set_tiles(tiles, {&t.block_m, &t.block_n, &t.wave_bytes});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
               max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+  p.mods = flash_mods(p, {mods, score_fn, dropout_p, rope_interleaved});
   zero_tail(out, p.cu_seqlens_q, p.batch);
   if (out_lo) zero_tail(*out_lo, p.cu_seqlens_q, p.batch);
   fill_tail(lse, p.cu_seqlens_q, p.batch, -std::numeric_limits<float>::infinity());
@@ -94,12 +97,14 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
                   const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
                   const OptionalTensor& sinks, const Tensor& out, const Tensor& lse,
                   double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-                  int64_t num_splits, const Tiles& tiles) {
+                  const std::vector<OptionalTensor>& mods, const std::string& score_fn,
+                  double dropout_p, bool rope_interleaved, int64_t num_splits, const Tiles& tiles) {
   FlashFwdParams params;
   set_tiles(tiles, {&params.tiles.split_keys, &params.tiles.chunk_keys});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
               k.size(1), {softmax_scale, window_left, window_right, softcap});
+  p.mods = flash_mods(p, {mods, score_fn, dropout_p, rope_interleaved});
   if (empty(p)) return;
   params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
   params.out = ref(out, p.dtype);
@@ -116,13 +121,18 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
                const OptionalTensor& sinks, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                const Tensor& delta, int64_t max_seqlen_q, int64_t max_seqlen_k,
                double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
-               const Tiles& tiles) {
+               const std::vector<OptionalTensor>& mods, const std::string& score_fn,
+               double dropout_p, bool rope_interleaved, const Tiles& tiles,
+               const OptionalTensor& dcolumns, const OptionalTensor& drows,
+               const OptionalTensor& dbias, const OptionalTensor& drel_bias,
+               const OptionalTensor& drow_scale) {
   FlashBwdParams params;
   FlashTiles& t = params.tiles;
   set_tiles(tiles, {&t.block_m, &t.block_n, &t.chunks});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
               max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+  p.mods = flash_mods(p, {mods, score_fn, dropout_p, rope_interleaved});
   zero_tail(dq, p.cu_seqlens_q, p.batch);
   zero_tail(dk, p.cu_seqlens_k, p.batch);
   zero_tail(dv, p.cu_seqlens_k, p.batch);
@@ -135,6 +145,7 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
   params.lse = stat(lse);
   if (dlse) params.dlse = stat(*dlse);
   params.delta = stat(delta);
+  set_mod_grads(params, {dcolumns, drows, dbias, drel_bias, drow_scale});
   Tensor scratch = workspace(kernels().flash_bwd_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
   kernels().flash_bwd(params, workers());
@@ -201,7 +212,9 @@ std::string cpu_isa_levels() {
 }  // namespace
 }  // namespace attnforge::cpu
 
-#define ATTNFORGE_SCORES "float softmax_scale, int window_left, int window_right, float softcap"
+#define ATTNFORGE_SCORES                                                                        \
+  "float softmax_scale, int window_left, int window_right, float softcap, Tensor?[] mods, str " \
+  "score_fn, float dropout_p, bool rope_interleaved"
 #define ATTNFORGE_EXTRAS                                                                          \
   "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, Tensor? " \
   "sinks, "
@@ -216,7 +229,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
       "flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? out_lo, " ATTNFORGE_EXTRAS
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
-      "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ATTNFORGE_TILES ") -> ()");
+      "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ATTNFORGE_TILES
+      ", Tensor(e!)? dcolumns, Tensor(f!)? drows, Tensor(g!)? dbias, Tensor(h!)? drel_bias, "
+      "Tensor(i!)? drow_scale) -> ()");
   m.def(
       "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES

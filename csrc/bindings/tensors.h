@@ -136,8 +136,8 @@ inline FlashProblem problem(const Tensor& q, const Tensor& k, const Tensor& v,
   STD_TORCH_CHECK(p.heads_k > 0 ? p.heads_q % p.heads_k == 0 : p.heads_q == 0,
                   "attnforge_native: query heads must be a multiple of kv heads");
   STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.v_head_dim % 8 == 0 && p.head_dim <= 576 &&
-                      p.v_head_dim <= 576 && p.head_dim > 0 && p.v_head_dim > 0,
-                  "attnforge_native: head dims must be multiples of 8 up to 576");
+                      p.v_head_dim <= 1024 && p.head_dim > 0 && p.v_head_dim > 0,
+                  "attnforge_native: head dims must be multiples of 8, up to 576 and 1024 for v");
   STD_TORCH_CHECK(k.size(h + 1) == p.head_dim && v.size(h) == p.heads_k && v.size(0) == k.size(0) &&
                       (varlen || (k.size(0) == p.batch && v.size(1) == k.size(1))),
                   "attnforge_native: shapes of q, k and v do not fit");

@@ -14,6 +14,7 @@
 //   chunks     key blocks are dealt round-robin to ceil(kChunksWanted / kv heads) chunks: work for
 //              all threads where heads are few, balanced under a causal mask, and the same sums for
 //              any number of threads and any batch. No atomics
+//   dbias      where (batch, kv head) pairs share elements of it, waves of one pair: in order
 //   tile       96 queries x 96 keys (64 when D > 96): S and dP 84 KiB, operands stream from L2;
 //              tuning may choose others (FlashTiles)
 //   transpose  P^T and dS^T are the same tiles read with swapped compile-time strides
@@ -23,7 +24,7 @@
 //
 // Masked pairs are skipped or exactly zero; where an operand holds NaN or infinity and a tile is
 // masked in part, products run over visible pairs only, so that nothing leaks through 0 * NaN.
-#include "cpu/flash/problem.h"
+#include "cpu/flash/score_row_bwd.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
 #include "cpu/micro/parallel.h"
@@ -52,8 +53,18 @@ struct Plan {
   int64_t ldd, ldv;  // padded D and Dv
 };
 
-AF_INLINE int64_t chunks_of(const FlashProblem& p, const Plan& plan, int64_t blocks) {
-  return max64(1, min64(ceil_div(plan.chunks_wanted, p.heads_k), blocks));
+// Whether pairs add to the same elements of dbias.
+AF_INLINE bool shares_bias(const FlashBwdParams& params) {
+  const FlashProblem& p = params.problem;
+  return params.dbias &&
+         ((params.dbias_batch == 0 && p.batch > 1) || (params.dbias_head == 0 && p.heads_k > 1));
+}
+
+// All threads work on one pair where pairs must go one by one.
+AF_INLINE int64_t chunks_of(const FlashBwdParams& params, const Plan& plan, int64_t blocks) {
+  const int64_t heads = shares_bias(params) ? 1 : params.problem.heads_k;
+  const int64_t wanted = min64(ceil_div(plan.chunks_wanted, heads), params.max_chunks);
+  return max64(1, min64(wanted, blocks));
 }
 
 // A packed query tile: everything phase 2 reads of it.
@@ -75,8 +86,10 @@ struct Head {
 
 struct Scratch {
   float *k_panels, *k_columns, *v_panels;  // K^T, K and V^T operands of one key block
-  float *s, *dp, *s_cap;                   // [block_m][kLds]; s_cap keeps tanh under a softcap
+  float *s, *dp, *s_cap;                   // [block_m][kLds]; s_cap: slopes under a softcap
   float *dk, *dv;                          // [kMaxBlockN + kMR][ldd], [..][ldv]
+  float* drop;                             // [kLds] dropout of one row
+  float* rotated;                          // [kMaxBlockN][ldd] with rotary positions
 };
 
 AF_INLINE QueryTile take_query_tile(Arena& a, const FlashProblem& p, const Plan& plan) {
@@ -103,6 +116,8 @@ AF_INLINE Scratch take_scratch(Arena& a, const FlashProblem& p, const Plan& plan
   s.s_cap = a.take<float>(p.softcap > 0.0f ? plan.block_m * kLds : 0);
   s.dk = a.take<float>((kMaxBlockN + kMR) * plan.ldd);
   s.dv = a.take<float>((kMaxBlockN + kMR) * plan.ldv);
+  s.drop = a.take<float>(p.mods.dropout ? kLds : 0);
+  s.rotated = a.take<float>(p.mods.rope_cos ? kMaxBlockN * plan.ldd : 0);
   return s;
 }
 
@@ -122,7 +137,7 @@ AF_INLINE Layout make_layout(const FlashBwdParams& params, int64_t threads) {
   plan.chunks_wanted = chosen(tiles.chunks, kChunksWanted, 1, kMaxChunks);
   plan.max_tiles = max_tiles(p.seqlen_q, plan.group, plan.block_m);
   plan.max_blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
-  plan.chunks = chunks_of(p, plan, plan.max_blocks);
+  plan.chunks = chunks_of(params, plan, plan.max_blocks);
   plan.ldd = padded_columns(p.head_dim);
   plan.ldv = padded_columns(p.v_head_dim);
   Arena tile{nullptr}, scratch{nullptr};
@@ -135,6 +150,7 @@ AF_INLINE Layout make_layout(const FlashBwdParams& params, int64_t threads) {
   int64_t pairs = p.batch * p.heads_k;
   int64_t enough = ceil_div(2 * threads, plan.chunks);
   plan.slots = max64(1, min64(pairs, max64(enough, kWaveBytes / max64(1, l.head_bytes))));
+  if (shares_bias(params)) plan.slots = 1;
   l.total = threads * l.scratch_bytes + plan.slots * l.head_bytes;
   return l;
 }
@@ -159,7 +175,7 @@ struct Pair {
            tile_index * layout.plan.block_m * layout.plan.ldd;
   }
   AF_INLINE_MEMBER int64_t chunks() const {
-    return chunks_of(problem(), layout.plan, ceil_div(seq.k_len, layout.plan.block_n));
+    return chunks_of(params, layout.plan, ceil_div(seq.k_len, layout.plan.block_n));
   }
   AF_INLINE_MEMBER int64_t head(int64_t row) const {
     return kv_head * layout.plan.group + row / seq.q_len;
@@ -167,8 +183,9 @@ struct Pair {
   AF_INLINE_MEMBER int64_t query(int64_t row) const { return row % seq.q_len; }
 };
 
-template <class T>
-AF_INLINE float dot_residue(const T* dout, const T* out, const T* lo, int64_t dim) {
+// <dout, out + lo>; lo may be null.
+template <class T, class U>
+AF_INLINE float dot_residue(const T* dout, const U* out, const U* lo, int64_t dim) {
   VecF sum{};
   for (int64_t d = 0; d < dim; d += kLanes) {
     int64_t n = dim - d;
@@ -181,7 +198,7 @@ AF_INLINE float dot_residue(const T* dout, const T* out, const T* lo, int64_t di
 
 // Phase 1: packs one query tile and computes its row statistics.
 template <class T>
-AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
+AF_INLINE void prepare_tile(const Pair& pair, int64_t index, const Scratch& w) {
   const FlashBwdParams& params = pair.params;
   const FlashProblem& p = params.problem;
   const QueryTile tile = pair.tile(index);
@@ -194,10 +211,13 @@ AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
     const int64_t row = pair.seq.q_row + i, batch = pair.seq.batch;
     const T* q = row_ptr<const T>(params.q, batch, row, head);
     const T* dout = row_ptr<const T>(params.dout, batch, row, head);
-    pack_row(q, p.head_dim, q_scale, r, tile.q_groups);
+    const float own = row_scale(p, pair.seq, head, i);
+    with_query(p, pair.seq, head, i, q, w.rotated, [&](auto* x) {
+      pack_row(x, p.head_dim, q_scale * own, r, tile.q_groups);
+      finite &= pack_column_panels(x, 0, 1, p.head_dim, p.softmax_scale * own,
+                                   tile.q_panels + r * kNR, plan.block_m * kNR);
+    });
     pack_row(dout, p.v_head_dim, 1.0f, r, tile.do_groups);
-    finite &= pack_column_panels(q, 0, 1, p.head_dim, p.softmax_scale, tile.q_panels + r * kNR,
-                                 plan.block_m * kNR);
     finite &= pack_column_panels(dout, 0, 1, p.v_head_dim, 1.0f, tile.do_panels + r * kNR,
                                  plan.block_m * kNR);
     const T* lo = params.out_lo.data ? row_ptr<const T>(params.out_lo, batch, row, head) : nullptr;
@@ -207,7 +227,9 @@ AF_INLINE void prepare_tile(const Pair& pair, int64_t index) {
     *stat_ptr(params.delta, pair.seq, head, i) = delta;
     tile.delta[r] = delta;
     tile.lse2[r] = *stat_ptr(params.lse, pair.seq, head, i) * kLog2E;
-    tile.keys[r] = visible_keys(p, pair.seq, i);
+    tile.keys[r] = visible_keys(p, pair.seq, head, i);
+    // Nothing but -inf, by biases or hidden keys: no probabilities, and no gradient.
+    if (p.mods.any && tile.lse2[r] == -kInf) tile.keys[r] = {0, 0};
   }
   zero_rows(rows, round_up(rows, kMR), p.head_dim, tile.q_groups);
   zero_rows(rows, round_up(rows, kMR), p.v_head_dim, tile.do_groups);
@@ -223,6 +245,7 @@ struct Step {
   int64_t first, rows;  // of the tile
   int64_t key0, keys;   // of the block
   float* dq;            // slab of the tile
+  int64_t chunk;
 };
 
 // S and dP of row r, columns [c0, c0 + n), become P and dS.
@@ -254,6 +277,20 @@ AF_INLINE void differentiate_row(const Step& t, int64_t r, int64_t c0, int64_t n
     int64_t row = t.first + r;
     add_alibi(s, n, alibi_slope2(p, t.pair.seq.batch, t.pair.head(row)),
               t.pair.query(row) + t.pair.seq.offset - (t.key0 + c0));
+  }
+  if (p.mods.any) {
+    const GradRow row = {s,
+                         dp,
+                         n,
+                         t.key0 + c0,
+                         min64(n, t.keys - c0),
+                         {lo, hi},
+                         t.tile.lse2[r],
+                         t.tile.delta[r],
+                         slope,
+                         t.scratch.drop};
+    return differentiate_score_row(t.pair.params, t.pair.seq, t.pair.head(t.first + r),
+                                   t.pair.query(t.first + r), t.chunk, row);
   }
   const VecF lse2 = splat(t.tile.lse2[r]), delta = splat(t.tile.delta[r]);
   for (int64_t c = 0; c < n; c += kLanes) {
@@ -304,7 +341,10 @@ AF_INLINE void accumulate_pairs(const Step& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     int64_t lo = max64(0, t.tile.keys[r].lo - t.key0);
     int64_t hi = min64(t.keys, t.tile.keys[r].hi - t.key0);
+    const RowMods mods =
+        row_mods(p, t.pair.seq, t.pair.head(t.first + r), t.pair.query(t.first + r));
     for (int64_t c = lo; c < hi; ++c) {
+      if (!sees(mods, t.key0 + c)) continue;
       float prob = w.s[r * kLds + c], ds = w.dp[r * kLds + c];
       axpy_panels(prob, t.tile.do_panels + r * kNR, plan.block_m * kNR, p.v_head_dim,
                   w.dv + c * plan.ldv);
@@ -389,19 +429,26 @@ AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
   const Sequence& seq = pair.seq;
   const ScoreMap map = score_map(p);
   const int64_t tiles = pair.tiling.tiles(), chunks = pair.chunks();
+  const bool some_hidden = hides(p.mods);
   fill(pair.slab(chunk, 0), 0, tiles * plan.block_m * plan.ldd, 0.0f);
   for (int64_t key0 = chunk * plan.block_n; key0 < seq.k_len; key0 += chunks * plan.block_n) {
     const int64_t keys = min64(plan.block_n, seq.k_len - key0);
     const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, pair.kv_head);
     const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, pair.kv_head);
+    bool k_finite = true;
+    with_keys(p, seq, pair.kv_head, {key0, key0 + keys}, k, params.k.seq_stride, w.rotated,
+              [&](auto* rows, int64_t stride) {
+                for (int64_t c = 0; c < keys; c += kNR) {
+                  pack_key_panel(rows + c * stride, stride, keys - c, p.head_dim,
+                                 w.k_panels + c * p.head_dim);
+                }
+                k_finite = pack_column_panels(rows, stride, keys, p.head_dim, 1.0f, w.k_columns,
+                                              kMaxBlockN * kNR);
+              });
     for (int64_t c = 0; c < keys; c += kNR) {
-      pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, keys - c, p.head_dim,
-                     w.k_panels + c * p.head_dim);
       pack_key_panel(v + c * params.v.seq_stride, params.v.seq_stride, keys - c, p.v_head_dim,
                      w.v_panels + c * p.v_head_dim);
     }
-    bool k_finite = pack_column_panels(k, params.k.seq_stride, keys, p.head_dim, 1.0f, w.k_columns,
-                                       kMaxBlockN * kNR);
     fill(w.dk, 0, (keys + kMR) * plan.ldd, 0.0f);
     fill(w.dv, 0, (keys + kMR) * plan.ldv, 0.0f);
     for (int64_t index = 0; index < tiles; ++index) {
@@ -421,12 +468,16 @@ AF_INLINE void run_chunk(const Pair& pair, int64_t chunk, const Scratch& w) {
                 rows,
                 key0,
                 keys,
-                pair.slab(chunk, index)};
-      if (all) {
+                pair.slab(chunk, index),
+                chunk};
+      if (all && !some_hidden) {
         full_step(step);
       } else {
         partial_step(step, k_finite && *tile.finite);
       }
+    }
+    for (int64_t c = 0; c < keys && p.mods.rope_cos; ++c) {
+      rotate(key_rotation(p, seq, pair.kv_head, key0 + c), -1.0f, w.dk + c * plan.ldd);
     }
     store_keys<T>(pair, params.dk, p.head_dim, w.dk, plan.ldd, key0, keys);
     store_keys<T>(pair, params.dv, p.v_head_dim, w.dv, plan.ldv, key0, keys);
@@ -460,9 +511,18 @@ AF_INLINE void finish_tile(const Pair& pair, int64_t index) {
       store(sum + e, load(sum + e) + load(part + e));
   }
   for (int64_t r = 0; r < rows; ++r) {
-    int64_t row = pair.seq.q_row + pair.query(first + r);
-    store_output<T>(sum + r * plan.ldd, p.softmax_scale, p.head_dim,
-                    row_ptr<T>(pair.params.dq, pair.seq.batch, row, pair.head(first + r)), nullptr);
+    const FlashBwdParams& params = pair.params;
+    const int64_t head = pair.head(first + r), i = pair.query(first + r);
+    const int64_t batch = pair.seq.batch, row = pair.seq.q_row + i;
+    float* dq = sum + r * plan.ldd;
+    if (p.mods.rope_cos) rotate(query_rotation(p, pair.seq, head, i), -1.0f, dq);
+    if (params.drow_scale.data) {  // sum of dS' scale <q, k>: q times the sum of dS' k
+      const T* q = row_ptr<const T>(params.q, batch, row, head);
+      *stat_ptr(params.drow_scale, pair.seq, head, i) =
+          p.softmax_scale * dot_residue(q, dq, static_cast<const float*>(nullptr), p.head_dim);
+    }
+    store_output<T>(dq, p.softmax_scale * row_scale(p, pair.seq, head, i), p.head_dim,
+                    row_ptr<T>(params.dq, batch, row, head), nullptr);
   }
 }
 
@@ -485,16 +545,20 @@ AF_INLINE void run(const FlashBwdParams& params, const Workers& workers) {
                   (pair0 + slot) % p.heads_k,
                   heads + slot * layout.head_bytes};
     };
-    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t) {
+    auto scratch_of = [&](int64_t worker) {
+      Arena a{scratch + worker * layout.scratch_bytes};
+      return take_scratch(a, p, plan);
+    };
+    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
       const Pair pair = pair_at(task / plan.max_tiles);
       int64_t index = task % plan.max_tiles;
-      if (pair.seq.q_len > 0 && index < pair.tiling.tiles()) prepare_tile<T>(pair, index);
+      if (pair.seq.q_len == 0 || index >= pair.tiling.tiles()) return;
+      prepare_tile<T>(pair, index, scratch_of(worker));
     });
     parallel_tasks(workers, slots * plan.chunks, [&](int64_t task, int64_t worker) {
       const Pair pair = pair_at(task / plan.chunks);
       int64_t chunk = task % plan.chunks;
-      Arena a{scratch + worker * layout.scratch_bytes};
-      const Scratch w = take_scratch(a, p, plan);
+      const Scratch w = scratch_of(worker);
       if (pair.seq.q_len == 0) {
         if (chunk == 0) zero_keys<T>(pair, w, 0);
         return;

@@ -19,7 +19,7 @@
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
 // Keys outside a row's interval are not multiplied into it: they may hold NaN.
-#include "cpu/flash/problem.h"
+#include "cpu/flash/score_row.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
 #include "cpu/micro/parallel.h"
@@ -221,9 +221,9 @@ struct RowGroup {
   float *m, *l, *o;
   Interval keys[kRows];
   float slope2[kRows];
-  int64_t position[kRows];  // of the query among the keys
-  int64_t lo, hi;           // union of the intervals
-  bool same;                // all rows see [lo, hi)
+  int64_t head[kRows], query[kRows];
+  int64_t lo, hi;  // union of the intervals
+  bool same;       // all rows see [lo, hi)
 };
 
 AF_INLINE VecF repeat4(const float* x) {
@@ -262,10 +262,50 @@ AF_INLINE void softmax_group(float* s, int64_t n, float* m, float* l, float* alp
   for (int64_t r = 0; r < kRows; ++r) l[r] = l[r] * alpha[r] + sums[r];
 }
 
+// Scores [key][kRows] of n keys from key0 on to weights, row by row, where a call does more than
+// softmax.
+AF_INLINE void weigh_group(const FlashProblem& p, const Sequence& seq, const RowGroup& rows,
+                           int64_t key0, int64_t n, float* s, float* alpha) {
+  float row[kMaxChunk], drop[kMaxChunk];
+  const int64_t padded = round_up(n, kNR);
+  for (int64_t r = 0; r < rows.rows; ++r) {
+    alpha[r] = 1.0f;
+    const int64_t lo = max64(0, rows.keys[r].lo - key0), hi = min64(n, rows.keys[r].hi - key0);
+    fill(row, 0, padded, 0.0f);
+    if (lo < hi) {
+      for (int64_t c = 0; c < n; ++c) row[c] = s[c * kRows + r];
+      const ScoreRow scores = {row, padded, key0, {lo, hi}, drop};
+      alpha[r] = weigh_score_row(p, seq, rows.head[r], rows.query[r], scores, rows.m[r], rows.l[r]);
+    }
+    for (int64_t c = 0; c < n; ++c) s[c * kRows + r] = row[c];
+  }
+}
+
+// O += P V of one row over exactly the keys it sees.
+template <class T>
+AF_INLINE void weigh_seen(const FlashProblem& p, const Plan& plan, const Sequence& seq,
+                          const RowGroup& rows, int64_t r, Interval keys, const float* s,
+                          const T* v, int64_t stride) {
+  const RowMods mods = row_mods(p, seq, rows.head[r], rows.query[r]);
+  for (int64_t j = keys.lo; j < keys.hi; ++j, s += kRows, v += stride) {
+    if (sees(mods, j)) weigh<1>(s, v, stride, 1, p.v_head_dim, rows.o + r * plan.ldo, plan.ldo);
+  }
+}
+
+// Whether n rows hold neither NaN nor infinity.
+template <class T>
+[[gnu::noinline]] static bool finite_rows(const T* x, int64_t stride, int64_t n, int64_t dim) {
+  VecF poison{};
+  for (int64_t j = 0; j < n; ++j, x += stride) {
+    for (int64_t d = 0; d < dim; d += kLanes) poison += load_partial(x + d, dim - d) * splat(0.0f);
+  }
+  return reduce_add(poison) == 0.0f;
+}
+
 template <class T>
 AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& map,
-                      const RowGroup& rows, const Keys<T>& all, int64_t key0, int64_t key_end,
-                      bool prefetch) {
+                      const Sequence& seq, const RowGroup& rows, const Keys<T>& all,
+                      const float* rotated, int64_t key0, int64_t key_end, bool prefetch) {
   int64_t lo = max64(key0, rows.lo), hi = min64(key_end, rows.hi);
   if (lo >= hi) return;
   const int64_t n = hi - lo;
@@ -274,7 +314,13 @@ AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& m
   keys.v += (lo - key0) * keys.v_stride;
   float s[(kMaxChunk + kLanes) * kRows];
   dispatch_rows(rows.rows, [&](auto r) {
-    scores<decltype(r)::value>(rows.q, plan.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+    constexpr int kCount = decltype(r)::value;
+    if (rotated) {
+      const Keys<float> turned{rotated + (lo - key0) * plan.ldq, nullptr, plan.ldq, 0, nullptr};
+      scores<kCount>(rows.q, plan.ldq, turned, n, p.head_dim, p.v_head_dim, false, s);
+    } else {
+      scores<kCount>(rows.q, plan.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+    }
   });
   const int64_t flat = round_up(n * kRows, kLanes);
   fill(s, n * kRows, flat, 0.0f);
@@ -282,7 +328,7 @@ AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& m
   if (p.alibi_slopes) {
     for (int64_t c = 0; c < n; ++c) {
       for (int64_t r = 0; r < kRows; ++r) {
-        int64_t distance = rows.position[r] - (lo + c);
+        int64_t distance = rows.query[r] + seq.offset - (lo + c);
         s[c * kRows + r] -=
             rows.slope2[r] * static_cast<float>(distance < 0 ? -distance : distance);
       }
@@ -292,21 +338,27 @@ AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& m
   for (int64_t r = 0; r < rows.rows && !rows.same; ++r) {
     masked |= rows.keys[r].lo > lo || rows.keys[r].hi < hi;
   }
-  if (masked) {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      for (int64_t c = 0; c < n; ++c) {
-        if (lo + c < rows.keys[r].lo || lo + c >= rows.keys[r].hi) s[c * kRows + r] = -kInf;
+  float alpha[kRows];
+  if (p.mods.any) {
+    weigh_group(p, seq, rows, lo, n, s, alpha);
+  } else {
+    if (masked) {
+      for (int64_t r = 0; r < rows.rows; ++r) {
+        for (int64_t c = 0; c < n; ++c) {
+          if (lo + c < rows.keys[r].lo || lo + c >= rows.keys[r].hi) s[c * kRows + r] = -kInf;
+        }
       }
     }
+    softmax_group(s, n, rows.m, rows.l, alpha);
   }
-  float alpha[kRows];
-  softmax_group(s, n, rows.m, rows.l, alpha);
   for (int64_t r = 0; r < rows.rows; ++r) {
     if (alpha[r] == 1.0f) continue;
     float* o = rows.o + r * plan.ldo;
     for (int64_t d = 0; d < plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha[r]));
   }
-  if (!masked) {
+  const bool some_hidden = p.mods.segments_q || (p.mods.mask && hi > seq.k_len - p.mods.mask_keys);
+  const bool each = some_hidden && !finite_rows(keys.v, keys.v_stride, n, p.v_head_dim);
+  if (!masked && !each) {
     dispatch_rows(rows.rows, [&](auto r) {
       weigh<decltype(r)::value>(s, keys.v, keys.v_stride, n, p.v_head_dim, rows.o, plan.ldo);
     });
@@ -315,8 +367,14 @@ AF_INLINE void attend(const FlashProblem& p, const Plan& plan, const ScoreMap& m
   for (int64_t r = 0; r < rows.rows; ++r) {
     int64_t first = max64(lo, rows.keys[r].lo), end = min64(hi, rows.keys[r].hi);
     if (first >= end) continue;
-    weigh<1>(s + (first - lo) * kRows + r, keys.v + (first - lo) * keys.v_stride, keys.v_stride,
-             end - first, p.v_head_dim, rows.o + r * plan.ldo, plan.ldo);
+    const float* weights = s + (first - lo) * kRows + r;
+    const T* v = keys.v + (first - lo) * keys.v_stride;
+    if (each) {
+      weigh_seen(p, plan, seq, rows, r, {first, end}, weights, v, keys.v_stride);
+    } else {
+      weigh<1>(weights, v, keys.v_stride, end - first, p.v_head_dim, rows.o + r * plan.ldo,
+               plan.ldo);
+    }
   }
 }
 
@@ -326,7 +384,7 @@ struct Memory {
   char* partials;
   int64_t partial_bytes;
   char* scratch;
-  int64_t scratch_bytes;  // per worker: scaled q of a head range, and its row groups
+  int64_t scratch_bytes;  // per worker
 
   AF_INLINE_MEMBER Partial partial(const Plan& plan, int64_t pair, int64_t split) const {
     Arena a{partials + (pair * plan.splits + split) * partial_bytes};
@@ -338,17 +396,26 @@ AF_INLINE int64_t groups_of(const Plan& plan) {
   return plan.rows / kRows;
 }
 
-AF_INLINE void take_scratch(Arena& a, const Plan& plan, float*& q, RowGroup*& groups) {
-  q = a.take<float>(plan.heads * plan.rows * plan.ldq);
-  groups = a.take<RowGroup>(plan.heads * groups_of(plan));
+// One worker's: scaled q of a head range, its row groups, and with rotary positions a chunk of keys
+// (or one query) turned.
+struct Scratch {
+  float* q;
+  RowGroup* groups;
+  float* rotated;  // [chunk][ldq], or null
+};
+
+AF_INLINE Scratch take_scratch(Arena& a, const FlashProblem& p, const Plan& plan) {
+  Scratch w;
+  w.q = a.take<float>(plan.heads * plan.rows * plan.ldq);
+  w.groups = a.take<RowGroup>(plan.heads * groups_of(plan));
+  w.rotated = p.mods.rope_cos ? a.take<float>(plan.chunk * plan.ldq) : nullptr;
+  return w;
 }
 
 AF_INLINE int64_t place(Memory& memory, const FlashProblem& p, const Plan& plan, char* base) {
   Arena part{nullptr}, scratch{nullptr};
-  float* q;
-  RowGroup* groups;
   take_partial(part, plan);
-  take_scratch(scratch, plan, q, groups);
+  take_scratch(scratch, p, plan);
   memory.partial_bytes = part.used;
   memory.scratch_bytes = scratch.used;
   memory.partials = base;
@@ -357,10 +424,22 @@ AF_INLINE int64_t place(Memory& memory, const FlashProblem& p, const Plan& plan,
   return partials + scratch.used * plan.threads;
 }
 
+// One row, scaled, in pair order: the order in which scores() reads its keys.
+template <class T>
+AF_INLINE void scale_query(const T* src, int64_t dim, float scale, float* dst) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    store(dst + d, load_pair<0>(src + d) * splat(scale));
+    store(dst + d + kLanes, load_pair<1>(src + d) * splat(scale));
+  }
+  for (; d < dim; d += kLanes) store(dst + d, load_partial(src + d, dim - d) * splat(scale));
+}
+
 // Scaled fp32 copies of the rows of one kv head, and its register groups.
 template <class T>
 AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
-                            int64_t kv_head, const Partial& part, float* q, RowGroup* groups) {
+                            int64_t kv_head, const Partial& part, float* q, RowGroup* groups,
+                            float* rotated) {
   const FlashProblem& p = params.problem;
   const float q_scale = score_map(p).q_scale;
   const int64_t rows = seq.q_len * plan.group;
@@ -374,22 +453,16 @@ AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, cons
     g.m = part.m + r0, g.l = part.l + r0, g.o = part.o + r0 * plan.ldo;
     g.lo = seq.k_len, g.hi = 0, g.same = true;
     for (int64_t r = 0; r < kRows; ++r) {
-      g.slope2[r] = 0.0f, g.position[r] = 0, g.keys[r] = {0, 0};
+      g.slope2[r] = 0.0f, g.head[r] = g.query[r] = 0, g.keys[r] = {0, 0};
       if (r >= g.rows) continue;
       const int64_t head = kv_head * plan.group + (r0 + r) / seq.q_len, i = (r0 + r) % seq.q_len;
       const T* src = row_ptr<const T>(params.q, seq.batch, seq.q_row + i, head);
-      float* dst = q + (r0 + r) * plan.ldq;
-      int64_t d = 0;
-      for (; d + 2 * kLanes <= p.head_dim; d += 2 * kLanes) {
-        store(dst + d, load_pair<0>(src + d) * splat(q_scale));
-        store(dst + d + kLanes, load_pair<1>(src + d) * splat(q_scale));
-      }
-      for (; d < p.head_dim; d += kLanes) {
-        store(dst + d, load_partial(src + d, p.head_dim - d) * splat(q_scale));
-      }
-      g.keys[r] = visible_keys(p, seq, i);
+      const float scale = q_scale * row_scale(p, seq, head, i);
+      with_query(p, seq, head, i, src, rotated,
+                 [&](auto* row) { scale_query(row, p.head_dim, scale, q + (r0 + r) * plan.ldq); });
+      g.keys[r] = visible_keys(p, seq, head, i);
       g.slope2[r] = alibi_slope2(p, seq.batch, head);
-      g.position[r] = i + seq.offset;
+      g.head[r] = head, g.query[r] = i;
       g.same &= g.keys[r].lo == g.keys[0].lo && g.keys[r].hi == g.keys[0].hi;
       if (g.keys[r].lo < g.keys[r].hi) {
         g.lo = min64(g.lo, g.keys[r].lo);
@@ -405,16 +478,15 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const M
   const FlashProblem& p = params.problem;
   const ScoreMap map = score_map(p);
   Arena a{memory.scratch + worker * memory.scratch_bytes};
-  float* q;
-  RowGroup* groups;
-  take_scratch(a, plan, q, groups);
+  const Scratch w = take_scratch(a, p, plan);
   const int64_t heads = min64(plan.heads, p.heads_k - head0);
   const int64_t row_groups = ceil_div(seq.q_len * plan.group, kRows);
   int64_t lo = seq.k_len, hi = 0;
   for (int64_t h = 0; h < heads; ++h) {
     Partial part = memory.partial(plan, seq.batch * p.heads_k + head0 + h, split);
-    RowGroup* mine = groups + h * groups_of(plan);
-    prepare_head<T>(params, plan, seq, head0 + h, part, q + h * plan.rows * plan.ldq, mine);
+    RowGroup* mine = w.groups + h * groups_of(plan);
+    prepare_head<T>(params, plan, seq, head0 + h, part, w.q + h * plan.rows * plan.ldq, mine,
+                    w.rotated);
     for (int64_t g = 0; g < row_groups; ++g) {
       lo = min64(lo, mine[g].lo);
       hi = max64(hi, mine[g].hi);
@@ -436,9 +508,13 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const M
       } else if (key0 + 2 * plan.chunk <= hi) {
         keys.next_k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0 + plan.chunk, head0);
       }
-      const RowGroup* mine = groups + h * groups_of(plan);
+      const RowGroup* mine = w.groups + h * groups_of(plan);
+      if (w.rotated) {
+        with_keys(p, seq, head, {key0, key_end}, keys.k, keys.k_stride, w.rotated,
+                  [](auto*, int64_t) {});
+      }
       for (int64_t g = 0; g < row_groups; ++g) {
-        attend<T>(p, plan, map, mine[g], keys, key0, key_end, g == 0);
+        attend<T>(p, plan, map, seq, mine[g], keys, w.rotated, key0, key_end, g == 0);
       }
     }
   }

@@ -11,9 +11,10 @@
 //              kMR (4, 6, 12)
 //   tuning     FlashTiles may choose other tiles: query rows up to kMaxBlockM, keys up to kBlockN
 //   heads      short sequences put the rows of several heads of a group into one tile
-//   masks      every mask is one interval of keys per row. Blocks that all rows see whole take the
-//              unmasked path; others, and the last kMaxSpan keys of a tile at once, go kMR rows at
-//              a time, over the columns those rows see
+//   masks      what a row may see is one interval of keys, of which segments and a mask may hide
+//              single ones. Blocks that all rows see whole take the unmasked path; others, and the
+//              last kMaxSpan keys of a tile at once, go kMR rows at a time, over the columns those
+//              rows see
 //   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
 //   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
 //   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles
@@ -21,7 +22,7 @@
 //
 // A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch,
 // or the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
-#include "cpu/flash/problem.h"
+#include "cpu/flash/score_row.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
 #include "cpu/micro/parallel.h"
@@ -57,6 +58,8 @@ struct Tile {
   float* m;
   float* l;
   Interval* keys;  // what each row sees
+  float* drop;     // [kLds] dropout of one row
+  float* rotated;  // [kNR][D rounded up to a vector], with rotary positions
 };
 
 struct Plan {
@@ -104,20 +107,25 @@ AF_INLINE Tile take_tile(Arena& arena, const FlashProblem& p, const Plan& plan) 
   tile.m = arena.take<float>(plan.block_m);
   tile.l = arena.take<float>(plan.block_m);
   tile.keys = arena.take<Interval>(plan.block_m);
+  tile.drop = arena.take<float>(p.mods.dropout ? kLds : 0);
+  tile.rotated = arena.take<float>(p.mods.rope_cos ? kNR * round_up(p.head_dim, kLanes) : 0);
   return tile;
 }
 
 template <class T>
 AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
-                          int64_t kv_head, int64_t block, const PackedHead& head) {
+                          int64_t kv_head, int64_t block, const PackedHead& head, float* rotated) {
   const FlashProblem& p = params.problem;
   int64_t key0 = block * plan.block_n;
   int64_t n = min64(plan.block_n, seq.k_len - key0);
   const T* k = row_ptr<const T>(params.k, seq.batch, seq.k_row + key0, kv_head);
   float* k_block = head.k + block * plan.k_floats;
   for (int64_t c = 0; c < n; c += kNR) {
-    pack_key_panel(k + c * params.k.seq_stride, params.k.seq_stride, n - c, p.head_dim,
-                   k_block + c * p.head_dim);
+    with_keys(p, seq, kv_head, {key0 + c, min64(key0 + n, key0 + c + kNR)},
+              k + c * params.k.seq_stride, params.k.seq_stride, rotated,
+              [&](auto* rows, int64_t stride) {
+                pack_key_panel(rows, stride, n - c, p.head_dim, k_block + c * p.head_dim);
+              });
   }
   const T* v = row_ptr<const T>(params.v, seq.batch, seq.k_row + key0, kv_head);
   head.finite[block] = pack_column_panels(v, params.v.seq_stride, n, p.v_head_dim, 1.0f,
@@ -149,16 +157,23 @@ struct TileRows {
     add_alibi(s, n, alibi_slope2(p, t.seq.batch, t.head(r)),
               t.query(r) + t.seq.offset - (key0 + c0));
   }
+  Interval seen = {0, n};
   if (masked) {
-    int64_t lo = max64(0, min64(n, tile.keys[r].lo - key0 - c0));
-    int64_t hi = max64(lo, min64(n, tile.keys[r].hi - key0 - c0));
-    if (lo == hi) {
+    seen.lo = max64(0, min64(n, tile.keys[r].lo - key0 - c0));
+    seen.hi = max64(seen.lo, min64(n, tile.keys[r].hi - key0 - c0));
+    if (seen.lo == seen.hi) {
       fill(s, 0, n, 0.0f);
       return;
     }
-    mask_row(s, n, lo, hi, -kInf);
   }
-  float alpha = softmax_row(s, n, tile.m[r], tile.l[r]);
+  float alpha;
+  if (p.mods.any) {
+    const ScoreRow row = {s, n, key0 + c0, seen, tile.drop};
+    alpha = weigh_score_row(p, t.seq, t.head(r), t.query(r), row, tile.m[r], tile.l[r]);
+  } else {
+    if (masked) mask_row(s, n, seen.lo, seen.hi, -kInf);
+    alpha = softmax_row(s, n, tile.m[r], tile.l[r]);
+  }
   if (alpha != 1.0f) {
     float* o = tile.o + r * t.plan.ldo;
     for (int64_t d = 0; d < t.plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha));
@@ -182,8 +197,11 @@ AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0
 AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedHead& head,
                               int64_t key0, int64_t width, int64_t r) {
   const Interval span = {max64(0, tile.keys[r].lo - key0), min64(width, tile.keys[r].hi - key0)};
+  const FlashProblem& p = t.params.problem;
+  const RowMods mods = row_mods(p, t.seq, t.head(r), t.query(r));
   for_blocks(t.plan, head, key0, span, [&](const float* panel, int64_t c0, int64_t n) {
     for (int64_t c = 0; c < n; ++c) {
+      if (!sees(mods, key0 + c0 + c)) continue;
       VecF weight = splat(tile.s[r * kLds + c0 + c]);
       for (int64_t d = 0; d < t.plan.ldo; d += kLanes) {
         const float* v = panel + d / kNR * (t.plan.block_n * kNR) + c * kNR + d % kNR;
@@ -272,8 +290,10 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   };
   for (int64_t r = 0; r < t.rows; ++r) {
     if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
-    pack_row(q_row(r), p.head_dim, map.q_scale, r, tile.q);
-    Interval keys = visible_keys(p, t.seq, t.query(r));
+    const float q_scale = map.q_scale * row_scale(p, t.seq, t.head(r), t.query(r));
+    with_query(p, t.seq, t.head(r), t.query(r), q_row(r), tile.rotated,
+               [&](auto* row) { pack_row(row, p.head_dim, q_scale, r, tile.q); });
+    Interval keys = visible_keys(p, t.seq, t.head(r), t.query(r));
     tile.keys[r] = keys;
     tile.m[r] = -kInf;
     tile.l[r] = 0.0f;
@@ -291,7 +311,8 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   for (int64_t key0 = any_lo / kNR * kNR; key0 < any_hi;) {
     const int64_t block = key0 / t.plan.block_n;
     const int64_t block_end = (block + 1) * t.plan.block_n;
-    const bool whole = key0 % t.plan.block_n == 0 && key0 >= all_lo && block_end <= all_hi;
+    const bool whole =
+        key0 % t.plan.block_n == 0 && key0 >= all_lo && block_end <= all_hi && !hides(p.mods);
     // What is left in one go, if it fits: one softmax and one rescaling where blocks take two.
     const bool rest = any_hi != block_end && any_hi - key0 <= kMaxSpan;
     if (!whole || rest) {
@@ -336,11 +357,13 @@ AF_INLINE void run(const FlashFwdParams& params, const Workers& workers) {
   const int64_t pairs = p.batch * p.heads_k;
   for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
     const int64_t slots = min64(plan.slots, pairs - pair0);
-    parallel_tasks(workers, slots * plan.blocks, [&](int64_t task, int64_t) {
+    parallel_tasks(workers, slots * plan.blocks, [&](int64_t task, int64_t worker) {
       int64_t slot = task / plan.blocks, block = task % plan.blocks, pair = pair0 + slot;
       Sequence seq = sequence(p, pair / p.heads_k);
       if (!served_here(params, seq) || seq.q_len == 0 || block * plan.block_n >= seq.k_len) return;
-      pack_block<T>(params, plan, seq, pair % p.heads_k, block, head_at(slot));
+      Arena a{tiles + worker * tile_bytes};
+      pack_block<T>(params, plan, seq, pair % p.heads_k, block, head_at(slot),
+                    take_tile(a, p, plan).rotated);
     });
     parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
       // Late tiles see the most keys under a causal mask: they go first.

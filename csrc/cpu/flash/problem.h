@@ -37,22 +37,19 @@ struct Interval {
   int64_t lo, hi;  // [lo, hi); empty has lo == hi
 };
 
-// Keys that query i of the sequence sees.
-AF_INLINE Interval visible_keys(const FlashProblem& p, const Sequence& s, int64_t i) {
+// Keys of which query i of the sequence and of one query head may see some: its window, within its
+// own bounds if there are any. All of them are seen unless segments or a mask hide single ones.
+AF_INLINE Interval visible_keys(const FlashProblem& p, const Sequence& s, int64_t head, int64_t i) {
   int64_t at = i + s.offset;
   int64_t lo = p.window_left < 0 ? 0 : max64(0, at - p.window_left);
   int64_t hi = p.window_right < 0 ? s.k_len : min64(s.k_len, at + p.window_right + 1);
+  if (const FlashMods& m = p.mods; m.row_bounds) {
+    const int32_t* own =
+        m.row_bounds + 2 * (s.batch * m.row_bounds_batch + head * m.row_bounds_head + s.q_row + i);
+    lo = max64(lo, own[0]);
+    hi = min64(hi, own[1]);
+  }
   lo = min64(lo, s.k_len);
-  return {lo, max64(lo, hi)};
-}
-
-// Queries [lo, hi) of the sequence that may see some key of [k_lo, k_hi): visible_keys turned
-// round.
-AF_INLINE Interval visible_queries(const FlashProblem& p, const Sequence& s, int64_t k_lo,
-                                   int64_t k_hi) {
-  int64_t lo = p.window_right < 0 ? 0 : max64(0, k_lo - s.offset - p.window_right);
-  int64_t hi = p.window_left < 0 ? s.q_len : min64(s.q_len, k_hi - s.offset + p.window_left);
-  lo = min64(lo, s.q_len);
   return {lo, max64(lo, hi)};
 }
 

@@ -1,4 +1,5 @@
 // Scores to probabilities, row by row, in the base-2 domain: score maps, masks, online softmax.
+// (Score functions without a maximum keep natural units: their unit is 1 where it is log2(e) here.)
 //
 // A row of a score tile holds n columns, n a multiple of kNR. What a query may see is always one
 // interval of keys, so a mask is two bounds, and columns outside are -inf before the maximum.
@@ -10,20 +11,27 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 constexpr float kLn2 = 0.69314718055994530942f;
 
+// What a logit in natural units is multiplied by.
+AF_INLINE float score_unit(const FlashProblem& p) {
+  const ScoreFn fn = p.mods.score_fn;
+  return fn == ScoreFn::kSoftmax || fn == ScoreFn::kSignedSoftmax ? kLog2E : 1.0f;
+}
+
 // How q.k becomes a base-2 logit: cap2 * tanh(q_scale * q.k) with a softcap, q_scale * q.k without.
 struct ScoreMap {
   float q_scale;  // folded into Q when it is packed
-  float cap2;     // softcap * log2(e), or 0
+  float cap2;     // softcap * unit, or 0
 };
 
 AF_INLINE ScoreMap score_map(const FlashProblem& p) {
-  if (p.softcap > 0.0f) return {p.softmax_scale / p.softcap, p.softcap * kLog2E};
-  return {p.softmax_scale * kLog2E, 0.0f};
+  if (p.softcap > 0.0f) return {p.softmax_scale / p.softcap, p.softcap * score_unit(p)};
+  return {p.softmax_scale * score_unit(p), 0.0f};
 }
 
-// slope2 = ALiBi slope * log2(e) of this (batch, head), 0 without.
+// slope2 = ALiBi slope * unit of this (batch, head), 0 without.
 AF_INLINE float alibi_slope2(const FlashProblem& p, int64_t batch, int64_t head) {
-  return p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] * kLog2E : 0.0f;
+  if (!p.alibi_slopes) return 0.0f;
+  return p.alibi_slopes[batch * p.alibi_batch_stride + head] * score_unit(p);
 }
 
 AF_INLINE VecF lane_index() {
@@ -66,14 +74,25 @@ AF_INLINE void mask_row(float* s, int64_t n, int64_t lo, int64_t hi, float value
   for (int64_t c = round_up(hi, kLanes); c < n; c += kLanes) store(s + c, outside);
 }
 
+// For a softmax over sizes: |x|, but what is hidden (-inf) stays so; and the sign, 0 at 0.
+AF_INLINE VecF size_of(VecF x) {
+  return x == splat(-kInf) ? x : vabs(x);
+}
+AF_INLINE VecF with_sign_of(VecF x, VecF size) {
+  return x > splat(0.0f) ? size : x < splat(0.0f) ? splat(0.0f) - size : size * x;
+}
+
 // One online-softmax step of a row: s becomes 2^(s - m), m and l are updated.
 // Returns the factor for what was accumulated under the old maximum.
 // A row that has seen only -inf keeps m = -inf and gets zeros: no (-inf) - (-inf) anywhere.
+// kSigned: s becomes sign(s) 2^(|s| - m), and l sums the sizes.
+template <bool kSigned = false>
 AF_INLINE float softmax_row(float* s, int64_t n, float& m, float& l) {
+  auto size = [](VecF x) __attribute__((always_inline)) { return kSigned ? size_of(x) : x; };
   VecF max0 = splat(m), max1 = max0;
   for (int64_t c = 0; c < n; c += kNR) {
-    max0 = vmax(load(s + c), max0);
-    max1 = vmax(load(s + c + kLanes), max1);
+    max0 = vmax(size(load(s + c)), max0);
+    max1 = vmax(size(load(s + c + kLanes)), max1);
   }
   float m_new = reduce_max(vmax(max0, max1));
   float alpha = 1.0f;
@@ -84,9 +103,10 @@ AF_INLINE float softmax_row(float* s, int64_t n, float& m, float& l) {
   VecF base = splat(m == -kInf ? 0.0f : m);
   VecF sum0{}, sum1{};
   for (int64_t c = 0; c < n; c += kNR) {
-    VecF p0 = exp2(load(s + c) - base), p1 = exp2(load(s + c + kLanes) - base);
-    store(s + c, p0);
-    store(s + c + kLanes, p1);
+    VecF s0 = load(s + c), s1 = load(s + c + kLanes);
+    VecF p0 = exp2(size(s0) - base), p1 = exp2(size(s1) - base);
+    store(s + c, kSigned ? with_sign_of(s0, p0) : p0);
+    store(s + c + kLanes, kSigned ? with_sign_of(s1, p1) : p1);
     sum0 += p0;
     sum1 += p1;
   }

@@ -154,7 +154,7 @@ AF_INLINE void load_rows(const Tile& t, const ScoreMap& map) {
   for (int64_t r = 0; r < t.rows; ++r) {
     pack_row(row_ptr<const T>(params.q, seq.batch, t.first + r, t.task.head), dim, map.q_scale, r,
              t.q);
-    t.keys[r] = visible_keys(params.problem, seq, t.first + r);
+    t.keys[r] = visible_keys(params.problem, seq, t.task.head, t.first + r);
     t.lse2[r] = 0.0f;
     if (params.lse.data) {
       float lse = *stat_ptr(params.lse, seq, t.task.head, t.first + r);

@@ -62,11 +62,15 @@ struct FlashMods {
   const int32_t *positions_q = nullptr, *positions_k = nullptr;
   int64_t positions_q_batch = 0, positions_k_batch = 0;
   bool rope_interleaved = false;
-  // Weights are dropped with probability dropout_p, the others times 1 / (1 - dropout_p).
-  float dropout_p = 0.0f;
+  // Dropout: a weight whose Philox word is <= dropped_to becomes 0, the others times kept_scale.
+  bool dropout = false;
+  uint32_t dropped_to = 0;
+  float kept_scale = 1.0f;
   uint64_t dropout_seed = 0, dropout_offset = 0;
   ScoreFn score_fn = ScoreFn::kSoftmax;
-  bool any = false;  // something of the above is used
+  // Rows of scores need more than an interval and softmax: anything above but row_bounds,
+  // row_scale and the rotation.
+  bool any = false;
 };
 
 // What is asked, apart from where the tensors lie. Shared by forward, backward and decode.
@@ -131,13 +135,18 @@ struct FlashBwdParams {
   RowStatRef lse;
   RowStatRef dlse;   // data null: the loss does not use the LSE
   RowStatRef delta;  // output: rowsum(dO * O) - dLSE
-  // Gradients of mods, data null where not wanted; fp32. Those that several (batch, head) pairs
-  // share are summed by the caller over what is given apart here.
-  float* dkey_bias = nullptr;  // [batch, heads_q, seqlen_k] (varlen [heads_q, total_k]), zeroed
-  int64_t dkey_bias_batch = 0, dkey_bias_head = 0;
-  float* dbias = nullptr;  // strides of its own, zeroed; added to: no two tasks share an element
+  // Gradients of mods, null where not wanted; fp32, zeroed by the caller, who also sums what
+  // several (batch, head) pairs share. dS is the gradient of the logits in natural units.
+  float* dcolumns = nullptr;  // [batch, heads_q, seqlen_k] (varlen [heads_q, total_k]): sums of dS
+  int64_t dcolumns_batch = 0, dcolumns_head = 0;
+  float* drows = nullptr;  // [batch, heads_q, max_chunks, seqlen_q] (varlen without batch, total_q)
+  int64_t drows_batch = 0, drows_head = 0, drows_chunk = 0;
+  float* dbias = nullptr;  // [.., seqlen_q, seqlen_k], stride 0 where pairs share elements
   int64_t dbias_batch = 0, dbias_head = 0, dbias_row = 0;
-  float* drel_bias = nullptr;  // [batch, heads_q, bwd chunks, 2 rel_radius + 1], zeroed
+  float* drel_bias = nullptr;  // [batch, heads_q, max_chunks, 2 rel_radius + 1]
+  RowStatRef drow_scale;
+  int64_t max_chunks =
+      int64_t{1} << 40;  // parts of the keys that drows and drel_bias have room for
   FlashTiles tiles;
   void* workspace = nullptr;
 };

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnforge import _native
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import SCORE_FNS, FlashGrads, FlashMods, FlashParams, FlashTape
+from attnforge.backends.cpu._flash_grads import GradBuffers
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.space import Config, SearchSpace
@@ -38,6 +39,18 @@ def _contiguous(p: FlashParams) -> FlashParams:
     """Index and per-head tensors contiguous (a no-op for all but sliced ones)."""
     fields: Any = {n: x.contiguous() for n, x in p._asdict().items() if isinstance(x, Tensor)}
     return p._replace(**fields)
+
+
+# Mods that may be large stay as they lie; kernels walk their strides.
+_STRIDED = frozenset({"mask", "key_bias", "bias", "decay", "row_scale"})
+
+
+def _mods(p: FlashParams) -> list[Tensor | None]:
+    """The mods as kernels take them: last stride 1, small ones contiguous."""
+    return [
+        x if x is None else _unit(x) if name in _STRIDED else x.contiguous()
+        for name, x in zip(FlashMods._fields, p.mods, strict=False)
+    ]
 
 
 def _has_extras(p: FlashParams) -> bool:
@@ -64,8 +77,9 @@ def fwd(
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
+    mods = (_mods(p), *p[12:])
     _native_op("flash_fwd")(
-        _unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], config.row
+        _unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], *mods, config.row
     )
 
 
@@ -88,6 +102,7 @@ def bwd(
     if _has_extras(p):
         p = _contiguous(p)
     delta = torch.empty_like(lse)
+    buffers = GradBuffers.plan(q, k, p, grads)
     low = out_lo if out_lo.dim() > 1 else None
     _native_op("flash_bwd")(
         _unit(dout),
@@ -101,8 +116,13 @@ def bwd(
         dv,
         delta,
         *p[5:11],
+        _mods(p),
+        *p[12:],
         config.row,
+        *buffers,
     )
+    if p.mods:
+        buffers.finish(p, grads)
     if p.sinks is not None:
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))
 
@@ -122,7 +142,8 @@ def decode(
     if _has_extras(p):
         p = _contiguous(p)
     _native_op("flash_decode")(
-        _unit(q), _unit(k), _unit(v), *p[2:5], out, lse, *p[7:11], num_splits, config.row
+        *(_unit(q), _unit(k), _unit(v), *p[2:5], out, lse),
+        *(*p[7:11], _mods(p), *p[12:], num_splits, config.row),
     )
 
 
@@ -136,10 +157,10 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
 
 
 class _HeadDims:
-    """D and Dv in steps of 8 up to 256, or the latent pair 576/512."""
+    """D up to 256 and Dv up to 1024 in steps of 8, or the latent pair 576/512."""
 
     _step = Dim("head_dim", 8, 256, 8)
-    _v_step = Dim("v_head_dim", 8, 256, 8)
+    _v_step = Dim("v_head_dim", 8, 1024, 8)
 
     def __call__(self, request: Request, /) -> str | None:
         if (request.dim("head_dim"), request.dim("v_head_dim")) == (576, 512):
@@ -147,14 +168,18 @@ class _HeadDims:
         return self._step(request) or self._v_step(request)
 
     def __str__(self) -> str:
-        return "head_dim and v_head_dim 8..256 in steps of 8, or 576 with 512"
+        return "head_dim 8..256 and v_head_dim 8..1024 in steps of 8, or 576 with 512"
 
 
 _COMMON = (
     Device("cpu"),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     _HeadDims(),
-    Features("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
+    Features(
+        *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
+        *("row_bounds", "mask", "segments", "key_bias", "bias", "rel_bias", "forget_gate"),
+        *("row_scale", "rope", "dropout", *SCORE_FNS[1:]),
+    ),
     Available("libattnforge_cpu.so", _native.unavailable),
 )
 # Merging is elementwise over head_dim and takes any.
