@@ -166,9 +166,29 @@ def _row_bounds(
     return p, bounds.clamp(0, _FAR).to(torch.int32)
 
 
-def _decay(log_forget: Tensor) -> Tensor:
-    """Cumulative log gates [B, H, Sk] in fp64: differences of far sums keep fp32 precision."""
-    return log_forget.transpose(-1, -2).to(torch.float64).cumsum(-1)
+def _decay(log_forget: Tensor, p: FlashParams) -> Tensor:
+    """Cumulative log gates [B, H, Sk] in fp64: differences of far sums keep fp32 precision.
+
+    Packed sequences (varlen [H, Tk]) do not see each other, in the gradient either: sums double
+    their reach step by step and stop at the first key of their sequence.
+    """
+    sums = log_forget.transpose(-1, -2).to(torch.float64)
+    if p.cu_seqlens_k is None:
+        return sums.cumsum(-1)
+    total, step = sums.shape[-1], 1
+    place = _key_places(total, p.cu_seqlens_k)
+    while step < min(total, p.max_seqlen_k):
+        before = torch.nn.functional.pad(sums, (step, 0))[..., :total]
+        sums = sums + torch.where(place >= step, before, 0.0)
+        step *= 2
+    return sums
+
+
+def _key_places(total: int, cu_seqlens_k: Tensor) -> Tensor:
+    """[Tk] int32: each packed key's place in its sequence."""
+    key = torch.arange(total, device=cu_seqlens_k.device, dtype=torch.int32)
+    ends, last = cu_seqlens_k[1:].contiguous(), max(cu_seqlens_k.shape[0] - 2, 0)
+    return key - cu_seqlens_k[torch.searchsorted(ends, key, right=True).clamp_max(last)]
 
 
 def _positions(q: Tensor, k: Tensor, p: FlashParams, f: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -176,12 +196,10 @@ def _positions(q: Tensor, k: Tensor, p: FlashParams, f: dict[str, Any]) -> tuple
     if at_q is None:
         at_q = _rows(q, k, p).at.squeeze(-2).clamp_min(0).to(torch.int32)
     if at_k is None:
-        key = torch.arange(k.shape[-3], device=k.device, dtype=torch.int32)
         if p.cu_seqlens_k is not None:
-            ends = p.cu_seqlens_k[1:].contiguous()
-            last = max(p.cu_seqlens_k.shape[0] - 2, 0)
-            key = key - p.cu_seqlens_k[torch.searchsorted(ends, key, right=True).clamp_max(last)]
-        at_k = key if p.cu_seqlens_k is not None else key.unsqueeze(0)
+            at_k = _key_places(k.shape[-3], p.cu_seqlens_k)
+        else:
+            at_k = torch.arange(k.shape[-3], device=k.device, dtype=torch.int32).unsqueeze(0)
     return at_q, at_k
 
 
@@ -224,7 +242,7 @@ def apply_features(
         key_bias=wide("key_bias"),
         bias=f.get("bias"),
         rel_bias=wide("rel_bias"),
-        decay=_decay(f["log_forget"]) if "log_forget" in f else None,
+        decay=_decay(f["log_forget"], p) if "log_forget" in f else None,
         row_scale=wide("row_scale"),
         rope_cos=None if cos is None else cos.to(stat),
         rope_sin=None if sin is None else sin.to(stat),

@@ -170,7 +170,7 @@ class Scores:
         if m.rel_bias is not None:
             table = self.heads(m.rel_bias.unsqueeze(0)).to(acc)
             terms.append(table[..., self.distance(rows, keys).to(table.device)])
-        if m.decay is not None:
+        if m.decay is not None and self.sk:
             gates = self._key_tensor(m.decay, slice(None))
             here = gates[..., self.gate_rows(rows).to(gates.device)].unsqueeze(-1)
             terms.append((here - gates[..., keys].unsqueeze(-2)).to(acc))
@@ -301,7 +301,7 @@ def add_mod_grads(m: Scores, grads: FlashGrads, rows: slice, keys: slice, ds: Te
         sums = each.new_zeros(*each.shape[:2], grads.drel_bias.shape[-1])
         sums.index_add_(-1, place, each)
         _add(m.heads(grads.drel_bias.unsqueeze(0)), sums.unsqueeze(0))
-    if grads.ddecay.numel():
+    if grads.ddecay.numel() and m.sk:
         gates = m._key_tensor(grads.ddecay, slice(None))
         sums = ds.new_zeros(*ds.shape[:3], m.sk, dtype=gates.dtype)
         sums[..., keys] -= ds.sum(-2)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge.testing import oracle
+from attnforge.testing import cases_mods, oracle
+from attnforge.testing.oracle_mods import GRADS
 
 __all__ = ["LAYOUTS", "FlashCase", "FlashInputs", "Layout", "Target", "place", "use_isa"]
 
@@ -132,6 +133,8 @@ class FlashInputs:
             return self.q, self.k, self.v, dict(self.options)
         move = functools.partial(_to_device, device=self.device)
         options = {n: move(x) if isinstance(x, Tensor) else x for n, x in self.options.items()}
+        if "rope" in options:
+            options["rope"] = tuple(map(move, options["rope"]))
         return move(self.q), move(self.k), move(self.v), options
 
     def forward(self, backend: str | None = None, **more: Any) -> dict[str, Tensor]:
@@ -142,13 +145,17 @@ class FlashInputs:
         return {"out": out.cpu(), "lse": lse.cpu()}
 
     def run(self, backend: str | None = None) -> dict[str, Tensor]:
-        """``out lse dq dk dv`` and, with sinks, ``dsinks``; layouts of the inputs are kept."""
+        """``out lse dq dk dv``, and ``dsinks`` and the like of options that have a gradient.
+
+        Layouts of the inputs are kept.
+        """
         *tensors, options = self._moved()
         q, k, v = (x.detach().requires_grad_() for x in tensors)
         wanted = [q, k, v]
-        if "sinks" in options:
-            options["sinks"] = options["sinks"].detach().requires_grad_()
-            wanted.append(options["sinks"])
+        learned = [name for name in ("sinks", *GRADS) if options.get(name) is not None]
+        for name in learned:
+            options[name] = options[name].detach().requires_grad_()
+            wanted.append(options[name])
         out, lse = self.call(q, k, v, **options, return_lse=True, backend=backend)
         outputs, cotangents = [out], [_to_device(self.dout, self.device)]
         if self.dlse is not None:
@@ -156,7 +163,8 @@ class FlashInputs:
             cotangents.append(self.dlse.to(self.device))
         grads = torch.autograd.grad(outputs, wanted, cotangents)
         results = [x.detach().cpu() for x in (out, lse, *grads)]
-        return dict(zip(("out", "lse", "dq", "dk", "dv", "dsinks"), results, strict=False))
+        names = ("out", "lse", "dq", "dk", "dv", *("d" + name for name in learned))
+        return dict(zip(names, results, strict=True))
 
     def truth(self, grad: bool = True, rounded: bool = False) -> oracle.Truth:
         """The float64 truth of ``run`` (or of ``forward``); rounded: see ``oracle.truth``."""
@@ -180,6 +188,7 @@ class FlashCase:
     alibi: "" or "head" ([Hq]) or "batch" ([B, Hq]). sinks: "" or "normal", or "mixed", which
     has a -inf and a large one among them. used: seqused_k, or cache_seqlens of a decode. spread
     multiplies q, v_mean is added to v. layout, grad_layout: of q, k, v and of dout.
+    mods: names of features of single scores, as ``cases_mods`` makes them.
     """
 
     batch: int = 2
@@ -204,6 +213,7 @@ class FlashCase:
     spread: float = 1.0
     v_mean: float = 0.0
     lse_grad: bool = True
+    mods: tuple[str, ...] = ()
     seed: int = 0
     device: str = ""  # where the call runs; "" is ``DEVICE``
 
@@ -245,6 +255,12 @@ class FlashCase:
                 sinks[::3] = -math.inf
                 sinks[1::3] = 20.0
             options["sinks"] = sinks
+        options |= cases_mods.options(
+            self.mods,
+            cases_mods.Sizes(None if self.lengths is not None else count, count, rows, keys,
+                             self.heads_q, self.heads_k, self.head_dim),
+            self.dtype, g,
+        )  # fmt: skip
         if self.used is not None:
             name = "cache_seqlens" if self.decode else "seqused_k"
             options[name] = torch.tensor(self.used, dtype=torch.int32)
@@ -256,6 +272,7 @@ class FlashCase:
             for side, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
                 ends = torch.tensor([0, *(pair[side] for pair in self.lengths)])
                 options[name] = ends.cumsum(0).to(torch.int32)
-        cotangent = dlse.to(stat) if self.lse_grad else None
+        lse_defined = options.get("score_fn") not in ("sigmoid", "relu", "softplus")
+        cotangent = dlse.to(stat) if self.lse_grad and lse_defined else None
         device = self.device or DEVICE
         return FlashInputs(call, q, k, v, options, dout, cotangent, repr(self), device)

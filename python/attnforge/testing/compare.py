@@ -80,7 +80,7 @@ def _stat(name: str, got: Tensor, want: Tensor, bound: Tensor) -> ErrorStat:
     error, size = error[known], want[known]
     rms = float(error.square().mean().sqrt() / size.square().mean().sqrt().clamp_min(1e-300))
     return ErrorStat(
-        name, float(fraction.view(-1)[flat]), rms if error.numel() else 0.0, signed_bias(error),
+        name, float(fraction.reshape(-1)[flat]), rms if error.numel() else 0.0, signed_bias(error),
         worst, float(got.reshape(-1)[flat]), float(want.reshape(-1)[flat]),
     )  # fmt: skip
 

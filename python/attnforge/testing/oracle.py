@@ -12,6 +12,12 @@ stored dtype, u32 = 2^-24, K_i = 4 u32 (1 + S_max,i) + 16 u32)
 where u16 counts for 16-bit dtypes only. S_max,i bounds the row's logits: scale |q_i| max |k_j|
 over visible keys, plus the ALiBi term and the sink. dP and delta are dot products themselves, so
 their own rounding, a few u32 of sum |dO| |v|, is added where cancellation makes |dP| small.
+Features of single scores are explicit matrices too (``oracle_mods``): a row's scale and biases enter
+its logits and S_max (a rotation doubles the product's part of it: both factors are rounded), masks
+say what is visible, dropout multiplies P in O and dV and dP in dS. Gradients of biases are sums of dS,
+and their bounds sums of its bound, K (|dP| + |delta|) p and what rounds inside the dot products; the
+row scale's is that of dQ times |q|, since a kernel may take it from dQ.
+
 Per-element bounds see a single wrong row of a long sequence, which norms and ratios average away.
 """
 
@@ -23,6 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnforge.testing import oracle_mods as om
 
 __all__ = ["Truth", "merged_truth", "truth", "unit_roundoff", "visible"]
 
@@ -141,7 +149,9 @@ def truth(
     # A probability below the normal range may become 0: exp need not give subnormal numbers.
     flush = 2 * torch.finfo(acc).smallest_normal
     causal = bool(options.get("causal", False))
-    window = tuple(options.get("window_size", (-1, -1)))
+    window = options.get("window_size", (-1, -1))
+    window = (-1, -1) if isinstance(window, Tensor) else tuple(window)
+    score_fn = options.get("score_fn", "softmax")
     cap = float(options.get("softcap", 0.0))
     scale = options.get("softmax_scale")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -157,53 +167,53 @@ def truth(
     with_grad = dout is not None or dlse is not None
     grads = {n: zeros(x.shape, dtype=torch.float64) for n, x in (("dq", q), ("dk", k), ("dv", v))}
     grad_b = {n: torch.zeros_like(x) for n, x in grads.items()}
-    dsink, dsink_b = (
-        zeros(q.shape[-2], dtype=torch.float64),
-        zeros(q.shape[-2], dtype=torch.float64),
-    )
+    dsink, dsink_b = zeros(2, q.shape[-2], dtype=torch.float64)
+    mods = {n: options[n] for n in om.GRADS if options.get(n) is not None}
+    d_mods = {n: zeros(x.shape, dtype=torch.float64) for n, x in mods.items()}
+    d_mods_b = {n: zeros(x.shape, dtype=torch.float64) for n, x in mods.items()}
 
     for part in _parts(q, k, v, options):
         sq, sk = part.q.shape[1], part.k.shape[1]
-        seen = visible(sq, sk, causal, window)
-        raw = scale * part.q @ part.k.transpose(1, 2)  # [H, Sq, Sk]
-        s, slope = raw, torch.ones_like(raw)
+        n = om.Shape(
+            varlen, part.batch, part.index if varlen else slice(None),
+            part.keys if varlen else part.keys[1], part.q.shape[0], heads_kv, sq, sk,
+        )  # fmt: skip
+        seen = om.seen(options, n, visible(sq, sk, causal, window))  # [H, Sq, Sk]
+        turn_q, turn_k = (om.rotations(options, n, q.shape[-1], side) for side in (True, False))
+        rows, keys = _turned(turn_q, part.q), _turned(turn_k, part.k)
+        own = om.row_scale(options, n)
+        raw = scale * rows @ keys.transpose(1, 2)  # [H, Sq, Sk]
+        s, slope = own * raw, torch.ones_like(raw)
         if cap > 0:
-            t = torch.tanh(raw / cap)
+            t = torch.tanh(s / cap)
             s, slope = cap * t, 1 - t * t
-        row_norm = part.q.norm(dim=-1, keepdim=True)
-        key_norm = part.k.norm(dim=-1).unsqueeze(1) * seen  # [H, Sq, Sk]
-        s_max = abs(scale) * row_norm * _top(key_norm) + cap
+        key_norm = keys.norm(dim=-1).unsqueeze(1) * seen  # [H, Sq, Sk]
+        product = (abs(scale) * own.abs() * rows.norm(dim=-1, keepdim=True)) * _top(key_norm)
+        s_max = product * (1 if turn_q is None else 2) + cap
         alibi = _slopes(options, part.batch)
         if alibi is not None:
-            distance = (torch.arange(sq).unsqueeze(1) + (sk - sq) - torch.arange(sk)).abs()
+            distance = (n.at() - torch.arange(sk)).abs()
             s = s - alibi * distance
             s_max = s_max + _top(alibi.abs() * distance * seen)
-        s = s.masked_fill(~seen, float("-inf"))
-        all_s = s
+        bias, bias_size = om.added(options, n)
+        s = (s + bias).masked_fill(~seen, float("-inf"))
+        s_max = s_max + _top(bias_size * seen)
         if sink is not None:
-            column = sink.unsqueeze(-1).expand(-1, sq, 1)
-            all_s = torch.cat([s, column], -1)
             s_max = s_max + torch.where(sink.isfinite(), sink.abs(), 0.0).unsqueeze(-1)
-        total = (
-            torch.logsumexp(all_s, -1)
-            if all_s.shape[-1]
-            else lse.new_full((s.shape[0], sq), float("-inf"))
-        )
-        base = total.unsqueeze(-1)
-        p = torch.where(base == float("-inf"), 0.0, torch.exp(s - base))
-        p = torch.where(base == float("inf"), 0.0, p) if sink is not None else p
-        o = p @ part.v
         rel = 4 * ua * (1 + s_max) + 16 * ua  # [H, Sq, 1]
-        mass = p @ part.v.abs()
-        rounding = rel + half if rounded else rel
-        lost = flush * part.v.abs().sum(1, keepdim=True)
-        bound = 1.05 * u * o.abs() + rounding * mass + lost + floor * (1 + sk)
+        w, kept = om.weigh(score_fn, s, rel, sink), om.kept(options, n)
+        p, total = w.prob, w.lse
+        o = (p * kept) @ part.v
+        half_mass = half * (p.abs() * kept) @ part.v.abs() if rounded else 0.0
+        mass = (w.prob_error * kept) @ part.v.abs()
+        lost = flush * (kept @ part.v.abs())
+        bound = 1.05 * u * o.abs() + mass + half_mass + lost + floor * (1 + sk)
         place = part.index
         out[place] = o.transpose(0, 1)
         out_b[place] = bound.transpose(0, 1)
         stat_place = (slice(None), place) if varlen else place[0]
         lse[stat_place] = total
-        lse_b[stat_place] = rel.squeeze(-1)
+        lse_b[stat_place] = w.lse_error
 
         if not with_grad:
             continue
@@ -214,30 +224,49 @@ def truth(
             d_l = dlse.double()[stat_place]
         dead = torch.isinf(total)
         d_l = d_l.masked_fill(dead & (total < 0), 0.0).unsqueeze(-1)
-        dp = d_o @ part.v.transpose(1, 2)
-        dp_abs = d_o.abs() @ part.v.abs().transpose(1, 2)
+        dp = d_o @ part.v.transpose(1, 2) * kept
+        dp_abs = d_o.abs() @ part.v.abs().transpose(1, 2) * kept
         delta = (d_o * o).sum(-1, keepdim=True) - d_l
         delta_abs = (d_o * o).abs().sum(-1, keepdim=True) + d_l.abs()
-        ds = p * (dp - delta) * slope * scale
-        weight = p * slope * (dp.abs() + delta.abs()) * abs(scale)
-        # Rounding inside the dot products; O is known to u^2 from out + out_lo; 1 - tanh^2 cancels.
+        ds = w.factor * (dp - w.sign * delta)  # of the logits
+        part_of, used = w.factor.abs(), w.sign.abs()
+        # Rounding inside the dot products; O is known to u^2 from out + out_lo.
         lost_delta = half * half * delta_abs
         if rounded:  # delta comes from an O of rounded P
-            lost_delta = lost_delta + half * (d_o.abs() * mass).sum(-1, keepdim=True)
-        inner = p * (4 * ua * (dp_abs + delta_abs) + lost_delta) * abs(scale)
+            lost_delta = lost_delta + (d_o.abs() * half_mass).sum(-1, keepdim=True)
+        if score_fn != "softmax":  # O's error enters delta, where the weights do not sum to 1
+            lost_delta = lost_delta + (d_o.abs() * mass).sum(-1, keepdim=True)
+        inner = part_of * (4 * ua * dp_abs + used * (4 * ua * delta_abs + lost_delta))
+        weight = part_of * (dp.abs() + used * delta.abs())
+        jump = dp.abs() if score_fn == "relu" else 2 * part_of * delta.abs()
+        each = (2 * half + w.relative * rel) * weight + inner + w.unsure * seen * jump
+        each = each + flush * seen * (dp_abs + used * delta_abs)
+        for values, matrix, apart in ((d_mods, ds, False), (d_mods_b, each, True)):
+            om.spread(values, options, n, matrix, raw * slope if not apart else None)
+            om.spread_gates(values, n, matrix, apart)
+        # 1 - tanh^2 cancels.
         if cap > 0:
-            inner = inner + 16 * ua * p * (dp_abs + delta_abs) * abs(scale)
-        each = (2 * half + rel) * weight + inner + flush * (dp_abs + delta_abs) * abs(scale)
+            each = each * slope + inner + 16 * ua * part_of * (dp_abs + used * delta_abs)
+        ds, each = ds * slope * scale * own, each * abs(scale)
+        if "row_scale" in mods:
+            by_size = (each * (rows.abs() @ keys.abs().transpose(1, 2))).sum(-1)
+            target = n.own(d_mods_b["row_scale"])[:, n.rows]
+            target += by_size.sum_to_size(target.shape)
+        each = each * own.abs()
         group_floor = floor * (1 + sk + sq)
         key_place = part.keys
-        grads["dq"][place] = (ds @ part.k).transpose(0, 1)
-        grad_b["dq"][place] = (each @ part.k.abs()).transpose(0, 1) + group_floor
-        grads["dk"][key_place] = _sum_heads(ds.transpose(1, 2) @ part.q, heads_kv)
-        grad_b["dk"][key_place] = (
-            _sum_heads(each.transpose(1, 2) @ part.q.abs(), heads_kv) + group_floor
+        grads["dq"][place] = _turned(turn_q, ds @ keys, back=True).transpose(0, 1)
+        grad_b["dq"][place] = (
+            _turned(turn_q, each @ keys.abs(), back=True, size=True).transpose(0, 1) + group_floor
         )
-        grads["dv"][key_place] = _sum_heads(p.transpose(1, 2) @ d_o, heads_kv)
-        p_each = (2 * half + rel) * p + flush
+        grads["dk"][key_place] = _sum_heads(
+            _turned(turn_k, ds.transpose(1, 2) @ rows, back=True), heads_kv
+        )
+        grad_b["dk"][key_place] = group_floor + _sum_heads(
+            _turned(turn_k, each.transpose(1, 2) @ rows.abs(), back=True, size=True), heads_kv
+        )
+        grads["dv"][key_place] = _sum_heads((p * kept).transpose(1, 2) @ d_o, heads_kv)
+        p_each = (2 * half * p.abs() + w.prob_error + flush) * kept
         grad_b["dv"][key_place] = (
             _sum_heads(p_each.transpose(1, 2) @ d_o.abs(), heads_kv) + group_floor
         )
@@ -256,7 +285,18 @@ def truth(
             found.put(name, value, grad_b[name])
         if sink is not None:
             found.put("dsinks", dsink, dsink_b + torch.finfo(torch.float32).tiny)
+        for name, value in d_mods.items():
+            stored = 1.05 * unit_roundoff(mods[name].dtype) * value.abs()
+            found.put("d" + name, value, d_mods_b[name] + stored + 64 * floor)
     return found
+
+
+def _turned(turn: Tensor | None, x: Tensor, back: bool = False, size: bool = False) -> Tensor:
+    """Rows of x [H, S, D] under their matrices [H, S, D, D], transposed if back, as sizes if size."""
+    if turn is None:
+        return x
+    matrix = turn.transpose(-1, -2) if back else turn
+    return ((matrix.abs() if size else matrix) @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def _top(x: Tensor) -> Tensor:
