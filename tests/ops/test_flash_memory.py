@@ -70,7 +70,7 @@ def native(inputs: FlashInputs, make: Any, num_splits: int = 0) -> dict[str, Ten
     used, alibi, sinks = (o.get(n) for n in ("seqused_k", "alibi_slopes", "sinks"))
     left, right = o["window_size"]
     right = 0 if o["causal"] else right
-    scores = (q.shape[-1] ** -0.5, left, right, o["softcap"])
+    scores = (q.shape[-1] ** -0.5, left, right, o["softcap"], [], "softmax", 0.0, False)
     sizes = (q.shape[0], k.shape[0]) if varlen else (q.shape[1], k.shape[1])
     index = (o.get("cu_seqlens_q"), o.get("cu_seqlens_k"), used, alibi, sinks)
     shape, stat = (*q.shape[:-1], v.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
@@ -82,7 +82,7 @@ def native(inputs: FlashInputs, make: Any, num_splits: int = 0) -> dict[str, Ten
     found["delta"] = make(stat, torch.float32)
     grads = (found["dq"], found["dk"], found["dv"], found["delta"])
     ops.flash_bwd(inputs.dout, inputs.dlse, q, k, v, found["out"], found["lse"], low, *index,
-                  *grads, *sizes, *scores)  # fmt: skip
+                  *grads, *sizes, *scores, 8, *(None,) * 5)  # fmt: skip
     if not varlen:
         found["decoded"] = make(shape, q.dtype)
         found["decoded_lse"] = make(stat, torch.float32)

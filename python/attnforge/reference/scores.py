@@ -230,6 +230,11 @@ def _row_max(s: Tensor) -> Tensor:
     return torch.full_like(s.sum(-1, keepdim=True), float("-inf"))
 
 
+def _softplus(s: Tensor) -> Tensor:
+    """log(1 + e^s) without overflow: torch's own goes by e^s."""
+    return torch.relu(s) + torch.log1p(torch.exp(-s.abs()))
+
+
 def weigh(s: Tensor, score_fn: str, sinks: Tensor | None) -> Weights:
     """Scores to weights; hidden scores are -inf and get 0."""
     hidden = s == float("-inf")
@@ -239,7 +244,7 @@ def weigh(s: Tensor, score_fn: str, sinks: Tensor | None) -> Weights:
         total = (~hidden).any(-1, keepdim=True).to(s.dtype)
         return Weights(value, total, torch.log(total))
     if score_fn == "softplus":
-        value = torch.nn.functional.softplus(s, threshold=1e30).masked_fill(hidden, 0.0)
+        value = _softplus(s).masked_fill(hidden, 0.0)
         total = value.sum(-1, keepdim=True)
         return Weights(value, total, torch.log(total))
     sign = None
@@ -278,7 +283,7 @@ def differentiate(
         return torch.relu(s), (s > 0) * dp
     if score_fn == "softplus":
         total = torch.exp(lse)
-        prob = torch.nn.functional.softplus(s, threshold=1e30) / total
+        prob = _softplus(s) / total
         return prob, torch.sigmoid(s) / total * (dp - delta)
     size, sign = torch.exp(s.abs() - lse), torch.sign(s)
     return size * sign, size * (dp - sign * delta)

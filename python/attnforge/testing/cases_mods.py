@@ -17,10 +17,10 @@ __all__ = ["Sizes", "options"]
 
 
 class Sizes(NamedTuple):
-    """Of one call; batch is None for packed tensors of ``count`` sequences."""
+    """Of one call; batch is None for packed tensors of ``sequences``."""
 
     batch: int | None
-    count: int
+    sequences: int
     rows: int
     keys: int
     heads: int
@@ -62,7 +62,7 @@ def _windows(n: Sizes, _: str, __: torch.dtype, g: torch.Generator) -> dict[str,
 
 
 def _prefix(n: Sizes, _: str, __: torch.dtype, g: torch.Generator) -> dict[str, Any]:
-    return {"prefix_lens": _ints(g, 0, n.keys + 1, n.count)}
+    return {"prefix_lens": _ints(g, 0, n.keys + 1, n.sequences)}
 
 
 def _segments(n: Sizes, _: str, __: torch.dtype, g: torch.Generator) -> dict[str, Any]:

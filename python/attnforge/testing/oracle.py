@@ -12,11 +12,11 @@ stored dtype, u32 = 2^-24, K_i = 4 u32 (1 + S_max,i) + 16 u32)
 where u16 counts for 16-bit dtypes only. S_max,i bounds the row's logits: scale |q_i| max |k_j|
 over visible keys, plus the ALiBi term and the sink. dP and delta are dot products themselves, so
 their own rounding, a few u32 of sum |dO| |v|, is added where cancellation makes |dP| small.
-Features of single scores are explicit matrices too (``oracle_mods``): a row's scale and biases enter
-its logits and S_max (a rotation doubles the product's part of it: both factors are rounded), masks
-say what is visible, dropout multiplies P in O and dV and dP in dS. Gradients of biases are sums of dS,
-and their bounds sums of its bound, K (|dP| + |delta|) p and what rounds inside the dot products; the
-row scale's is that of dQ times |q|, since a kernel may take it from dQ.
+Features of single scores are explicit matrices too (``oracle_mods``). A row's scale and biases
+enter its logits and S_max (a rotation doubles the product's part of it: both factors are rounded),
+masks say what is visible, dropout multiplies P in O and dV, and dP in dS. Gradients of biases are
+sums of dS, their bounds sums of its bound: K (|dP| + |delta|) p and what rounds inside the dot products.
+The row scale's is that of dQ times |q|, since a kernel may take it from dQ.
 
 Per-element bounds see a single wrong row of a long sequence, which norms and ratios average away.
 """
@@ -292,7 +292,7 @@ def truth(
 
 
 def _turned(turn: Tensor | None, x: Tensor, back: bool = False, size: bool = False) -> Tensor:
-    """Rows of x [H, S, D] under their matrices [H, S, D, D], transposed if back, as sizes if size."""
+    """Rows of x [H, S, D] under their matrices; back: transposed ones, size: of absolute values."""
     if turn is None:
         return x
     matrix = turn.transpose(-1, -2) if back else turn

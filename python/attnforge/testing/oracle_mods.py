@@ -11,10 +11,9 @@ sums, a rotation a [D, D] matrix per position, a score function a formula with i
     softplus        log(1 + e^s) / sum  sigmoid(s) / sum     3 K P           3 K |dS|
     signed_softmax  sign(s) e^|s| / sum |P|                  K |P|, 2 |P|    K |dS|, 2 |P delta|
 
-K is the relative error of e^s (see oracle.py), and so an absolute bound of the error of s. Where |s|
-is below it the sign of s is not known: hence the last two rows' second terms. All but the
-steps of the last two and of relu are contractions of the error of s: |d log P / ds| <= 1, once more
-for the sum and the stored LSE of softplus.
+K is the relative error of e^s (see oracle.py), and so an absolute bound of the error of s. Where
+|s| is below it the sign of s is not known, and P or dS may jump: the second terms. Otherwise
+|d log P / ds| <= 1; softplus counts once more for the sum and once for the stored LSE.
 """
 
 from __future__ import annotations
@@ -164,7 +163,8 @@ def kept(o: Mapping[str, Any], n: Shape) -> Tensor:
     counter = [j // 64 * 16 + j % 16, row, head, torch.tensor(offset & low)]
     words = philox_words(counter, (seed & low, (seed >> 32 ^ offset >> 32) & low))
     word = torch.stack(words).gather(0, (j // 16 % 4).expand(1, n.heads, n.sq, n.sk))[0]
-    return (word >= round(p * 2**32)).double() / (1 - p)
+    factor: Tensor = (word >= round(p * 2**32)).double() / (1 - p)
+    return factor
 
 
 class Weights(NamedTuple):

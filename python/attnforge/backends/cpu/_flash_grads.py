@@ -75,7 +75,7 @@ class GradBuffers(NamedTuple):
 
 
 def _gate_places(rows: Tensor, keys: Tensor, p: FlashParams) -> Tensor:
-    """Where queries read decay: [B|1, 1, Sq] (packed [1, Tq]), of rows [.., Sq] and keys [.., Sk]."""
+    """Where queries read decay: [B|1, 1, Sq] (packed [1, Tq]); rows [.., Sq], keys [.., Sk]."""
     i = torch.arange(rows.shape[-1])
     used = None if p.seqused_k is None else p.seqused_k.to(torch.int64)
     if p.cu_seqlens_q is None or p.cu_seqlens_k is None:
