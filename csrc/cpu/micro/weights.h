@@ -25,39 +25,44 @@ AF_INLINE VecF softplus(VecF x) {
   return relu(x) + log1p_unit(exp_tail(x));
 }
 
-// Weights one by one and their sum; m becomes 0 if a key was seen, which is what comes back.
-template <class F>
-AF_INLINE bool weigh_each(float* s, int64_t n, float& m, VecF& sum, const F& weight) {
-  VecF seen{};
+// As softmax_row: s becomes weights, m and l are updated, what was accumulated wants the factor.
+// Calls of their own: inlined side by side, their loops run out of registers.
+template <ScoreFn kFn>
+[[gnu::noinline]] static float weigh_row_as(float* s, int64_t n, float& m, float& l) {
+  if constexpr (kFn == ScoreFn::kSoftmax) return softmax_row(s, n, m, l);
+  if constexpr (kFn == ScoreFn::kSignedSoftmax) return softmax_row<true>(s, n, m, l);
+  VecF seen{}, sum{};
   for (int64_t c = 0; c < n; c += kLanes) {
-    VecF x = load(s + c), w = weight(x);
+    VecF x = load(s + c), w;
+    if constexpr (kFn == ScoreFn::kSigmoid) w = sigmoid(x);
+    if constexpr (kFn == ScoreFn::kRelu) w = relu(x);
+    if constexpr (kFn == ScoreFn::kSoftplus) w = softplus(x);
     seen = x == splat(-kInf) ? seen : splat(1.0f);
     sum += w;
     store(s + c, w);
   }
   const bool any = reduce_max(seen) > 0.0f;
   if (any) m = 0.0f;
-  return any;
+  if constexpr (kFn == ScoreFn::kSoftplus) {
+    l += reduce_add(sum);
+  } else if (any) {
+    l = 1.0f;
+  }
+  return 1.0f;
 }
 
-// As softmax_row: s becomes weights, m and l are updated, what was accumulated wants the factor.
 AF_INLINE float weigh_row(ScoreFn fn, float* s, int64_t n, float& m, float& l) {
-  VecF sum{};
   switch (fn) {
     case ScoreFn::kSoftmax:
-      return softmax_row(s, n, m, l);
-    case ScoreFn::kSignedSoftmax:
-      return softmax_row<true>(s, n, m, l);
+      return weigh_row_as<ScoreFn::kSoftmax>(s, n, m, l);
     case ScoreFn::kSigmoid:
-      if (weigh_each(s, n, m, sum, [](VecF x) { return sigmoid(x); })) l = 1.0f;
-      return 1.0f;
+      return weigh_row_as<ScoreFn::kSigmoid>(s, n, m, l);
     case ScoreFn::kRelu:
-      if (weigh_each(s, n, m, sum, [](VecF x) { return relu(x); })) l = 1.0f;
-      return 1.0f;
+      return weigh_row_as<ScoreFn::kRelu>(s, n, m, l);
     case ScoreFn::kSoftplus:
-      weigh_each(s, n, m, sum, [](VecF x) { return softplus(x); });
-      l += reduce_add(sum);
-      return 1.0f;
+      return weigh_row_as<ScoreFn::kSoftplus>(s, n, m, l);
+    case ScoreFn::kSignedSoftmax:
+      return weigh_row_as<ScoreFn::kSignedSoftmax>(s, n, m, l);
   }
   return 1.0f;
 }
