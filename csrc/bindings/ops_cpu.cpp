@@ -230,8 +230,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
       "Tensor? out_lo, " ATTNFORGE_EXTRAS
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) "
       "delta, " ATTNFORGE_LENGTHS ATTNFORGE_SCORES ATTNFORGE_TILES
-      ", Tensor(e!)? dcolumns, Tensor(f!)? drows, Tensor(g!)? dbias, Tensor(h!)? drel_bias, "
-      "Tensor(i!)? drow_scale) -> ()");
+      ", Tensor(e!)? dcolumns=None, Tensor(f!)? drows=None, Tensor(g!)? dbias=None, "
+      "Tensor(h!)? drel_bias=None, Tensor(i!)? drow_scale=None) -> ()");
   m.def(
       "flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, Tensor? alibi_slopes, "
       "Tensor? sinks, Tensor(a!) out, Tensor(b!) lse, " ATTNFORGE_SCORES

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import attnforge
+from attnforge import _native
 from attnforge.reference.scores import dropout_keep
 from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle_mods import philox_words
+from attnforge.testing.poison import guarded
 
+# Every form of every feature.
+EVERY = (
+    *("windows", "prefix", "segments", "mask", "mask:bh", "mask:tree", "key_bias", "key_bias:bh"),
+    *("bias", "bias:bh", "rel_bias", "rel_bias:100", "log_forget", "log_forget:h", "row_scale"),
+    *("dropout", "rope:part", "rope:interleaved", "rope:heads-at", "score_fn:softplus"),
+)
 INF, NAN = math.inf, math.nan
 LOW = 0xFFFFFFFF
 
@@ -274,7 +285,7 @@ def test_nothing_asked_is_nothing_changed(level: Target) -> None:
         assert_same({n: got[n] for n in want}, want, str(options.keys()))
 
 
-# ---- what the native operator refuses ----
+# ---- memory: what the native operator refuses, what it reads ----
 
 _ORDER = ("row_bounds", "mask", "segments_q", "segments_k", "key_bias", "bias", "rel_bias", "decay",
           "row_scale", "rope_cos", "rope_sin", "positions_q", "positions_k", "rng")  # fmt: skip
@@ -305,8 +316,41 @@ def test_native_operator_checks_shapes(cpu: str, name: str, tensor: torch.Tensor
     with pytest.raises(RuntimeError, match="attnforge_native: "):
         torch.ops.attnforge_native.flash_decode(
             q, k, k, None, None, None, torch.empty_like(q), torch.empty(2, 2, 9), 1.0, -1, -1, 0.0,
-            mods, "softmax", 0.1, False, 0,
+            mods, "softmax", 0.1, False, 0, [],
         )  # fmt: skip
+
+
+def guard_everything(isa: str) -> None:
+    """Body of the subprocesses of ``test_mods_beside_unmapped_pages``."""
+    _native.isa(isa)
+    for mod in EVERY:
+        for rows, keys in ((1, 37), (37, 61), (70, 131)):
+            case = FlashCase(seqlen_q=rows, seqlen_k=keys, heads_q=4, heads_k=2, mods=(mod,))
+            inputs = case.make()
+            for side in ("end", "start"):
+                print(isa, mod, rows, side, flush=True)
+                changed: dict[str, Any] = {
+                    n: guarded(x, side)
+                    for n, x in inputs.options.items()
+                    if isinstance(x, torch.Tensor)
+                }
+                if "rope" in inputs.options:
+                    changed["rope"] = tuple(guarded(x, side) for x in inputs.options["rope"])
+                assert_same(inputs.with_(**changed).run("cpu"), inputs.run("cpu"))
+    print("all inside", flush=True)
+
+
+def test_mods_beside_unmapped_pages(level: Target) -> None:
+    """Every tensor of every feature ends, and starts, at a guard page: else SIGSEGV."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_flash_features_exact import guard_everything; guard_everything(sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), level.isa],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.endswith("all inside\n"), (done.returncode, done.stdout[-99:], done.stderr)
 
 
 def test_positions_and_bounds_are_clamped(level: Target) -> None:

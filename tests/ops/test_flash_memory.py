@@ -76,18 +76,18 @@ def native(inputs: FlashInputs, make: Any, num_splits: int = 0) -> dict[str, Ten
     shape, stat = (*q.shape[:-1], v.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
     found = {"out": make(shape, q.dtype), "lse": make(stat, torch.float32)}
     low = make(shape, q.dtype) if q.dtype != torch.float32 else None
-    ops.flash_fwd(q, k, v, *index, found["out"], found["lse"], low, *sizes, *scores)
+    ops.flash_fwd(q, k, v, *index, found["out"], found["lse"], low, *sizes, *scores, [])
     for name, x in (("dq", q), ("dk", k), ("dv", v)):
         found[name] = make(tuple(x.shape), x.dtype)
     found["delta"] = make(stat, torch.float32)
     grads = (found["dq"], found["dk"], found["dv"], found["delta"])
     ops.flash_bwd(inputs.dout, inputs.dlse, q, k, v, found["out"], found["lse"], low, *index,
-                  *grads, *sizes, *scores, 8, *(None,) * 5)  # fmt: skip
+                  *grads, *sizes, *scores, [])  # fmt: skip
     if not varlen:
         found["decoded"] = make(shape, q.dtype)
         found["decoded_lse"] = make(stat, torch.float32)
         ops.flash_decode(q, k, v, used, alibi, sinks, found["decoded"], found["decoded_lse"],
-                         *scores, num_splits)  # fmt: skip
+                         *scores, num_splits, [])  # fmt: skip
     return found
 
 

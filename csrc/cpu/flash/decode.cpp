@@ -19,6 +19,7 @@
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
 // Keys outside a row's interval are not multiplied into it: they may hold NaN.
+#include "cpu/flash/decode_products.h"
 #include "cpu/flash/score_row.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
@@ -32,13 +33,11 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-constexpr int64_t kRows = 4;          // rows of a register group
 constexpr int64_t kSplitKeys = 2048;  // 1-2 MiB of K and V: tasks enough for any core count at 32k
 constexpr int64_t kChunkBytes = 8 << 10;  // of K: with V and the next K a part of L1
 constexpr int64_t kMaxChunk = 64;
 constexpr int64_t kMaxSplitKeys = 1 << 20;
 constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
-constexpr int64_t kColumnVectors = kLanes == 16 ? 4 : 2;  // PV: 16 or 8 accumulators
 
 struct Plan {
   int64_t group, rows;  // rows per kv head, padded to kRows
@@ -85,131 +84,6 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
   plan.ldq = round_up(p.head_dim, kLanes);
   plan.ldo = round_up(p.v_head_dim, kLanes);
   return plan;
-}
-
-// ---- QK: scores [key][kRows] ----
-
-// Keys per step: the dot products of kDotKeys keys and four rows fill whole vectors.
-constexpr int kDotKeys = kLanes == 16 ? 4 : 2;
-
-template <int R, class T>
-AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKeys], int64_t dim,
-                        float* s) {
-  VecF acc[kDotKeys * kRows]{};  // [key][row]
-  auto step = [&](int64_t d, const VecF(&x)[kDotKeys]) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      VecF row = load(q + r * ldq + d);
-#pragma GCC unroll 4
-      for (int j = 0; j < kDotKeys; ++j) acc[j * kRows + r] = fma(row, x[j], acc[j * kRows + r]);
-    }
-  };
-  VecF x[kDotKeys];
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<0>(k[j] + d);
-    step(d, x);
-#pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<1>(k[j] + d);
-    step(d + kLanes, x);
-  }
-  // What pairs leave is at most two vectors: no loop, in which the sums would live on the stack.
-  auto tail = [&]() __attribute__((always_inline)) {
-    if (d >= dim) return;
-#pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_partial(k[j] + d, dim - d);
-    step(d, x);
-    d += kLanes;
-  };
-  tail();
-  tail();
-#pragma GCC unroll 2
-  for (int i = 0; i < kDotKeys * kRows; i += kLanes) store(s + i, sum_each(acc + i));
-}
-
-// A run of keys of one kv head.
-template <class T>
-struct Keys {
-  const T *k, *v;  // first key
-  int64_t k_stride, v_stride;
-  const T* next_k;  // what will be read next: prefetched meanwhile
-};
-
-template <int R, class T>
-[[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys<T>& keys, int64_t n,
-                                     int64_t dim, int64_t v_dim, bool prefetch, float* s) {
-  for (int64_t c = 0; c < n; c += kDotKeys) {
-    const T* k[kDotKeys];
-    for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
-      const int64_t key = min64(c + j, n - 1);
-      k[j] = keys.k + key * keys.k_stride;
-      if (prefetch) {
-        prefetch_row(keys.v + key * keys.v_stride, v_dim);
-        if (keys.next_k) prefetch_row(keys.next_k + key * keys.k_stride, dim);
-      }
-    }
-    dot_keys<R>(q, ldq, k, dim, s + c * kRows);
-  }
-}
-
-// ---- PV: O[r] += sum over keys of p[key][r] * V[key] ----
-
-template <int R, int NV, class T>
-AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t n, int64_t tail,
-                             float* o, int64_t ldo) {
-  VecF acc[R][NV];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
-  for (int64_t c = 0; c < n; ++c, p += kRows, v += stride) {
-    VecF x[NV];
-    if constexpr (NV == 1) x[0] = load_partial(v, tail);
-#pragma GCC unroll 4
-    for (int j = 0; j + 1 < NV; j += 2) {
-      x[j] = load_pair<0>(v + j * kLanes);
-      x[j + 1] = load_pair<1>(v + j * kLanes);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      VecF weight = splat(p[r]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(o + r * ldo + j * kLanes, acc[r][j]);
-}
-
-template <int R, class T>
-[[gnu::noinline]] static void weigh(const float* p, const T* v, int64_t stride, int64_t n,
-                                    int64_t dim, float* o, int64_t ldo) {
-  int64_t d = 0;
-  for (; d + kColumnVectors * kLanes <= dim; d += kColumnVectors * kLanes) {
-    weigh_columns<R, kColumnVectors>(p, v + d, stride, n, 0, o + d, ldo);
-  }
-  if constexpr (kColumnVectors > 2) {  // pairs, as many as there are: the order of Q K and of O
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-      weigh_columns<R, 2>(p, v + d, stride, n, 0, o + d, ldo);
-    }
-  }
-  for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, v + d, stride, n, dim - d, o + d, ldo);
-}
-
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-template <class F>
-AF_INLINE void dispatch_rows(int64_t rows, const F& f) {
-  if (rows == 1) return f(Int<1>{});
-  if (rows == 2) return f(Int<2>{});
-  if (rows == 3) return f(Int<3>{});
-  f(Int<4>{});
 }
 
 // ---- one row group over one run of keys ----

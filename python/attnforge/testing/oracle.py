@@ -15,8 +15,8 @@ their own rounding, a few u32 of sum |dO| |v|, is added where cancellation makes
 Features of single scores are explicit matrices too (``oracle_mods``). A row's scale and biases
 enter its logits and S_max (a rotation doubles the product's part of it: both factors are rounded),
 masks say what is visible, dropout multiplies P in O and dV, and dP in dS. Gradients of biases are
-sums of dS, their bounds sums of its bound: K (|dP| + |delta|) p and what rounds inside the dot products.
-The row scale's is that of dQ times |q|, since a kernel may take it from dQ.
+sums of dS, their bounds sums of its bound: K (|dP| + |delta|) p and what rounds inside the dot
+products. The row scale's is that of dQ times |q|, since a kernel may take it from dQ.
 
 Per-element bounds see a single wrong row of a long sequence, which norms and ratios average away.
 """

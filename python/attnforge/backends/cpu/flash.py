@@ -47,6 +47,8 @@ _STRIDED = frozenset({"mask", "key_bias", "bias", "decay", "row_scale"})
 
 def _mods(p: FlashParams) -> list[Tensor | None]:
     """The mods as kernels take them: last stride 1, small ones contiguous."""
+    if not p.mods:
+        return []
     return [
         x if x is None else _unit(x) if name in _STRIDED else x.contiguous()
         for name, x in zip(FlashMods._fields, p.mods, strict=False)
