@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["GRADS", "Shape", "Weights", "added", "kept", "philox_words", "rotations", "row_scale",
-           "seen", "spread", "weigh"]  # fmt: skip
+           "seen", "spread", "spread_gates", "weigh"]  # fmt: skip
 
 GRADS = ("key_bias", "bias", "rel_bias", "log_forget", "row_scale")  # options with a gradient
 
@@ -224,7 +224,6 @@ def spread(
     """Add dS [H, Sq, Sk] to the gradients of the mods, named and shaped as options.
 
     raw: what d row_scale weighs dS by, the softcap's slope in it; None leaves row_scale alone.
-    A bound (``raw`` is None) takes log_forget's two sums apart, as kernels leave them.
     """
 
     def put(target: Tensor, x: Tensor) -> None:
