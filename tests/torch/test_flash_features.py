@@ -229,6 +229,33 @@ def test_explain_names_the_feature() -> None:
     assert any("key_bias" in d.request.features for d in found.decisions)
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_shut_gate_forgets_all_before_it(backend: str | None) -> None:
+    q, k, v = (torch.randn(1, 12, 2, 8) for _ in range(3))
+    gates = torch.zeros(1, 12, 2)
+    gates[:, 5] = -torch.inf
+    got = attnforge.flash_attention(q, k, v, causal=True, log_forget=gates, backend=backend)
+    after = attnforge.flash_attention(q[:, 5:], k[:, 5:], v[:, 5:], causal=True)
+    before = attnforge.flash_attention(q[:, :5], k[:, :5], v[:, :5], causal=True)
+    assert torch.allclose(got, torch.cat((before, after), 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_bias_of_minus_infinity_hides_under_signed_weights(backend: str | None) -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+    bias = torch.zeros(1, 2, 6)
+    bias[..., 2] = -torch.inf
+    seen = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    seen[..., 2] = False
+    options: dict[str, Any] = {"score_fn": "signed_softmax", "backend": backend}
+    results = []
+    for more in ({"key_bias": bias}, {"mask": seen}):
+        out = attnforge.flash_attention(q, k, v, **options, **more)
+        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
 def test_dropout_is_replayed_by_seed_and_offset() -> None:
     q, k, v = (torch.randn(1, 64, 2, 8) for _ in range(3))
 

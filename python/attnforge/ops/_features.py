@@ -19,6 +19,8 @@ from attnforge.ops._checks import fail
 __all__ = ["Features", "apply_features", "split_window"]
 
 _FAR = (1 << 31) - 1
+# The log of a gate that is shut: exp of it is 0 in every dtype, and sums of many stay exact enough.
+_CLOSED = -1e4
 
 
 class Features(TypedDict, total=False):
@@ -37,6 +39,7 @@ class Features(TypedDict, total=False):
         end entries; differentiable. ``t5_rel_bias`` makes one of T5's buckets.
     log_forget: [B, Sk, Hq|1] log forget gates <= 0 of the Forgetting Transformer (Lin et al.,
         2025): adds the sum of log_forget[j + 1 .. i + offset]; needs causal; differentiable.
+        Values below -1e4, -inf too, count as -1e4: nothing passes such a gate.
     row_scale: [B|1, Hq|1, Sq]; multiplies a row's logits (an inverse temperature);
         differentiable.
     score_fn: "softmax"; "sigmoid" and "relu" weigh without normalising (LSE is then 0 for rows
@@ -172,7 +175,7 @@ def _decay(log_forget: Tensor, p: FlashParams) -> Tensor:
     Packed sequences (varlen [H, Tk]) do not see each other, in the gradient either: sums double
     their reach step by step and stop at the first key of their sequence.
     """
-    sums = log_forget.transpose(-1, -2).to(torch.float64)
+    sums = log_forget.transpose(-1, -2).to(torch.float64).clamp_min(_CLOSED)
     if p.cu_seqlens_k is None:
         return sums.cumsum(-1)
     total, step = sums.shape[-1], 1

@@ -286,6 +286,7 @@ def differentiate(
         prob = _softplus(s) / total
         return prob, torch.sigmoid(s) / total * (dp - delta)
     size, sign = torch.exp(s.abs() - lse), torch.sign(s)
+    size = size.masked_fill(s == float("-inf"), 0.0)  # a bias of -inf hides, whatever |s| is
     return size * sign, size * (dp - sign * delta)
 
 
