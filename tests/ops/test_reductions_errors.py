@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "topk_keys": (3,),
     "edges": (0.1, 100),
 }
+TRITON = ("column_sums", "span_mass", "block_max", "row_entropy")
 
 
 def operands() -> dict[str, Any]:
@@ -43,6 +45,10 @@ COMMON: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
                    r"seqused_k\[1\] is 8"),
     "backend": ({"backend": 3}, TypeError, "backend must be a string"),
 }  # fmt: skip
+
+
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @pytest.mark.parametrize("function", CALLS)
@@ -116,4 +122,6 @@ def test_explain(function: str) -> None:
         assert ops[0] == f"reductions_{function}"
         assert len(ops) == (2 if function == "span_mass" else 1)
         assert report.chosen is not None
-        assert report.chosen.backend == ("cpu" if device == "cpu" else "reference")
+        triton = function in TRITON and importlib.util.find_spec("triton") is not None
+        on_gpu = "triton" if triton else "reference"
+        assert report.chosen.backend == ("cpu" if device == "cpu" else on_gpu)
