@@ -149,14 +149,32 @@ def environment_table(env: Mapping[str, Any], peaks: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
-def measured(root: Path, table_only: bool = False, family: str = "flash") -> str:
-    """Every committed result file of a family: environment, then the table of its cases."""
-    parts: list[str] = []
+ResultFile = tuple[Path, list[bench.Result], dict[str, Any], dict[str, Any]]
+
+
+def _result_files(root: Path, family: str, newest: bool) -> list[ResultFile]:
+    """Result files with a table of the family, by name; newest: one for each limit."""
+    found: list[ResultFile] = []
     for path in sorted((root / _RESULTS).glob("*.json")):
         results, env, peaks = bench.from_json(path.read_text(encoding="utf-8"))
+        if any(not r.series and r.family == family for r in results):
+            found.append((path, results, env, peaks))
+    if not newest:
+        return found
+    latest: dict[str, ResultFile] = {}
+    for file in sorted(found, key=lambda f: str(f[2]["date"])):
+        latest[str(file[2]["restricted"])] = file
+    return list(latest.values())
+
+
+def measured(root: Path, table_only: bool = False, family: str = "flash") -> str:
+    """Every committed result file of a family: environment, then the table of its cases.
+
+    table_only: the tables alone, of the newest file for each limit of instruction sets.
+    """
+    parts: list[str] = []
+    for path, results, env, peaks in _result_files(root, family, newest=table_only):
         rows = [r for r in results if not r.series and r.family == family]
-        if not rows:
-            continue
         limit = "" if env["restricted"] == "no" else f", both sides limited to {env['restricted']}"
         title = f"{env['device']}, {env['threads']} threads, kernels {env['isa']}{limit}"
         source = f"[`{path.name}`]({'docs/' if table_only else ''}measurements/{path.name})"
