@@ -203,6 +203,18 @@ def test_gates_behind_a_shut_one_keep_their_digits() -> None:
     compare(inputs.run("triton"), inputs.truth(rounded=True), inputs.context).check()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_gates_of_rows_before_all_keys(packed: bool) -> None:
+    """A prefix shows them keys; their own gate is that of the first key, as in the reference."""
+    shape: dict[str, Any] = {"batch": 2, "seqlen_q": 9, "seqlen_k": 6}
+    if packed:
+        shape = {"lengths": ((9, 6), (4, 5), (3, 0), (8, 3))}
+    inputs = FlashCase(heads_q=2, heads_k=1, head_dim=8, mods=("log_forget", "prefix"),
+                       **shape).make()  # fmt: skip
+    got, want = (inputs.run(backend)["dlog_forget"] for backend in ("triton", "reference"))
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_large_relative_bias_goes_head_by_head(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "_SKEWED", 1)
     check(FlashCase(batch=1, seqlen_q=20, seqlen_k=30, heads_q=2, head_dim=8, mods=("rel_bias",)))
