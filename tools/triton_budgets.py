@@ -30,17 +30,22 @@ ARCHS = (80, 86, 90, 100)
 
 
 class Variant(NamedTuple):
-    """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys."""
+    """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
+
+    mods: a group of features of single scores, "masks" or "biases", see ``score_features``.
+    """
 
     dtype: torch.dtype
     head_dim: int
     causal: bool = False
     features: bool = False
+    mods: str = ""
 
     @property
     def name(self) -> str:
         words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
-        return "-".join(words + ["causal"] * self.causal + ["features"] * self.features)
+        words += ["causal"] * self.causal + ["features"] * self.features
+        return "-".join(words + [self.mods] * bool(self.mods))
 
 
 # Every tile that ships (three widths, two sizes of elements), and masks and features once.
@@ -49,6 +54,7 @@ VARIANTS = (
     *(Variant(torch.float32, d) for d in (64, 128, 256)),
     Variant(torch.bfloat16, 128, causal=True),
     *(Variant(torch.bfloat16, d, causal=True, features=True) for d in (128, 256)),
+    *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in ("masks", "biases")),
 )
 
 
@@ -145,10 +151,38 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
+def score_features(group: str, rows: int, keys: int, heads: int, half: int) -> dict[str, Any]:
+    """Fields of FlashParams: what hides, drops or turns; or what changes logits by tensors."""
+    from attnforge._params import FlashMods
+
+    if group == "masks":
+        mods = FlashMods(
+            row_bounds=torch.zeros(1, heads, rows, 2, dtype=torch.int32),
+            mask=torch.zeros(2, 1, rows, keys, dtype=torch.bool),
+            segments_q=torch.zeros(2, rows, dtype=torch.int32),
+            segments_k=torch.zeros(2, keys, dtype=torch.int32),
+            rope_cos=torch.zeros(1, keys, half),
+            rope_sin=torch.zeros(1, keys, half),
+            positions_q=torch.zeros(1, rows, dtype=torch.int32),
+            positions_k=torch.zeros(1, keys, dtype=torch.int32),
+            rng=torch.tensor([1 << 40, 7]),
+        )
+        return {"mods": mods, "dropout_p": 0.1}
+    mods = FlashMods(
+        key_bias=torch.zeros(2, heads, keys),
+        bias=torch.zeros(1, heads, rows, keys, dtype=torch.bfloat16),
+        rel_bias=torch.zeros(heads, 65),
+        decay=torch.zeros(2, heads, keys, dtype=torch.float64),
+        row_scale=torch.zeros(1, 1, rows),
+    )
+    return {"mods": mods}
+
+
 def launch(variant: Variant) -> None:
     """Every kernel of the flash family on one problem, through its launcher."""
     from attnforge._params import FlashGrads, FlashParams, FlashTape
     from attnforge.backends.triton import flash
+    from attnforge.ops._flash_ops import GRAD_MODS
 
     dtype, d = variant.dtype, variant.head_dim
     rows, keys, heads = 48, 80, 4
@@ -162,13 +196,18 @@ def launch(variant: Variant) -> None:
         torch.zeros(2, heads) if some else None, torch.zeros(heads) if some else None,
         rows, keys, 0.125, 32 if some else -1, 0 if variant.causal else -1, 8.0 if some else 0.0,
     )  # fmt: skip
+    if variant.mods:
+        p = p._replace(**score_features(variant.mods, rows, keys, heads, d // 2))
     if dtype.itemsize == 4:
         low = q.new_empty(0)
-    unused = [q.new_empty(0)] * 5
-    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *unused)
+    learned = [getattr(p.score_mods, name) for name in GRAD_MODS]
+    rest = [q.new_empty(0) if x is None else torch.zeros_like(x) for x in learned]
+    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *rest)
     flash.fwd(q, k, v, p, out, lse, low)
     flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
-    flash.decode(q[:, :1], k, v, p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone(), 2)
+    if not variant.mods:  # of one row
+        q, p, out, lse = q[:, :1], p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone()
+    flash.decode(q, k, v, p, out, lse, 2)
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:

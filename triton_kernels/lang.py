@@ -4,8 +4,9 @@ A kernel takes few arguments, most of them named tuples: ``View`` for a tensor, 
 statistics per row, ``Sequences`` for where sequences lie, ``Scores`` for what makes a logit of a
 dot product. A field that is None is a feature that is off: Triton specialises on it, so that
 neither a flag nor an instruction is left of it. A new feature of the scores is one field, and its
-lines in ``logits`` (values) or in ``seen_range`` and ``seen`` (masks): forward, backward and decode
-call the same functions.
+lines in ``logits`` (values) or in ``seen_range`` and ``seen`` (masks), or for tensors that act on
+single scores in ``mods``, which these call: forward, backward and decode share the functions.
+A place is what ``mods`` needs to find them; kernels that take no mods leave it out.
 
 Rows are queries, keys are keys. Logits are in base 2: ``Scores`` holds log2(e). Offsets into
 tensors are 64-bit. Functions on tiles work by broadcasting, so a transposed tile takes rows as
@@ -19,26 +20,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
-
-
-class View(NamedTuple):
-    """A tensor [B, S, H, X] with unit last stride; packed sequences [T, H, X] have batch = 0."""
-
-    ptr: Any
-    batch: Any  # strides in elements
-    row: Any
-    head: Any
-
-
-class Stat(NamedTuple):
-    """fp32 [B, H, S] or packed [H, T], one number per row, rows contiguous."""
-
-    ptr: Any
-    batch: Any
-    head: Any
+from attnforge.triton_kernels.mods import added, kept, narrow_keys, narrow_rows, row_scale, unhidden
+from attnforge.triton_kernels.rope import load_turned
+from attnforge.triton_kernels.tensors import INF, LN2, LOG2E, load_tile, stat_ptr
+from attnforge.triton_kernels.weights import start_total, weigh
 
 
 class Sequences(NamedTuple):
@@ -62,6 +47,14 @@ class Scores(NamedTuple):
     sinks: Any  # fp32 [Hq], or None
     left: Any  # keys a row sees before and after its own position; None is all
     right: Any
+    front: Any  # 1: masked tiles may come before the whole ones of a row; or None
+    mods: Any  # a Mods; Triton cannot compare a tuple that holds None with None
+    hides: Any  # 1: something of mods hides pairs; or None
+    rope: Any  # a Rope, or None
+    sigmoid: Any  # 1: the score function instead of softmax; or None
+    relu: Any
+    softplus: Any
+    signed_softmax: Any
 
 
 @triton.jit
@@ -79,53 +72,6 @@ def span(seq, b):
     if seq.used is not None:
         keys = tl.minimum(keys, tl.maximum(tl.load(seq.used + b), 0))
     return first_row, rows, first_key, keys
-
-
-@triton.jit
-def head_ptr(x, b, h, first):
-    """Pointer to row ``first`` of a head of a View; ``h`` may be a vector."""
-    at = tl.cast(b, tl.int64) * x.batch + tl.cast(first, tl.int64) * x.row
-    return x.ptr + at + tl.cast(h, tl.int64) * x.head
-
-
-@triton.jit
-def stat_ptr(x, b, h, first):
-    """Pointer to row ``first`` of a head of a Stat; ``h`` may be a vector."""
-    return x.ptr + tl.cast(b, tl.int64) * x.batch + tl.cast(h, tl.int64) * x.head + first
-
-
-@triton.jit
-def tile_ptr(base, start, x, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """[BLOCK, WIDTH] pointers to rows ``start ..`` of the head at ``base``."""
-    rows = (start + tl.arange(0, BLOCK)).to(tl.int64)
-    return base + rows[:, None] * x.row + tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    """[BLOCK, WIDTH] mask: rows below ``count``, columns below SIZE."""
-    rows = start + tl.arange(0, BLOCK) < count
-    return rows[:, None] & (tl.arange(0, WIDTH) < SIZE)[None, :]
-
-
-@triton.jit
-def load_tile(
-    base, start, count, x,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Rows ``start ..`` as [BLOCK, WIDTH], 0 at and past row ``count`` and column SIZE.
-
-    WHOLE promises that all rows exist, so that only columns need a mask, or nothing does.
-    """
-    pointers = tile_ptr(base, start, x, BLOCK, WIDTH)
-    if WHOLE:
-        if SIZE == WIDTH:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(tl.arange(0, WIDTH) < SIZE)[None, :], other=0.0)
-    else:
-        tile = tl.load(pointers, mask=inside(start, count, BLOCK, WIDTH, SIZE), other=0.0)
-    return tile
 
 
 @triton.jit
@@ -155,7 +101,20 @@ def seen_range(first, last, count, shift, back, ahead, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def seen(rows, keys, n_rows, n_keys, scores):
+def key_range(rows, first, last, n_rows, n_keys, scores, place, BLOCK: tl.constexpr):
+    """``seen_range`` of the tile of ``rows`` between ``first`` and ``last``."""
+    ranges = seen_range(first, last, n_keys, n_keys - n_rows, scores.left, scores.right, BLOCK)
+    return narrow_keys(ranges, rows, scores.mods, place, BLOCK)
+
+
+@triton.jit
+def row_range(ranges, first, last, scores, place, BLOCK: tl.constexpr):
+    """``ranges`` of the rows that see keys ``first .. last``, for one query head."""
+    return narrow_rows(ranges, first, last, scores.mods, place, BLOCK)
+
+
+@triton.jit
+def seen(rows, keys, n_rows, n_keys, scores, place=None):
     """Which keys each row sees, for the tiles that ``seen_range`` does not call whole."""
     visible = (rows < n_rows) & (keys < n_keys)
     at = rows + (n_keys - n_rows)
@@ -163,6 +122,8 @@ def seen(rows, keys, n_rows, n_keys, scores):
         visible = visible & (keys >= at - scores.left)
     if scores.right is not None:
         visible = visible & (keys <= at + scores.right)
+    if scores.hides is not None:
+        visible = unhidden(visible, rows, keys, scores.mods, place)
     return visible
 
 
@@ -176,8 +137,9 @@ def slope_of(scores, b, h):
 
 
 @triton.jit
-def logits(products, rows, keys, shift, slope, scores):
-    """Base-2 logits of a tile of dot products, and their derivative up to the scale."""
+def logits(products, rows, keys, shift, slope, scores, place=None):
+    """Base-2 logits of a tile of dot products, and their derivative up to the row's scale."""
+    products = scaled(products, rows, scores, place)
     if scores.gain is None:
         s = products * scores.scale
         factor = 1.0
@@ -188,7 +150,24 @@ def logits(products, rows, keys, shift, slope, scores):
         factor = 1.0 - t * t
     if scores.slopes is not None:
         s = s - slope * tl.abs(rows + shift - keys).to(tl.float32)
+    s = added(s, rows, keys, scores.mods, place)
     return s, factor
+
+
+@triton.jit
+def scaled(x, rows, scores, place):
+    """``x`` times the scale of its rows, if they have one."""
+    if scores.mods.row_scale is not None:
+        x = x * row_scale(rows, scores.mods, place)
+    return x
+
+
+@triton.jit
+def drop(p, rows, keys, scores, place):
+    """``p`` without the weights that dropout drops, the others scaled up."""
+    if scores.mods.seed is not None:
+        p = tl.where(kept(rows, keys, scores.mods, place), p * scores.mods.boost, 0.0)
+    return p
 
 
 @triton.jit
@@ -211,26 +190,35 @@ def tame(x):
 
 @triton.jit
 def unleash(
-    acc, at, lo, hi, n_rows, n_keys, base, x, scores,
+    acc, at, lo, hi, n_rows, n_keys, base, x, scores, place, rope,
     WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """acc + every NaN and infinity of x[lo .. hi) that position ``at`` of the other side sees.
 
     acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys, ``at`` are rows; else the other way round.
+    rope: None unless rows of x are turned.
     One row of x at a time: this runs where ``tame`` found something, and costs hot loops nothing.
     Between lo and hi there may be whole tiles, whose infinities are in acc already: once more is
     the same.
     """
     columns = tl.arange(0, WIDTH)
+    if scores.hides is not None:
+        at = at[:, None]  # of the head in a decode's place
     for n in tl.range(lo, hi):
-        row = base + tl.cast(n, tl.int64) * x.row + columns
-        value = tl.load(row, mask=columns < SIZE, other=0.0).to(tl.float32)
+        if rope is None:
+            row = base + tl.cast(n, tl.int64) * x.row + columns
+            value = tl.load(row, mask=columns < SIZE, other=0.0).to(tl.float32)
+        else:
+            turned = load_turned(base, n, n + 1, x, rope, place, not KEYS, 1, WIDTH, SIZE, False)
+            value = tl.reshape(turned, [WIDTH]).to(tl.float32)
         wild = tl.where(tl.abs(value) < INF, 0.0, value)
         if KEYS:
-            visible = seen(at, n, n_rows, n_keys, scores)
+            visible = seen(at, n, n_rows, n_keys, scores, place)
         else:
-            visible = seen(n, at, n_rows, n_keys, scores)
-        acc += tl.where(visible[:, None], wild[None, :], 0.0)
+            visible = seen(n, at, n_rows, n_keys, scores, place)
+        if scores.hides is None:
+            visible = visible[:, None]
+        acc += tl.where(visible, wild[None, :], 0.0)
     return acc
 
 
@@ -242,24 +230,9 @@ def row_lse(lse, b, h, first_row, rows, n_rows):
 
 
 @triton.jit
-def online(s, top, total):
-    """One step of online softmax: (p, factor of old sums, new maximum, new sum), all base 2.
-
-    A row that has seen nothing has top = -inf; equal infinities leave old sums alone, and NaN in
-    ``s`` reaches the sum even where the maximum drops it.
-    """
-    new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == -INF, 0.0, new_top)
-    p = tl.exp2(s - base[:, None])
-    alpha = tl.where(top == new_top, 1.0, tl.exp2(top - base))
-    return p, alpha, new_top, total * alpha + tl.sum(p, 1)
-
-
-@triton.jit
 def start_state(scores, h, BLOCK_M: tl.constexpr):
     """(top, total) before any key: a sink is a key of value 0 that every row of head ``h`` sees."""
-    top = tl.full([BLOCK_M], -INF, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    top, total = start_total(scores, BLOCK_M)
     if scores.sinks is not None:
         top = total + tl.load(scores.sinks + h) * LOG2E
         total = tl.where(top == -INF, 0.0, 1.0)
@@ -268,7 +241,7 @@ def start_state(scores, h, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def attend(
-    state, q, rows, slope, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
+    state, q, rows, slope, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -281,13 +254,16 @@ def attend(
     shift = n_keys - n_rows
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k_head, start, n_keys, k, BLOCK_N, BLOCK_D, D, not MASKED)
+        k_tile = load_turned(
+            k_head, start, n_keys, k, scores.rope, place, False, BLOCK_N, BLOCK_D, D, not MASKED
+        )
         s = dot(q, k_tile.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
-        s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores)
+        s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores, place)
         if MASKED:
-            visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores)
+            visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores, place)
             s = tl.where(visible, s, -INF)
-        p, alpha, top, total = online(s, top, total)
+        p, alpha, top, total = weigh(s, top, total, scores)
+        p = drop(p, rows[:, None], keys[None, :], scores, place)
         acc = acc * alpha[:, None]
         v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
         if MASKED:
@@ -299,33 +275,35 @@ def attend(
 
 @triton.jit
 def walk(
-    q, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores,
+    q, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """(top, total, acc) after all keys that the rows see.
 
-    ranges: (lo, whole_lo, whole_hi, hi) from ``seen_range``; before: (top, total) from
+    ranges: (lo, whole_lo, whole_hi, hi) from ``key_range``; before: (top, total) from
     ``start_state``.
     """
     lo, whole_lo, whole_hi, hi = ranges
     top, total = before
     state = (top, total, tl.zeros([q.shape[0], BLOCK_DV], tl.float32), 0)
-    if scores.left is not None:
+    if scores.front is not None:
         state = attend(
             state, q, rows, slope, lo, whole_lo, n_rows, n_keys, k, v, k_head, v_head, scores,
-            D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
         )  # fmt: skip
     state = attend(
         state, q, rows, slope, whole_lo, whole_hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     top, total, acc, bad = attend(
         state, q, rows, slope, whole_hi, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     if bad != 0:
-        acc = unleash(acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, BLOCK_DV, DV, True)
+        acc = unleash(
+            acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, place, None, BLOCK_DV, DV, True
+        )
     return top, total, acc
 
 

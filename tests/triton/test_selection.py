@@ -113,10 +113,11 @@ def test_whole_call_by_name() -> None:
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 SHAPES = [
-    config.Shape(arch, size, width)
+    config.Shape(arch, size, width, heavy)
     for arch in ARCHS
     for size in (2, 4)
     for width in (16, 64, 128, 256)
+    for heavy in (False, True)
 ]
 
 

@@ -18,11 +18,15 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 
 
 
 class Shape(NamedTuple):
-    """What a choice depends on. width: the larger of the padded head dims of K and V."""
+    """What a choice depends on. width: the larger of the padded head dims of K and V.
+
+    heavy: features of single scores that load a tile of their own or need many registers.
+    """
 
     arch: str
     itemsize: int
     width: int
+    heavy: bool = False
 
 
 def arch_class(arch: str) -> str:
@@ -105,6 +109,24 @@ _DQ = {
     ("sm_100", 256): _tile(64, 64, 8, 1),
 }
 
+# (kernel, width) -> tile of a 16-bit kernel with heavy features, for every class: tiles of masks,
+# biases and partners of turned channels are staged in shared memory like K and V, so that there is
+# one stage, and S has a few values more beside it.
+_HEAVY = {
+    ("fwd", 64): _tile(64, 64, 4, 1),
+    ("fwd", 128): _tile(64, 32, 4, 1),
+    ("fwd", 256): _tile(32, 32, 4, 1),
+    ("decode", 64): _tile(16, 64, 4, 1),
+    ("decode", 128): _tile(16, 32, 4, 1),
+    ("decode", 256): _tile(16, 32, 8, 1),
+    ("dkdv", 64): _tile(32, 64, 8, 1),
+    ("dkdv", 128): _tile(32, 32, 8, 1),
+    ("dkdv", 256): _tile(16, 32, 8, 1),
+    ("dq", 64): _tile(64, 32, 8, 1),
+    ("dq", 128): _tile(64, 32, 8, 1),
+    ("dq", 256): _tile(32, 32, 4, 1),
+}
+
 _TABLES = {
     "fwd": (_FWD, _FP32),
     "decode": (_DECODE, _DECODE_FP32),
@@ -146,7 +168,10 @@ def choose(kernel: str, shape: Shape) -> dict[str, int]:
     half, full = _TABLES[kernel]
     width = max(64, shape.width)
     if shape.itemsize == 4:
-        return dict(full[width])
+        stages = 1 if shape.heavy else full[width]["num_stages"]
+        return {**full[width], "num_stages": stages}
+    if shape.heavy:
+        return dict(_HEAVY[kernel, width])
     return dict(half[arch_class(shape.arch), width])
 
 

@@ -22,17 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import (
-    INF,
-    head_ptr,
-    result,
-    seen_range,
-    slope_of,
-    span,
-    start_state,
-    stat_ptr,
-    walk,
-)
+from attnforge.triton_kernels.lang import key_range, result, slope_of, span, start_state, walk
+from attnforge.triton_kernels.rope import turn
+from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr
 
 
 @triton.jit(do_not_specialize=["seq", "scores", "splits", "split_keys"])
@@ -59,10 +51,11 @@ def decode(
     real = packed < n_rows * group
     head = tl.where(real, head, 0)
 
+    place = (b, head[:, None], 0, 0, n_rows, n_keys, h)
     first = tile * BLOCK_M // group
     last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, n_rows - 1)
-    lo, whole_lo, whole_hi, hi = seen_range(
-        first, last, n_keys, n_keys - n_rows, scores.left, scores.right, BLOCK_N
+    lo, whole_lo, whole_hi, hi = key_range(
+        rows[:, None], first, last, n_rows, n_keys, scores, place, BLOCK_N
     )
     if split_keys == 0:
         size = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
@@ -87,9 +80,12 @@ def decode(
     q_tile = tl.load(
         q_rows[:, None] + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0
     )
+    if scores.rope is not None:
+        at = tl.load(stat_ptr(scores.rope.at_q, b, 0, rows), mask=real, other=0)
+        q_tile = turn(q_tile, q_rows[:, None], real[:, None], at[:, None], scores.rope, h, BLOCK_D)
     top, total, acc = walk(
         q_tile, rows, slope, (top, total), (lo, whole_lo, whole_hi, hi), n_rows, n_keys,
-        k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores,
+        k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores, place,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     o, stat = result(top, total, acc)

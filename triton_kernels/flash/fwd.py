@@ -23,19 +23,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import (
-    head_ptr,
-    inside,
-    load_tile,
-    result,
-    seen_range,
-    slope_of,
-    span,
-    start_state,
-    stat_ptr,
-    tile_ptr,
-    walk,
-)
+from attnforge.triton_kernels.lang import key_range, result, slope_of, span, start_state, walk
+from attnforge.triton_kernels.rope import load_turned
+from attnforge.triton_kernels.tensors import head_ptr, inside, stat_ptr, tile_ptr
 
 
 @triton.jit(do_not_specialize=["seq", "scores", "tiles"])
@@ -58,11 +48,14 @@ def fwd(
     v_head = head_ptr(v, b, h // group, first_key)
     slope = slope_of(scores, b, h)
     last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    ranges = seen_range(first, last, n_keys, n_keys - n_rows, scores.left, scores.right, BLOCK_N)
+    place = (b, h, first_row, first_key, n_rows, n_keys, h // group)
+    ranges = key_range(rows[:, None], first, last, n_rows, n_keys, scores, place, BLOCK_N)
     before = start_state(scores, h, BLOCK_M)
-    q_tile = load_tile(q_head, first, n_rows, q, BLOCK_M, BLOCK_D, D, False)
+    q_tile = load_turned(
+        q_head, first, n_rows, q, scores.rope, place, True, BLOCK_M, BLOCK_D, D, False
+    )
     top, total, acc = walk(
-        q_tile, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores,
+        q_tile, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
     o, stat = result(top, total, acc)

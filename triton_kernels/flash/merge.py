@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import INF, head_ptr, inside, load_tile, stat_ptr, tile_ptr
+from attnforge.triton_kernels.tensors import INF, head_ptr, inside, load_tile, stat_ptr, tile_ptr
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import head_ptr, load_tile, seen_range, slope_of, span, stat_ptr
+from attnforge.triton_kernels.lang import seen_range, slope_of, span
 from attnforge.triton_kernels.reductions.tile import row_stats, score_tile
+from attnforge.triton_kernels.tensors import head_ptr, load_tile, stat_ptr
 
 __all__ = ["column_sums"]
 

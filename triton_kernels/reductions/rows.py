@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import LN2, head_ptr, load_tile, seen_range, slope_of, span
+from attnforge.triton_kernels.lang import seen_range, slope_of, span
 from attnforge.triton_kernels.reductions.tile import row_stats, score_tile
+from attnforge.triton_kernels.tensors import LN2, head_ptr, load_tile
 
 __all__ = ["row_entropy", "span_mass"]
 

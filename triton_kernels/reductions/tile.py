@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import INF, dot, load_tile, logits, row_lse, seen
+from attnforge.triton_kernels.lang import dot, logits, row_lse, seen
+from attnforge.triton_kernels.tensors import INF, load_tile
 
 __all__ = ["row_stats", "score_tile"]
 

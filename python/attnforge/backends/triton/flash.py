@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from attnforge import _settings
-from attnforge._params import FlashGrads, FlashParams, FlashTape
-from attnforge.backends.triton import _interpreter
+from attnforge._params import SCORE_FNS, FlashGrads, FlashParams, FlashTape
+from attnforge.backends.triton import _flash_mods, _interpreter
+from attnforge.backends.triton._flash_grads import Sums, by_distance, turn_back
 from attnforge.backends.triton._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
@@ -29,6 +30,7 @@ from attnforge.triton_kernels.flash import config
 __all__ = ["SPECS"]
 
 _FAR = 1 << 30  # a window at or past it is as wide as any sequence; sums of two stay in 32 bit
+_SKEWED = 1 << 26  # elements of the workspace of drel_bias, unless one head needs more
 _SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _LOG2E = math.log2(math.e)
 
@@ -46,6 +48,11 @@ def _lang() -> Any:
     return importlib.import_module("attnforge.triton_kernels.lang")
 
 
+@cache
+def _tensors() -> Any:
+    return importlib.import_module("attnforge.triton_kernels.tensors")
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, whatever the tensors' is."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -59,12 +66,12 @@ def _unit(x: Tensor) -> Tensor:
 def _view(x: Tensor) -> Any:
     """A View of [B, S, H, X], or of packed [T, H, X] as one batch entry."""
     batch = x.stride(0) if x.dim() == 4 else 0
-    return _lang().View(x, batch, x.stride(-3), x.stride(-2))
+    return _tensors().View(x, batch, x.stride(-3), x.stride(-2))
 
 
 def _stat(x: Tensor) -> Any:
     """A Stat of a contiguous [B, H, S] or packed [H, T]."""
-    return _lang().Stat(x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+    return _tensors().Stat(x, x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -78,7 +85,12 @@ def _sequences(q: Tensor, k: Tensor, p: FlashParams) -> Any:
     )
 
 
-def _scores(p: FlashParams) -> Any:
+def _flag(on: bool) -> int | None:
+    return 1 if on else None
+
+
+def _scores(p: FlashParams, heads: int) -> Any:
+    m = p.score_mods
     slopes = _contiguous(p.alibi_slopes)
     return _lang().Scores(
         scale=p.softmax_scale * _LOG2E,
@@ -89,6 +101,11 @@ def _scores(p: FlashParams) -> Any:
         sinks=_contiguous(p.sinks),
         left=min(p.window_left, _FAR) if p.window_left >= 0 else None,
         right=min(p.window_right, _FAR) if p.window_right >= 0 else None,
+        front=_flag(p.window_left >= 0 or m.row_bounds is not None),
+        mods=_flash_mods.mods(p, heads),
+        hides=_flag(any(x is not None for x in (m.row_bounds, m.mask, m.segments_q))),
+        rope=_flash_mods.rope(p),
+        **{name: _flag(p.score_fn == name) for name in SCORE_FNS[1:]},
     )
 
 
@@ -101,11 +118,11 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
+def _sizes(kernel: str, q: Tensor, v: Tensor, heavy: bool = False) -> dict[str, int]:
     """The compile-time constants of a kernel: head dims, padded ones, the chosen tile."""
     d, dv = q.shape[-1], v.shape[-1]
     widths = {"BLOCK_D": _padded(d), "BLOCK_DV": _padded(dv)}
-    shape = config.Shape(device_arch(q.device)[1], q.dtype.itemsize, max(widths.values()))
+    shape = config.Shape(device_arch(q.device)[1], q.dtype.itemsize, max(widths.values()), heavy)
     return {"D": d, "DV": dv, **widths, **config.choose(kernel, shape)}
 
 
@@ -125,7 +142,7 @@ def fwd(
     if out.numel() == 0:
         return
     q, k, v = _unit(q), _unit(k), _unit(v)
-    heads, sizes = q.shape[-2], _sizes("fwd", q, v)
+    heads, sizes = q.shape[-2], _sizes("fwd", q, v, _flash_mods.heavy(p))
     tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
     grid = (tiles * heads * _batch(q, p),)
     if grid[0] == 0:
@@ -133,7 +150,7 @@ def fwd(
     with _on(q.device):
         _kernel("fwd", "fwd")[grid](
             _view(q), _view(k), _view(v), _view(out), None if low is None else _view(low),
-            _stat(lse), _sequences(q, k, p), _scores(p),
+            _stat(lse), _sequences(q, k, p), _scores(p, heads),
             heads, heads // k.shape[-2], tiles, **sizes,
         )  # fmt: skip
 
@@ -153,28 +170,94 @@ def bwd(
     delta = torch.empty_like(lse)
     low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
     heads, heads_kv, batch = q.shape[-2], k.shape[-2], _batch(q, p)
-    scores, sequences = _scores(p), _sequences(q, k, p)
+    scores, sequences = _scores(p, heads), _sequences(q, k, p)
     inputs = (_view(q), _view(k), _view(v), _view(dout))
+    wanted, heavy = Sums.plan(lse, k, grads), _flash_mods.heavy(p)
+    columns, row_sums, by_scale = (None if x is None else _stat(x) for x in wanted)
+    turned_q, turned_k = dq, dk
+    if scores.rope is not None:  # zeros, as rows of no sequence are not written
+        turned_q, turned_k = (x.new_zeros(x.shape, dtype=torch.float32) for x in (dq, dk))
     with _on(q.device):
         _delta(dout, out, low, dlse, lse, delta)
-        sizes = _sizes("dkdv", q, v)
+        sizes = _sizes("dkdv", q, v, heavy)
         tiles = _tiles(
             p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"]
         )
         if grid := tiles * heads_kv * batch:
             _kernel("bwd", "dkdv")[(grid,)](
-                *inputs, _view(dk), _view(dv), _stat(lse), _stat(delta), sequences, scores,
-                p.softmax_scale, heads_kv, heads // heads_kv, tiles, **sizes,
+                *inputs, _view(turned_k), _view(dv), _stat(lse), _stat(delta), sequences, scores,
+                columns, p.softmax_scale, heads_kv, heads // heads_kv, tiles, **sizes,
             )  # fmt: skip
-        sizes = _sizes("dq", q, v)
+        sizes = _sizes("dq", q, v, heavy)
         tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
         if grid := tiles * heads * batch:
             _kernel("bwd", "dq")[(grid,)](
-                *inputs, _view(dq), _stat(lse), _stat(delta), sequences, scores,
-                p.softmax_scale, heads, heads // heads_kv, tiles, **sizes,
+                *inputs, _view(turned_q), _stat(lse), _stat(delta), sequences, scores,
+                row_sums, by_scale, p.softmax_scale, heads, heads // heads_kv, tiles, **sizes,
             )  # fmt: skip
+        operands = (*inputs, _stat(lse), _stat(delta), sequences, scores)
+        if grads.dbias.numel():
+            _dbias(operands, q, v, grads.dbias, (k.shape[1], heads // heads_kv))
+        if grads.drel_bias.numel():
+            _drel_bias(operands, q, v, p, grads.drel_bias, (k.shape[-3], heads // heads_kv))
+    if scores.rope is not None:
+        turn_back(dq, turned_q, p.score_mods.positions_q, p)
+        turn_back(dk, turned_k, p.score_mods.positions_k, p)
+    if p.mods:
+        wanted.finish(p, grads)
     if p.sinks is not None:
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def _launch_dbias(
+    operands: tuple[Any, ...], q: Tensor, v: Tensor, grad: Any, extent: tuple[int, ...],
+    sizes: tuple[int, int, int], skewed: int | None,
+) -> None:  # fmt: skip
+    """One launch of ``dbias``; extent: see the kernel; sizes: rows, keys, group."""
+    rows, keys, group = sizes
+    constants = _sizes("dq", q, v, heavy=True)  # four operands and the sum
+    tiles = (_tiles(rows, constants["BLOCK_M"]), _tiles(keys, constants["BLOCK_N"]))
+    *before, lse, delta, sequences, scores = operands
+    _kernel("bias", "dbias")[(tiles[0] * tiles[1] * extent[2] * extent[5],)](
+        *before, grad, lse, delta, sequences, scores, group, extent[:5], tiles, skewed, **constants
+    )
+
+
+def _dbias(
+    operands: tuple[Any, ...], q: Tensor, v: Tensor, dbias: Tensor, shape: tuple[int, int]
+) -> None:
+    """dbias [B|1, Hq|1, Sq, Sk] in one launch; shape: keys, group."""
+    keys, group = shape
+    batch, heads = dbias.shape[:2]
+    extent = (0, 0, heads, q.shape[0] // batch, q.shape[2] // heads, batch)
+    view = _tensors().View(dbias, dbias.stride(0), dbias.stride(2), dbias.stride(1))
+    _launch_dbias(operands, q, v, view, extent, (q.shape[1], keys, group), None)
+
+
+def _drel_bias(
+    operands: tuple[Any, ...], q: Tensor, v: Tensor, p: FlashParams, drel_bias: Tensor,
+    shape: tuple[int, int],
+) -> None:  # fmt: skip
+    """drel_bias [Hq|1, 2 R + 1]: sums over diagonals of dS, by batch entry and some heads a time.
+
+    In rows that lie one element further apart than they are long, a diagonal is a column.
+    """
+    packed = p.cu_seqlens_q is not None
+    keys, group = shape
+    rows = p.max_seqlen_q if packed else q.shape[1]
+    keys = p.max_seqlen_k if packed else keys
+    total = torch.zeros_like(drel_bias)
+    width, heads = rows + keys, drel_bias.shape[0]
+    some = max(1, min(heads, _SKEWED // max(1, rows * width)))
+    for b in range(_batch(q, p) if rows and keys else 0):
+        for h in range(0, heads, some):
+            count = min(some, heads - h)
+            space = total.new_zeros(count, rows, width)
+            view = _tensors().View(space, 0, width - 1, rows * width)
+            extent = (b, h, count, 1, q.shape[-2] // heads, 1)
+            _launch_dbias(operands, q, v, view, extent, (rows, keys, group), keys)
+            total[h : h + count] += by_distance(space.sum(1), keys, drel_bias.shape[1] // 2)
+    drel_bias.copy_(total)
 
 
 def _delta(
@@ -200,7 +283,7 @@ def decode(
         return
     q, k, v = _unit(q), _unit(k), _unit(v)
     heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
-    sizes = _sizes("decode", q, v)
+    sizes = _sizes("decode", q, v, _flash_mods.heavy(p))
     keys = max(1, k.shape[1])
     splits = _tiles(keys, _SPLIT)
     if num_splits > 0:  # a split has at least one tile
@@ -216,7 +299,7 @@ def decode(
         _kernel("decode", "decode")[(grid,)](
             _view(q), _view(k), _view(v), _view(first_value), _stat(first_stat),
             values.stride(0) if many else None, stats.stride(0) if many else None,
-            _sequences(q, k, p), _scores(p), heads_kv, group, splits,
+            _sequences(q, k, p), _scores(p, q.shape[-2]), heads_kv, group, splits,
             0 if num_splits > 0 else _SPLIT, **sizes,
         )  # fmt: skip
         if many:
@@ -263,15 +346,29 @@ def _missing() -> str | None:
     return None if found else "Triton is not installed (pip install attnforge[triton])"
 
 
+_PLAIN = ("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right")
+_MODS = ("row_bounds", "mask", "segments", "key_bias", "bias", "rel_bias", "forget_gate",
+         "row_scale", "rope", "dropout")  # fmt: skip
+_FEATURES = {
+    "fwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
+    "bwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
+    "decode": (*_PLAIN, *_MODS),
+}
 _COMMON = (
     _Devices(),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
     Dim("head_dim", 8, 256, 8),
     Dim("v_head_dim", 8, 256, 8),
-    Features("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
+    Features(*_PLAIN),
     Available("triton", _missing),
 )
 _MERGE = (*_COMMON[:2], _COMMON[-1])
+
+
+def _requires(kind: str) -> tuple[Any, ...]:
+    if kind == "merge":
+        return _MERGE
+    return (*_COMMON[:4], Features(*_FEATURES[kind]), _COMMON[-1])
 
 
 def _spec(kind: str, op: str, notes: str) -> KernelSpec:
@@ -280,7 +377,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         op=op,
         backend="triton",
         launch=f"{__name__}:{kind}",
-        requires=(*(_MERGE if kind == "merge" else _COMMON), SelfTest(kind)),
+        requires=(*_requires(kind), SelfTest(kind)),
         score=50.0,  # above the reference; native kernels of a device go first
         notes=notes,
     )

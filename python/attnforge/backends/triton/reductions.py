@@ -52,7 +52,7 @@ def _operands(q: Tensor, k: Tensor, p: FlashParams) -> tuple[Any, Any, tuple[Any
     """Views of q and k, and what every kernel takes behind its own tensors."""
     heads = q.shape[2]
     q, k = _unit(q), _unit(k)
-    return _view(q), _view(k), (_sequences(q, k, p), _scores(p), heads, heads // k.shape[2])
+    return _view(q), _view(k), (_sequences(q, k, p), _scores(p, heads), heads, heads // k.shape[2])
 
 
 def column_sums(
