@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 import attnforge
 from attnforge import _settings
+from attnforge._params import FlashParams
 from attnforge.backends.triton import _selftest, flash
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import decide
@@ -133,3 +136,34 @@ def test_shipped_tiles_fit_and_are_known_to_a_tuner(
         for name, value in tile.items():
             assert value in config.SPACE[kernel][name], (shape, name)
         assert kernel != "decode" or 2048 % tile["BLOCK_N"] == 0
+
+
+def test_a_tuner_may_choose_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The space of each launcher: defaults are the table's, configs reach the kernels by content.
+    monkeypatch.undo()
+    for kind, names in {"fwd": 4, "bwd": 8, "decode": 4}.items():
+        spec = next(s for s in list_kernels(OPS[kind]) if s.backend == "triton")
+        asked = request(kind)
+        default = spec.space.default(asked)
+        assert len(default) == names
+        assert spec.space.reasons(default, asked) == ()
+        big = spec.space.config({n: max(v) for n, v in spec.space.parameters.items()})
+        wide = replace(request(kind, d=256), dtype=torch.float32)
+        assert "does not fit the shared memory of sm_90" in spec.space.reasons(big, wide)[0]
+    heavy = replace(request("fwd"), features=frozenset({"bias"}))
+    spec = next(s for s in list_kernels("flash_fwd") if s.backend == "triton")
+    assert spec.space.default(heavy) != spec.space.default(request("fwd"))
+
+
+def test_configs_change_the_tiles_and_not_the_answer() -> None:
+    inputs = FlashCase(seqlen_q=40, seqlen_k=70, causal=True, lse_grad=False).make()
+    q, k, v = inputs.q, inputs.k, inputs.v
+    p = FlashParams(None, None, None, None, None, 40, 70, 0.25, -1, 0, 0.0)
+    want = inputs.truth(rounded=True)
+    spec = next(s for s in list_kernels("flash_fwd") if s.backend == "triton")
+    for rows, keys in ((16, 64), (64, 32)):
+        tile = {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": 4, "num_stages": 1}
+        out, lse = torch.full(q.shape, math.nan), torch.full((2, 2, 40), math.nan)
+        launch = spec.resolve(spec.space.config(tile))
+        launch(q, k, v, p, out, lse, q.new_empty(0))
+        compare({"out": out, "lse": lse}, want, str(tile)).check()

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge._params import FlashParams
+from attnforge._params import SCORE_FNS, FlashParams
 
-__all__ = ["heavy", "mods", "rope"]
+__all__ = ["HEAVY", "heavy", "mods", "rope"]
 
 
 @cache
@@ -81,8 +81,12 @@ def mods(p: FlashParams, heads: int) -> Any:
     )
 
 
+# Features that need the smaller tiles of ``config``, by the names of a Request.
+HEAVY = frozenset({"mask", "bias", "rel_bias", "forget_gate", "rope", "dropout", *SCORE_FNS[1:]})
+
+
 def heavy(p: FlashParams) -> bool:
-    """Whether a call needs the smaller tiles of ``config``."""
+    """Whether a call uses one of ``HEAVY``."""
     m = p.score_mods
     large = (m.mask, m.bias, m.rel_bias, m.decay, m.rope_cos, m.rng)
     return p.score_fn != "softmax" or any(x is not None for x in large)

@@ -20,12 +20,14 @@ from attnforge import _settings
 from attnforge._params import SCORE_FNS, FlashGrads, FlashParams, FlashTape
 from attnforge.backends.triton import _flash_mods, _interpreter
 from attnforge.backends.triton._flash_grads import Sums, by_distance, turn_back
+from attnforge.backends.triton._flash_tiles import padded, space
+from attnforge.backends.triton._flash_tiles import sizes as sizes_of
 from attnforge.backends.triton._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
-from attnforge.registry.select import device_arch
+from attnforge.registry.space import Config, SearchSpace
 from attnforge.registry.spec import KernelSpec, Request
-from attnforge.triton_kernels.flash import config
+from attnforge.triton_kernels.flash import config as tiles_of
 
 __all__ = ["SPECS"]
 
@@ -113,26 +115,14 @@ def _batch(q: Tensor, p: FlashParams) -> int:
     return q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
 
 
-def _padded(size: int) -> int:
-    """A head dim as tiles have it: a power of two, and what a tensor core takes at least."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _sizes(kernel: str, q: Tensor, v: Tensor, heavy: bool = False) -> dict[str, int]:
-    """The compile-time constants of a kernel: head dims, padded ones, the chosen tile."""
-    d, dv = q.shape[-1], v.shape[-1]
-    widths = {"BLOCK_D": _padded(d), "BLOCK_DV": _padded(dv)}
-    shape = config.Shape(device_arch(q.device)[1], q.dtype.itemsize, max(widths.values()), heavy)
-    return {"D": d, "DV": dv, **widths, **config.choose(kernel, shape)}
-
-
 def _tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
 def fwd(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor,
+    *, config: Config | None = None,
+) -> None:  # fmt: skip
     """Launcher of ``flash_fwd``."""
     low = out_lo if out_lo.dim() > 1 else None
     if p.cu_seqlens_q is not None:  # rows of no sequence
@@ -142,7 +132,7 @@ def fwd(
     if out.numel() == 0:
         return
     q, k, v = _unit(q), _unit(k), _unit(v)
-    heads, sizes = q.shape[-2], _sizes("fwd", q, v, _flash_mods.heavy(p))
+    heads, sizes = q.shape[-2], sizes_of("fwd", q, v, _flash_mods.heavy(p), config)
     tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
     grid = (tiles * heads * _batch(q, p),)
     if grid[0] == 0:
@@ -156,8 +146,9 @@ def fwd(
 
 
 def bwd(
-    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
-) -> None:
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads,
+    *, config: Config | None = None,
+) -> None:  # fmt: skip
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
     dq, dk, dv, dsinks = grads[:4]
     q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
@@ -179,7 +170,7 @@ def bwd(
         turned_q, turned_k = (x.new_zeros(x.shape, dtype=torch.float32) for x in (dq, dk))
     with _on(q.device):
         _delta(dout, out, low, dlse, lse, delta)
-        sizes = _sizes("dkdv", q, v, heavy)
+        sizes = sizes_of("dkdv", q, v, heavy, config)
         tiles = _tiles(
             p.max_seqlen_k if p.cu_seqlens_k is not None else k.shape[1], sizes["BLOCK_N"]
         )
@@ -188,7 +179,7 @@ def bwd(
                 *inputs, _view(turned_k), _view(dv), _stat(lse), _stat(delta), sequences, scores,
                 columns, p.softmax_scale, heads_kv, heads // heads_kv, tiles, **sizes,
             )  # fmt: skip
-        sizes = _sizes("dq", q, v, heavy)
+        sizes = sizes_of("dq", q, v, heavy, config)
         tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
         if grid := tiles * heads * batch:
             _kernel("bwd", "dq")[(grid,)](
@@ -215,7 +206,7 @@ def _launch_dbias(
 ) -> None:  # fmt: skip
     """One launch of ``dbias``; extent: see the kernel; sizes: rows, keys, group."""
     rows, keys, group = sizes
-    constants = _sizes("dq", q, v, heavy=True)  # four operands and the sum
+    constants = sizes_of("dq", q, v, heavy=True)  # four operands and the sum
     tiles = (_tiles(rows, constants["BLOCK_M"]), _tiles(keys, constants["BLOCK_N"]))
     *before, lse, delta, sequences, scores = operands
     _kernel("bias", "dbias")[(tiles[0] * tiles[1] * extent[2] * extent[5],)](
@@ -264,8 +255,8 @@ def _delta(
     dout: Tensor, out: Tensor, low: Tensor | None, dlse: Tensor | None, lse: Tensor, delta: Tensor
 ) -> None:
     rows, heads, dv = out.shape[-3:]
-    width = _padded(dv)
-    block = config.merge_rows(rows, width)
+    width = padded(dv)
+    block = tiles_of.merge_rows(rows, width)
     tiles = _tiles(rows, block)
     batch = out.shape[0] if out.dim() == 4 else 1
     _kernel("bwd", "delta")[(tiles * heads * batch,)](
@@ -276,14 +267,15 @@ def _delta(
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int,
+    *, config: Config | None = None,
+) -> None:  # fmt: skip
     """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
     if out.numel() == 0:
         return
     q, k, v = _unit(q), _unit(k), _unit(v)
     heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
-    sizes = _sizes("decode", q, v, _flash_mods.heavy(p))
+    sizes = sizes_of("decode", q, v, _flash_mods.heavy(p), config)
     keys = max(1, k.shape[1])
     splits = _tiles(keys, _SPLIT)
     if num_splits > 0:  # a split has at least one tile
@@ -318,8 +310,8 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
 def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty: bool) -> None:
     """values [N, ..] and stats [N, ..] (contiguous) into out and lse."""
     rows, heads, dv = out.shape[-3:]
-    width = _padded(dv)
-    block = config.merge_rows(rows, width)
+    width = padded(dv)
+    block = tiles_of.merge_rows(rows, width)
     tiles = _tiles(rows, block)
     batch = out.shape[0] if out.dim() == 4 else 1
     _kernel("merge", "merge")[(tiles * heads * batch,)](
@@ -371,7 +363,7 @@ def _requires(kind: str) -> tuple[Any, ...]:
     return (*_COMMON[:4], Features(*_FEATURES[kind]), _COMMON[-1])
 
 
-def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> KernelSpec:
     return KernelSpec(
         id=f"triton.flash.{kind}",
         op=op,
@@ -379,13 +371,24 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         launch=f"{__name__}:{kind}",
         requires=(*_requires(kind), SelfTest(kind)),
         score=50.0,  # above the reference; native kernels of a device go first
+        space=space,
         notes=notes,
     )
 
 
 SPECS = (
-    _spec("fwd", "flash_fwd", "tiles over query rows, online softmax in base 2"),
-    _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
-    _spec("decode", "flash_decode", "rows of a group packed, fixed splits over keys"),
+    _spec("fwd", "flash_fwd", "tiles over query rows, online softmax in base 2", space("fwd")),
+    _spec(
+        "bwd",
+        "flash_bwd",
+        "recomputed probabilities, one owner per sum, no atomics",
+        space("dkdv", "dq"),
+    ),
+    _spec(
+        "decode",
+        "flash_decode",
+        "rows of a group packed, fixed splits over keys",
+        space("decode"),
+    ),
     _spec("merge", "merge_states", "weighted sum of stacked parts by LSE"),
 )

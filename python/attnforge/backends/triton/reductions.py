@@ -15,12 +15,12 @@ from torch import Tensor
 from attnforge import _settings
 from attnforge._params import FlashParams
 from attnforge.backends.triton import _interpreter
+from attnforge.backends.triton._flash_tiles import sizes as sizes_of
 from attnforge.backends.triton.flash import (
     _COMMON,
     _on,
     _scores,
     _sequences,
-    _sizes,
     _stat,
     _tiles,
     _unit,
@@ -44,7 +44,7 @@ def _of_rows(x: Tensor | None) -> Any:
 
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, int]:
-    sizes = _sizes("fwd", q, k)
+    sizes = sizes_of("fwd", q, k)
     return {name: size for name, size in sizes.items() if name not in ("DV", "BLOCK_DV")}
 
 
