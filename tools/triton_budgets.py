@@ -82,7 +82,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from attnforge.backends.triton import flash
+    from attnforge.backends.triton import _flash_tiles
 
     found: list[tuple[str, Any]] = []
     run = JITFunction.run
@@ -97,7 +97,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(flash, "device_arch", return_value=("cuda", f"sm_{arch}")),
+            mock.patch.object(_flash_tiles, "device_arch", return_value=("cuda", f"sm_{arch}")),
         ):
             yield found
     finally:
