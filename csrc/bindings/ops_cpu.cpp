@@ -12,30 +12,6 @@
 namespace attnforge::cpu {
 namespace {
 
-// Varlen rows behind the last sequence belong to nobody; no returned element stays unwritten.
-void zero_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch) {
-  if (!cu_seqlens) return;
-  TensorRef r = ref(t, dtype_of(t));
-  int64_t first = batch > 0 ? std::clamp<int64_t>(cu_seqlens[batch], 0, t.size(0)) : 0;
-  int64_t item = t.element_size();
-  for (int64_t row = first; row < t.size(0); ++row) {
-    for (int64_t head = 0; head < t.size(1); ++head) {
-      std::memset(static_cast<char*>(r.data) + (row * r.seq_stride + head * r.head_stride) * item,
-                  0, t.size(2) * item);
-    }
-  }
-}
-
-void fill_tail(const Tensor& t, const int32_t* cu_seqlens, int64_t batch, float value) {
-  if (!cu_seqlens) return;
-  RowStatRef r = stat(t);
-  int64_t first = batch > 0 ? std::clamp<int64_t>(cu_seqlens[batch], 0, t.size(1)) : 0;
-  for (int64_t head = 0; head < t.size(0); ++head) {
-    std::fill(r.data + head * r.head_stride + first, r.data + head * r.head_stride + t.size(1),
-              value);
-  }
-}
-
 using Tiles = std::vector<int64_t>;
 
 // The list `tiles` of a launcher into the named fields of the operator; empty leaves all of them.

@@ -13,12 +13,15 @@ from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
+from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
     flash_decode,
     merge_states,
 )
+from attnforge.ops.moba import moba_attention, moba_select
+from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
@@ -36,11 +39,13 @@ _registry.add_source(_backends.discover)
 _registry.set_table(_tuning.Tables())
 
 __all__ = [
+    "BlockSelection",
     "Config",
     "KernelSpec",
     "SearchSpace",
     "__version__",
     "backend",
+    "block_sparse_attention",
     "debug",
     "explain",
     "flash_attention",
@@ -48,6 +53,8 @@ __all__ = [
     "flash_decode",
     "list_kernels",
     "merge_states",
+    "moba_attention",
+    "moba_select",
     "reductions",
     "register",
     "rope_tables",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["SCORE_FNS", "FlashGrads", "FlashMods", "FlashParams", "FlashTape"]
+__all__ = ["SCORE_FNS", "BlockLists", "FlashGrads", "FlashMods", "FlashParams", "FlashTape"]
 
 # What turns a logit s into a weight; the names of ``score_fn``.
 SCORE_FNS = ("softmax", "sigmoid", "relu", "softplus", "signed_softmax")
@@ -96,3 +96,17 @@ class FlashGrads(NamedTuple):
     drel_bias: Tensor
     ddecay: Tensor
     drow_scale: Tensor
+
+
+class BlockLists(NamedTuple):
+    """The lists of a ``BlockSelection``, as operators and launchers take them."""
+
+    indices: Tensor  # [B | 1, H, R, S] int32, varlen [H, R, S]
+    counts: Tensor | None  # [B | 1, H, R] int32
+    q_block: int
+    kv_block: int
+
+    @property
+    def rows(self) -> int:
+        """List rows of a sequence, varlen of all."""
+        return self.indices.shape[-2]

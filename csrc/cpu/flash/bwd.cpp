@@ -38,19 +38,6 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-// <dout, out + lo>; lo may be null.
-template <class T, class U>
-AF_INLINE float dot_residue(const T* dout, const U* out, const U* lo, int64_t dim) {
-  VecF sum{};
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    int64_t n = dim - d;
-    VecF o = load_partial(out + d, n);
-    if (lo) o += load_partial(lo + d, n);
-    sum = fma(load_partial(dout + d, n), o, sum);
-  }
-  return reduce_add(sum);
-}
-
 // Phase 1: packs one query tile and computes its row statistics.
 template <class T>
 AF_INLINE void prepare_tile(const Pair& pair, int64_t index, const Scratch& w) {
@@ -121,11 +108,7 @@ AF_INLINE void differentiate_row(const Step& t, int64_t r, int64_t c0, int64_t n
   const float* slope = nullptr;
   if (t.map.cap2 > 0.0f) {
     float* keep = t.scratch.s_cap + r * kLds + c0;
-    for (int64_t c = 0; c < n; c += kLanes) {
-      VecF tanh_x = tanh(load(s + c));
-      store(keep + c, fma(splat(0.0f) - tanh_x, tanh_x, splat(1.0f)));
-      store(s + c, splat(t.map.cap2) * tanh_x);
-    }
+    apply_softcap_with_slope(s, n, t.map.cap2, keep);
     slope = keep;
   }
   if (p.alibi_slopes) {
@@ -147,14 +130,7 @@ AF_INLINE void differentiate_row(const Step& t, int64_t r, int64_t c0, int64_t n
     return differentiate_score_row(t.pair.params, t.pair.seq, t.pair.head(t.first + r),
                                    t.pair.query(t.first + r), t.chunk, row);
   }
-  const VecF lse2 = splat(t.tile.lse2[r]), delta = splat(t.tile.delta[r]);
-  for (int64_t c = 0; c < n; c += kLanes) {
-    VecF prob = exp2(load(s + c) - lse2);
-    VecF ds = prob * (load(dp + c) - delta);
-    if (slope) ds *= load(slope + c);
-    store(s + c, prob);
-    store(dp + c, ds);
-  }
+  softmax_row_backward(s, dp, n, t.tile.lse2[r], t.tile.delta[r], slope);
   if (masked) {
     mask_row(s, n, lo, hi, 0.0f);
     mask_row(dp, n, lo, hi, 0.0f);
@@ -178,14 +154,6 @@ AF_INLINE void full_step(const Step& t) {
                 plan.ldd, true);
   gemm<kLds, 1>(t.rows, vectors_of(d), t.keys, w.dp, kLds, w.k_columns, kMaxBlockN * kNR, t.dq,
                 plan.ldd, true);
-}
-
-AF_INLINE void axpy_panels(float a, const float* panels, int64_t panel_stride, int64_t dim,
-                           float* y) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const float* x = panels + d / kNR * panel_stride + d % kNR;
-    store(y + d, fma(splat(a), load(x), load(y + d)));
-  }
 }
 
 // The three sums over visible pairs only: for partly masked tiles with NaN or infinity inside.

@@ -73,6 +73,15 @@ AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, in
   return reduce_add(poison) == 0.0f;
 }
 
+// y += a * x, where x is one row of column panels.
+AF_INLINE void axpy_panels(float a, const float* panels, int64_t panel_stride, int64_t dim,
+                           float* y) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const float* x = panels + d / kNR * panel_stride + d % kNR;
+    store(y + d, fma(splat(a), load(x), load(y + d)));
+  }
+}
+
 AF_INLINE int64_t vectors_of(int64_t columns) {
   return ceil_div(columns, kLanes);
 }

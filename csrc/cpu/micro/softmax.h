@@ -114,6 +114,28 @@ AF_INLINE float softmax_row(float* s, int64_t n, float& m, float& l) {
   return alpha;
 }
 
+// The softcap of a row for the backward: s becomes cap2 tanh(s), `slope` its derivative by the
+// uncapped logit.
+AF_INLINE void apply_softcap_with_slope(float* s, int64_t n, float cap2, float* slope) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    VecF tanh_x = tanh(load(s + c));
+    store(slope + c, fma(splat(0.0f) - tanh_x, tanh_x, splat(1.0f)));
+    store(s + c, splat(cap2) * tanh_x);
+  }
+}
+
+// Logits s and dP of a row become P = 2^(s - lse2) and dS = P (dP - delta) [slope].
+AF_INLINE void softmax_row_backward(float* s, float* dp, int64_t n, float lse2, float delta,
+                                    const float* slope) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    VecF prob = exp2(load(s + c) - splat(lse2));
+    VecF ds = prob * (load(dp + c) - splat(delta));
+    if (slope) ds *= load(slope + c);
+    store(s + c, prob);
+    store(dp + c, ds);
+  }
+}
+
 // The end of a row whose base-2 statistics are (m, l): what multiplies the accumulated O, and the
 // natural-log LSE. The sink is a virtual key with value 0: it enters the sum and the LSE, not O.
 struct RowEnd {
@@ -135,6 +157,19 @@ AF_INLINE RowEnd finish_softmax(float m, float l, float sink) {
   if (l == 0.0f) return {0.0f, -kInf};
   double lse = static_cast<double>(m) * 0.693147180559945309417 + __builtin_log(l);
   return {scale / l, static_cast<float>(lse)};
+}
+
+// <dout, out + lo>; lo may be null.
+template <class T, class U>
+AF_INLINE float dot_residue(const T* dout, const U* out, const U* lo, int64_t dim) {
+  VecF sum{};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    int64_t n = dim - d;
+    VecF o = load_partial(out + d, n);
+    if (lo) o += load_partial(lo + d, n);
+    sum = fma(load_partial(dout + d, n), o, sum);
+  }
+  return reduce_add(sum);
 }
 
 // Rounds one row of O to the output type; `lo`, if wanted, gets what the rounding dropped.

@@ -61,6 +61,8 @@ _OF_THE_MATRIX = frozenset({"varlen", "sinks", *_MODS.values()})
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {
     "merge_states": frozenset(_FEATURES.values()),
+    "block_sparse_fwd": frozenset(_MODS.values()),
+    "block_sparse_bwd": frozenset(_MODS.values()),
     "flash_decode": frozenset({"varlen"}),
     "reductions_head_gradient": frozenset(_FEATURES.values()),
     **{
@@ -204,6 +206,7 @@ def summary_table(results: Sequence[bench.Result]) -> str:
 
 GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-flash": lambda root: support_matrix("flash"),
+    "support-matrix-block_sparse": lambda root: support_matrix("block_sparse"),
     "support-matrix-reductions": lambda root: support_matrix("reductions"),
     "measurements-reductions": lambda root: measured(root, family="reductions"),
     "support-summary": lambda root: short_matrix("flash"),

@@ -1,0 +1,156 @@
+"""MoBA: each query attends to its own block of keys and the best of the blocks before it.
+
+    s_j = <q_t, mean of the keys of block j>  (fp32, no scale);  own block: +inf;  later ones: -inf
+    attention over the top_k blocks by s, causal inside the own one; one softmax over their union
+
+Lu et al., 2025 (arXiv 2502.13189), equations 5 to 7. The own block counts towards top_k, so
+top_k = 1 is attention inside the own block; some public code turns it into full attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge.ops._checks import _shape, fail
+from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.selection import BlockSelection, top_blocks
+
+__all__ = ["moba_attention", "moba_select"]
+
+# Scores held at once: 2^22 fp32 elements, 16 MiB.
+_CHUNK_SCORES = 1 << 22
+
+
+def _block_means(k: Tensor, block_size: int) -> Tensor:
+    """[S, H, D] -> fp32 [blocks, H, D]; the mean of a shorter last block is over its own keys."""
+    keys, heads, dim = k.shape
+    blocks = -(-keys // block_size)
+    whole = keys // block_size
+    means = k.new_empty((blocks, heads, dim), dtype=torch.float32)
+    full = k[: whole * block_size].reshape(whole, block_size, heads, dim)
+    means[:whole] = full.float().mean(1)
+    if whole < blocks:
+        means[whole:] = k[whole * block_size :].float().mean(0, keepdim=True)
+    return means
+
+
+def _select(q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool) -> Tensor:
+    """One sequence: q [Sq, Hq, D], k [Sk, Hk, D] -> int32 ids [Hq, Sq, slots]."""
+    rows, heads, dim = q.shape
+    keys, heads_kv = k.shape[0], k.shape[1]
+    blocks = max(1, -(-keys // block_size))
+    slots = min(top_k, blocks)
+    ids = q.new_full((heads, rows, slots), -1, dtype=torch.int32)
+    if keys == 0 or rows == 0:
+        return ids
+    means = _block_means(k, block_size).permute(1, 2, 0)  # [Hk, D, blocks]
+    at = torch.arange(rows, device=q.device) + (keys - rows)  # key positions of the queries
+    own = at.div(block_size, rounding_mode="floor")
+    column = torch.arange(blocks, device=q.device)
+    step = max(1, _CHUNK_SCORES // (heads * blocks))
+    for start in range(0, rows, step):
+        part = slice(start, min(rows, start + step))
+        x = q[part].float().reshape(-1, heads_kv, heads // heads_kv, dim).permute(1, 2, 0, 3)
+        scores = (x.flatten(1, 2) @ means).view(heads, -1, blocks)
+        if causal:
+            here = own[part, None]
+            scores = scores.masked_fill(column > here, -torch.inf)
+            scores = scores.masked_fill(column == here, torch.inf)
+        ids[:, part] = top_blocks(scores, slots)
+    return ids
+
+
+def moba_select(
+    q: Tensor,
+    k: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> BlockSelection:
+    """The blocks that MoBA's gate picks for each query and query head.
+
+    q [B, Sq, Hq, D], k [B, Sk, Hk, D] (after RoPE), or packed [T, H, D] with cu_seqlens [B + 1].
+    Ties go to the later block. Without causal no block is forced. No gradient flows through the
+    choice. Work: 2 D per (query, block); scores are held a chunk at a time.
+
+    Returns a BlockSelection with q_block 1 and lists [B, Hq, Sq, min(top_k, blocks)].
+    """
+    op = "moba_select"
+    for name, value in (("block_size", block_size), ("top_k", top_k)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            fail(op, f"{name} is {value!r}; want an int >= 1")
+    rank = 4 if cu_seqlens is None else 3
+    if q.dim() != rank or k.dim() != rank:
+        fail(
+            op,
+            f"q has shape {_shape(q)} and k {_shape(k)}; want [batch, seq, heads, head_dim], or "
+            "[total, heads, head_dim] with cu_seqlens",
+        )
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] or q.shape[-1] != k.shape[-1]:
+        fail(
+            op,
+            f"heads or head_dim do not fit; got q {_shape(q)}, k {_shape(k)}; want query heads a "
+            "multiple of KV heads and one head_dim",
+        )
+    q, k = q.detach(), k.detach()
+    if cu_seqlens is None:
+        if q.shape[0] != k.shape[0]:
+            fail(op, f"batch sizes differ; got {q.shape[0]} and {k.shape[0]}; want one")
+        lists = [_select(*pair, block_size, top_k, causal) for pair in zip(q, k, strict=True)]
+        slots = min(top_k, max(1, -(-k.shape[1] // block_size)))
+        empty = q.new_empty((0, q.shape[2], q.shape[1], slots), dtype=torch.int32)
+        indices = torch.stack(lists) if lists else empty
+    else:
+        cu = cu_seqlens.tolist()
+        parts = [
+            _select(q[a:b], k[a:b], block_size, top_k, causal) for a, b in itertools.pairwise(cu)
+        ]
+        slots = max([x.shape[-1] for x in parts], default=1)
+        indices = torch.cat(
+            [torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=-1) for x in parts], 1
+        )
+    return BlockSelection(indices, 1, block_size)
+
+
+def moba_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Mixture of block attention (Lu et al., 2025): ``moba_select``, then attention.
+
+    q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], or packed [T, H, D] with cu_seqlens
+    [B + 1] int32. block_size: keys of a block, at most 4096. top_k: blocks of each query, its own
+    among them. With top_k at least the number of blocks this is dense attention.
+
+    Returns out, or (out, lse), as ``block_sparse_attention``; differentiable in q, k and v.
+    """
+    selection = moba_select(
+        q, k, block_size=block_size, top_k=top_k, causal=causal, cu_seqlens=cu_seqlens
+    )
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        selection,
+        causal=causal,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        softmax_scale=softmax_scale,
+        return_lse=return_lse,
+        backend=backend,
+    )

@@ -1,0 +1,250 @@
+"""``BlockSelection``: which blocks of keys each block of query rows attends to.
+
+One descriptor for NSA, MoBA, SeerAttention and static patterns: lists of key-block ids. Entries
+are a set: their order does not matter, repeated ids count once, and ids that name no block of the
+sequence (-1 and everything past its end) are ignored wherever they stand.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge.ops._checks import _name, _shape, fail
+
+__all__ = ["BlockSelection"]
+
+_CLASS = "BlockSelection"
+
+
+def _block(name: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        fail(_CLASS, f"{name} is {value!r}; want an int in 1 .. {most}")
+    return value
+
+
+def _pack(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [.., N] -> the ids of the true ones, ascending and first, -1 behind; their counts."""
+    counts = mask.sum(-1, dtype=torch.int32)
+    ids = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    ids = torch.where(mask, ids, mask.shape[-1]).sort(-1).values
+    slots = max(1, int(counts.max())) if counts.numel() else 1
+    ids = ids[..., :slots]
+    return torch.where(ids < mask.shape[-1], ids, -1).contiguous(), counts
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSelection:
+    """Lists of key blocks, one for each block of query rows and head.
+
+    indices: int32 [B | 1, H, R, S], or [H, R, S] for packed sequences, whose list rows follow each
+        other (each sequence starts a new one). H is 1, the KV heads or the query heads; row r
+        covers queries r * q_block .. of a sequence; ids are local to the sequence.
+    q_block: queries of a list row, 1 .. 128. kv_block: keys of a block, 1 .. 4096.
+    counts: int32, ``indices.shape[:-1]``, or None; slots at and past it are not read.
+
+    The attention functions add what is visible by position: a causal call never sees the future,
+    whatever the lists say.
+    """
+
+    indices: Tensor
+    q_block: int
+    kv_block: int
+    counts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        x = self.indices
+        if not isinstance(x, Tensor):
+            kind = type(x).__name__
+            fail(_CLASS, f"indices must be a tensor; got {kind}; want int32", TypeError)
+        if x.dtype is not torch.int32:
+            fail(
+                _CLASS,
+                f"indices has dtype {_name(x.dtype)}; want int32; convert with .to(torch.int32)",
+                TypeError,
+            )
+        if x.dim() not in (3, 4):
+            fail(
+                _CLASS,
+                f"indices has shape {_shape(x)}; want [batch, heads, rows, slots], or [heads, "
+                "rows, slots] for packed sequences",
+            )
+        _block("q_block", self.q_block, 128)
+        _block("kv_block", self.kv_block, 4096)
+        c = self.counts
+        if c is not None and (c.dtype is not torch.int32 or c.shape != x.shape[:-1]):
+            fail(
+                _CLASS,
+                f"counts is {_name(c.dtype)} {_shape(c)}; want int32 {tuple(x.shape[:-1])}: how "
+                "many slots of each list are used",
+            )
+        if c is not None and c.device != x.device:
+            fail(_CLASS, f"counts is on {c.device}; want {x.device} like indices")
+
+    @classmethod
+    def from_indices(
+        cls, indices: Tensor, *, q_block: int, kv_block: int, counts: Tensor | None = None
+    ) -> BlockSelection:
+        """Of lists of any integer dtype; see the class for their layout."""
+        if isinstance(indices, Tensor) and not indices.dtype.is_floating_point:
+            indices = indices.to(torch.int32)
+        if counts is not None:
+            counts = counts.to(torch.int32)
+        return cls(indices, q_block, kv_block, counts)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, q_block: int, kv_block: int) -> BlockSelection:
+        """Of a bool mask [B | 1, H, R, blocks] or [H, R, blocks]: true where a block is seen.
+
+        Reads how many blocks the fullest row has, so on a GPU it waits for the device.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            got = _name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+            fail(_CLASS, f"mask is {got}; want a bool tensor; compare scores first", TypeError)
+        indices, counts = _pack(mask)
+        return cls(indices, q_block, kv_block, counts)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Tensor,
+        *,
+        q_block: int,
+        kv_block: int,
+        top_k: int | None = None,
+        threshold: float | None = None,
+    ) -> BlockSelection:
+        """Of block scores [B | 1, H, R, blocks] or [H, R, blocks]: the best or the large enough.
+
+        top_k: so many blocks per row; of equal scores the block further right wins. threshold:
+        blocks whose score is at least it. -inf is never chosen; NaN neither. Exactly one of both.
+        """
+        if (top_k is None) == (threshold is None):
+            fail(_CLASS, "want exactly one of top_k and threshold; pass one of them")
+        scores = torch.where(scores.isnan(), -torch.inf, scores.float())
+        if threshold is not None:
+            mask = (scores >= threshold) & (scores > -torch.inf)
+            return cls.from_mask(mask, q_block=q_block, kv_block=kv_block)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            fail(_CLASS, f"top_k is {top_k!r}; want an int >= 1")
+        return cls(top_blocks(scores, top_k), q_block, kv_block)
+
+    @classmethod
+    def from_flex(cls, block_mask: Any) -> BlockSelection:
+        """Of a ``torch.nn.attention.flex_attention.BlockMask`` whose partial blocks are causal.
+
+        Partial and full blocks are both taken: the token mask of a partial block is not carried
+        over, so pass ``causal`` or a window to the attention function where it was one.
+        """
+        for name in ("kv_num_blocks", "kv_indices", "BLOCK_SIZE"):
+            if not hasattr(block_mask, name):
+                kind = type(block_mask).__name__
+                fail(_CLASS, f"block_mask is {kind}; want a flex_attention BlockMask", TypeError)
+        mask = block_mask.to_dense().to(torch.bool)
+        q_block, kv_block = block_mask.BLOCK_SIZE
+        if q_block > 128:
+            if q_block % 128:
+                fail(_CLASS, f"BLOCK_SIZE is {block_mask.BLOCK_SIZE}; want a multiple of 128 rows")
+            mask, q_block = mask.repeat_interleave(q_block // 128, -2), 128
+        return cls.from_mask(mask, q_block=q_block, kv_block=kv_block)
+
+    @classmethod
+    def from_bsr(
+        cls, crow_indices: Tensor, col_indices: Tensor, *, q_block: int, kv_block: int
+    ) -> BlockSelection:
+        """Of the index tensors of a BSR matrix, [R + 1] and [nnz]: one list for all heads."""
+        lengths = crow_indices.diff()
+        slots = max(1, int(lengths.max())) if lengths.numel() else 1
+        column = torch.arange(slots, device=col_indices.device)
+        place = crow_indices[:-1, None] + column
+        inside = column < lengths[:, None]
+        padded = torch.cat([col_indices, col_indices.new_full((1,), -1)])
+        ids = torch.where(inside, padded[place.clamp_max(col_indices.numel())], -1)
+        return cls.from_indices(
+            ids[None, None], q_block=q_block, kv_block=kv_block, counts=lengths[None, None]
+        )
+
+    @property
+    def packed(self) -> bool:
+        """Whether the lists are those of packed sequences."""
+        return self.indices.dim() == 3
+
+    @property
+    def heads(self) -> int:
+        """List heads."""
+        return self.indices.shape[-3]
+
+    @property
+    def rows(self) -> int:
+        """List rows."""
+        return self.indices.shape[-2]
+
+    def to_mask(self, blocks: int) -> Tensor:
+        """bool [.., H, R, blocks]: true where a list names the block."""
+        ids = self.indices.long()
+        valid = (ids >= 0) & (ids < blocks)
+        if self.counts is not None:
+            slot = torch.arange(ids.shape[-1], device=ids.device)
+            valid &= slot < self.counts.unsqueeze(-1)
+        mask = torch.zeros(*ids.shape[:-1], blocks + 1, dtype=torch.bool, device=ids.device)
+        mask.scatter_(-1, torch.where(valid, ids, blocks), True)
+        return mask[..., :blocks]
+
+    def density(self, seqlen_q: int, seqlen_k: int, causal: bool = True) -> float:
+        """Listed share of the (query, key) pairs that a dense call would see; not packed."""
+        if self.packed:
+            fail(_CLASS, "density of packed lists is not defined; ask for one sequence at a time")
+        seen = total = 0.0
+        listed = self.to_mask(-(-seqlen_k // self.kv_block)).double().mean((0, 1))
+        for row in range(min(self.rows, -(-seqlen_q // self.q_block))):
+            i = torch.arange(row * self.q_block, min(seqlen_q, (row + 1) * self.q_block))
+            end = i + seqlen_k - seqlen_q + 1 if causal else torch.full_like(i, seqlen_k)
+            first = torch.arange(listed.shape[1]) * self.kv_block
+            keys = (end[:, None].clamp_max(seqlen_k) - first).clamp(0, self.kv_block)
+            seen += float((keys.sum(0) * listed[row].cpu()).sum())
+            total += float(keys.sum())
+        return seen / total if total else 0.0
+
+    def plot(self, blocks: int | None = None, head: int = 0, batch: int = 0) -> Any:
+        """A matplotlib figure of one head's lists: rows down, key blocks right."""
+        try:  # an optional extra: the core itself needs torch alone
+            figures = importlib.import_module("matplotlib.figure")
+        except ImportError:
+            raise ImportError(
+                "attnforge.BlockSelection.plot: matplotlib is missing; install attnforge[bench]"
+            ) from None
+        if blocks is None:
+            blocks = int(self.indices.max()) + 1 if self.indices.numel() else 1
+        mask = self.to_mask(blocks)
+        figure = figures.Figure(figsize=(5, 5))
+        axes = figure.subplots()
+        axes.imshow((mask if self.packed else mask[batch])[head].cpu(), aspect="auto", cmap="Greys")
+        axes.set(
+            xlabel=f"key block ({self.kv_block} keys)", ylabel=f"row of {self.q_block} queries"
+        )
+        return figure
+
+
+def top_blocks(scores: Tensor, top_k: int) -> Tensor:
+    """int32 ids [.., top_k] of the best blocks of fp32 scores [.., N], ascending, -1 for none.
+
+    Of equal scores the larger id wins: score and id are compared as one 64-bit integer, so that
+    the answer does not depend on how ``torch.topk`` breaks ties.
+    """
+    blocks = scores.shape[-1]
+    bits = scores.contiguous().view(torch.int32)
+    # Floats in two's complement order: the magnitude bits of negative ones are inverted.
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(blocks, device=scores.device)
+    keys = (bits.long() << 32) + ids
+    best = keys.topk(min(top_k, blocks), dim=-1).values
+    chosen = best & 0xFFFFFFFF
+    chosen = torch.where((best >> 32) > _MINUS_INFINITY, chosen, blocks).sort(-1).values
+    return torch.where(chosen < blocks, chosen, -1).to(torch.int32)
+
+
+_MINUS_INFINITY = -0x7F800000 - 1  # its bits 0xFF800000, in the order that top_blocks compares

@@ -1,0 +1,184 @@
+"""BlockSelection: constructors, converters, ties and errors; MoBA's choice of blocks."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import attnforge
+from attnforge import BlockSelection
+from attnforge.testing.cases import FlashCase
+
+
+def test_mask_round_trip() -> None:
+    mask = torch.rand(2, 3, 7, 11, generator=torch.Generator().manual_seed(0)) < 0.4
+    lists = BlockSelection.from_mask(mask, q_block=4, kv_block=8)
+    assert torch.equal(lists.to_mask(11), mask)
+    ids = lists.indices[0, 0, 0]
+    assert torch.equal(ids[: int(mask[0, 0, 0].sum())], mask[0, 0, 0].nonzero().flatten().int())
+
+
+def test_top_k_takes_the_best_and_ties_go_right() -> None:
+    scores = torch.tensor(
+        [[[[1.0, 3.0, 3.0, 3.0, -2.0], [float("nan"), -torch.inf, -1.0, -5.0, 0.0]]]]
+    )
+    lists = BlockSelection.from_scores(scores, q_block=1, kv_block=8, top_k=2)
+    assert lists.indices.tolist() == [[[[2, 3], [2, 4]]]]
+    every = BlockSelection.from_scores(scores, q_block=1, kv_block=8, top_k=9)
+    assert every.indices.tolist() == [[[[0, 1, 2, 3, 4], [2, 3, 4, -1, -1]]]]
+
+
+def test_top_k_agrees_with_a_sort() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(-4, 4, (1, 2, 50, 17), generator=g).float()
+    got = BlockSelection.from_scores(scores, q_block=1, kv_block=8, top_k=5).to_mask(17)
+    # A stable sort of the reversed row puts the larger of equal ids first.
+    order = 16 - scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :5]
+    want = torch.zeros_like(got).scatter_(-1, order, True)
+    assert torch.equal(got, want)
+
+
+def test_threshold() -> None:
+    scores = torch.tensor([[[[0.5, 0.1, float("nan"), 0.5]]]])
+    lists = BlockSelection.from_scores(scores, q_block=64, kv_block=64, threshold=0.5)
+    assert lists.to_mask(4).tolist() == [[[[True, False, False, True]]]]
+
+
+def test_bsr() -> None:
+    dense = torch.zeros(6, 8)
+    dense[0, 0] = dense[1, 5] = dense[5, 7] = 1.0
+    bsr = dense.to_sparse_bsr((2, 4))
+    lists = BlockSelection.from_bsr(bsr.crow_indices(), bsr.col_indices(), q_block=2, kv_block=4)
+    want = [[True, True], [False, False], [False, True]]
+    assert lists.to_mask(2).tolist() == [[want]]
+
+
+def test_flex_block_mask() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return i >= j
+
+    made = create_block_mask(causal, 1, 2, 256, 256, device="cpu", BLOCK_SIZE=64)
+    lists = BlockSelection.from_flex(made)
+    inputs = FlashCase(batch=1, seqlen_q=256, seqlen_k=256).make()
+    got = attnforge.block_sparse_attention(inputs.q, inputs.k, inputs.v, lists, causal=True)
+    want = attnforge.flash_attention(inputs.q, inputs.k, inputs.v, causal=True)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_density() -> None:
+    blocks = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
+    lists = BlockSelection.from_mask(blocks, q_block=16, kv_block=16)
+    assert lists.density(64, 64) == 1.0
+    assert lists.density(64, 64, causal=False) == 10 / 16
+
+
+def test_plot() -> None:
+    pytest.importorskip("matplotlib")
+    lists = BlockSelection.from_mask(torch.eye(5, dtype=torch.bool)[None, None], q_block=16,
+                                     kv_block=16)  # fmt: skip
+    figure = lists.plot()
+    assert figure.axes[0].images[0].get_array().shape == (5, 5)
+
+
+IDS = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: BlockSelection(IDS.long(), 1, 64), TypeError, "int64; want int32"),
+        (lambda: BlockSelection(IDS[0, 0], 1, 64), ValueError, "want \\[batch, heads"),
+        (lambda: BlockSelection(IDS, 129, 64), ValueError, "q_block is 129; want an int in 1 .."),
+        (lambda: BlockSelection(IDS, 1, 0), ValueError, "kv_block is 0; want an int in 1 .. 4096"),
+        (lambda: BlockSelection(IDS, 1, 64, IDS), ValueError, "counts is int32"),
+        (lambda: BlockSelection.from_mask(IDS, q_block=1, kv_block=1), TypeError, "want a bool"),
+        (lambda: BlockSelection.from_scores(IDS.float(), q_block=1, kv_block=1), ValueError,
+         "exactly one of top_k and threshold"),
+        (lambda: BlockSelection.from_scores(IDS.float(), q_block=1, kv_block=1, top_k=0),
+         ValueError, "top_k is 0"),
+        (lambda: BlockSelection.from_flex(IDS), TypeError, "want a flex_attention BlockMask"),
+    ],
+)  # fmt: skip
+def test_errors_of_lists(make: Any, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("selection", "text"),
+    [
+        (None, "selection is NoneType; want an attnforge.BlockSelection"),
+        (BlockSelection(IDS, 8, 16), "selection has 4 rows; want 5: 33 queries in blocks of 8"),
+        (BlockSelection(IDS.expand(1, 3, 4, 2), 9, 16), "lists for 3 heads; want 1, 2 (KV heads)"),
+        (BlockSelection(IDS.expand(3, 1, 4, 2), 9, 16), "batch 3; want 1 or 2"),
+        (BlockSelection(IDS[0], 9, 16), "want [batch, heads, rows, slots] for these inputs"),
+    ],
+)
+def test_errors_of_the_call(selection: Any, text: str) -> None:
+    inputs = FlashCase().make()
+    with pytest.raises((ValueError, TypeError), match=re.escape(text)):
+        attnforge.block_sparse_attention(inputs.q, inputs.k, inputs.v, selection)
+
+
+# --- MoBA ---------------------------------------------------------------------------------------
+
+
+def test_moba_by_hand() -> None:
+    """Blocks of 4 keys, top 2, 9 tokens: the own block and the best before it."""
+    k = torch.zeros(1, 9, 1, 8)
+    k[0, :4, 0, 0] = 2.0  # block 0 has the larger mean
+    k[0, 4:8, 0, 0] = 1.0
+    k[0, 8, 0, 0] = 9.0
+    q = torch.ones(1, 9, 1, 8)
+    ids = attnforge.moba_select(q, k, block_size=4, top_k=2).indices[0, 0].tolist()
+    assert ids[:4] == [[0, -1]] * 4
+    assert ids[4:8] == [[0, 1]] * 4
+    assert ids[8] == [0, 2]
+    own = attnforge.moba_select(q, k, block_size=4, top_k=1).indices[0, 0].flatten().tolist()
+    assert own == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_moba_ties_go_to_the_later_block() -> None:
+    q, k = torch.zeros(1, 16, 2, 8), torch.ones(1, 16, 1, 8)
+    ids = attnforge.moba_select(q, k, block_size=4, top_k=2).indices[0, 1, -1]
+    assert ids.tolist() == [2, 3]
+
+
+def test_moba_with_every_block_is_dense_attention() -> None:
+    inputs = FlashCase(seqlen_q=50, seqlen_k=70, heads_q=4, heads_k=2).make()
+    got = attnforge.moba_attention(inputs.q, inputs.k, inputs.v, block_size=16, top_k=100)
+    want = attnforge.flash_attention(inputs.q, inputs.k, inputs.v, causal=True)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_moba_packed_sequences_do_not_see_each_other() -> None:
+    inputs = FlashCase(lengths=((40, 40), (0, 0), (17, 17)), heads_q=4, heads_k=2).make()
+    cu = inputs.options["cu_seqlens_q"]
+    whole = attnforge.moba_attention(inputs.q, inputs.k, inputs.v, block_size=8, top_k=2,
+                                     cu_seqlens=cu)  # fmt: skip
+    for a, b in ((0, 40), (40, 57)):
+        part = (x[None, a:b] for x in (inputs.q, inputs.k, inputs.v))
+        one = attnforge.moba_attention(*part, block_size=8, top_k=2)
+        torch.testing.assert_close(whole[a:b], one[0], rtol=2e-5, atol=2e-6)
+
+
+def test_moba_decodes_like_it_prefills() -> None:
+    inputs = FlashCase(seqlen_q=64, seqlen_k=64).make()
+    q, k, v = inputs.q, inputs.k, inputs.v
+    whole = attnforge.moba_attention(q, k, v, block_size=8, top_k=3)
+    for n in (1, 5):
+        last = attnforge.moba_attention(q[:, -n:], k, v, block_size=8, top_k=3)
+        torch.testing.assert_close(last, whole[:, -n:], rtol=2e-5, atol=2e-6)
+
+
+def test_moba_errors() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="top_k is 0; want an int >= 1"):
+        attnforge.moba_select(q, q, block_size=4, top_k=0)
+    with pytest.raises(ValueError, match="want \\[batch, seq, heads, head_dim\\]"):
+        attnforge.moba_select(q[0], q[0], block_size=4, top_k=1)
