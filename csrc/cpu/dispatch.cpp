@@ -55,6 +55,10 @@ const KernelTable kTables[] = {
    ISA::topk_keys,              \
    ISA::edges_workspace,        \
    ISA::edges,                  \
+   ISA::cope_fwd_workspace,     \
+   ISA::cope_fwd,               \
+   ISA::cope_bwd_workspace,     \
+   ISA::cope_bwd,               \
    ISA::head_gradient,          \
    ISA::probe_fma,              \
    ISA::probe_read},

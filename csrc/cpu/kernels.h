@@ -1,6 +1,7 @@
 // The CPU function table: every ISA level fills one; dispatch.cpp chooses.
 #pragma once
 
+#include "attnforge/cope.h"
 #include "attnforge/params.h"
 
 namespace attnforge::cpu {
@@ -14,6 +15,11 @@ namespace attnforge::cpu {
   X(row_entropy, RowEntropyParams) \
   X(topk_keys, TopKParams)         \
   X(edges, EdgesParams)
+
+// Contextual positions, in the same form.
+#define ATTNFORGE_COPE(X)    \
+  X(cope_fwd, CopeFwdParams) \
+  X(cope_bwd, CopeBwdParams)
 
 struct KernelTable {
   const char* isa;
@@ -29,6 +35,7 @@ struct KernelTable {
   int64_t (*NAME##_workspace)(const PARAMS&, int64_t num_threads); \
   void (*NAME)(const PARAMS&, const Workers&);
   ATTNFORGE_REDUCTIONS(X)
+  ATTNFORGE_COPE(X)
 #undef X
   void (*head_gradient)(const HeadGradientParams&, const Workers&);
   double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
@@ -50,6 +57,7 @@ struct KernelTable {
   void flash_bwd(const FlashBwdParams&, const Workers&);                      \
   void merge_states(const MergeParams&, const Workers&);                      \
   ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                           \
+  ATTNFORGE_COPE(ATTNFORGE_DECLARE_REDUCTION)                                 \
   void head_gradient(const HeadGradientParams&, const Workers&);              \
   double probe_fma(const Workers&, int64_t iterations);                       \
   void probe_read(const Workers&, const void* data, int64_t bytes);           \

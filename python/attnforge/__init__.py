@@ -13,6 +13,7 @@ from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
+from attnforge.ops.cope import cope_attention
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
@@ -41,6 +42,7 @@ __all__ = [
     "SearchSpace",
     "__version__",
     "backend",
+    "cope_attention",
     "debug",
     "explain",
     "flash_attention",
