@@ -32,7 +32,8 @@ ARCHS = (80, 86, 90, 100)
 class Variant(NamedTuple):
     """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
 
-    mods: a group of features of single scores, "masks" or "biases", see ``score_features``.
+    mods: a group of features of single scores, see ``score_features``, or "cope" for the kernels
+    of that family. fp8 has no backward.
     """
 
     dtype: torch.dtype
@@ -55,6 +56,9 @@ VARIANTS = (
     Variant(torch.bfloat16, 128, causal=True),
     *(Variant(torch.bfloat16, d, causal=True, features=True) for d in (128, 256)),
     *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in ("masks", "biases")),
+    *(Variant(torch.float8_e4m3fn, d, causal=True, mods="descales") for d in (64, 128, 256)),
+    *(Variant(torch.bfloat16, d, causal=True, mods="cope") for d in (64, 128, 256)),
+    Variant(torch.float32, 64, causal=True, mods="cope"),
 )
 
 
@@ -168,6 +172,9 @@ def score_features(group: str, rows: int, keys: int, heads: int, half: int) -> d
             rng=torch.tensor([1 << 40, 7]),
         )
         return {"mods": mods, "dropout_p": 0.1}
+    if group == "descales":
+        mods = FlashMods(qk_descale=torch.ones(2, heads // 2), v_descale=torch.ones(2, heads // 2))
+        return {"mods": mods}
     mods = FlashMods(
         key_bias=torch.zeros(2, heads, keys),
         bias=torch.zeros(1, heads, rows, keys, dtype=torch.bfloat16),
@@ -176,6 +183,16 @@ def score_features(group: str, rows: int, keys: int, heads: int, half: int) -> d
         row_scale=torch.zeros(1, 1, rows),
     )
     return {"mods": mods}
+
+
+def launch_cope(dout: torch.Tensor, tape: Any, p: Any) -> None:
+    """Every kernel of the cope family, with a table for all heads."""
+    from attnforge.backends.triton import cope
+
+    emb = torch.zeros(1, dout.shape[-1], 64)
+    cope.fwd(*tape[:3], emb, p, tape.out, tape.lse, tape.out_lo)
+    grads = (*map(torch.zeros_like, tape[:3]), torch.zeros_like(emb))
+    cope.bwd(dout, tape.lse, tape, emb, p, grads)
 
 
 def launch(variant: Variant) -> None:
@@ -188,7 +205,8 @@ def launch(variant: Variant) -> None:
     rows, keys, heads = 48, 80, 4
     q = torch.zeros(2, rows, heads, d, dtype=dtype)
     k, v = torch.zeros(2, 2, keys, heads // 2, d, dtype=dtype)
-    out, low, dout = torch.zeros(3, *q.shape, dtype=dtype)
+    float8 = dtype.itemsize == 1
+    out, low, dout = torch.zeros(3, *q.shape, dtype=torch.bfloat16 if float8 else dtype)
     lse = torch.zeros(2, heads, rows)
     some = variant.features
     p = FlashParams(
@@ -196,16 +214,20 @@ def launch(variant: Variant) -> None:
         torch.zeros(2, heads) if some else None, torch.zeros(heads) if some else None,
         rows, keys, 0.125, 32 if some else -1, 0 if variant.causal else -1, 8.0 if some else 0.0,
     )  # fmt: skip
+    if variant.mods == "cope":
+        launch_cope(dout, FlashTape(q, k, v, out, lse, low), p)
+        return
     if variant.mods:
         p = p._replace(**score_features(variant.mods, rows, keys, heads, d // 2))
-    if dtype.itemsize == 4:
+    if dtype.itemsize != 2:
         low = q.new_empty(0)
     learned = [getattr(p.score_mods, name) for name in GRAD_MODS]
     rest = [q.new_empty(0) if x is None else torch.zeros_like(x) for x in learned]
     grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *rest)
     flash.fwd(q, k, v, p, out, lse, low)
-    flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
-    if not variant.mods:  # of one row
+    if not float8:
+        flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
+    if variant.mods not in ("masks", "biases"):  # of one row
         q, p, out, lse = q[:, :1], p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone()
     flash.decode(q, k, v, p, out, lse, 2)
 

@@ -20,9 +20,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.mods import added, kept, narrow_keys, narrow_rows, row_scale, unhidden
+from attnforge.triton_kernels.mods import (
+    added,
+    descale,
+    kept,
+    narrow_keys,
+    narrow_rows,
+    row_scale,
+    unhidden,
+)
 from attnforge.triton_kernels.rope import load_turned
-from attnforge.triton_kernels.tensors import INF, LN2, LOG2E, load_tile, stat_ptr
+from attnforge.triton_kernels.tensors import INF, LN2, LOG2E, load_tile, stat_ptr, widened
 from attnforge.triton_kernels.weights import start_total, weigh
 
 
@@ -156,9 +164,11 @@ def logits(products, rows, keys, shift, slope, scores, place=None):
 
 @triton.jit
 def scaled(x, rows, scores, place):
-    """``x`` times the scale of its rows, if they have one."""
+    """``x`` times the scale of its rows and the descale of its KV head, if they have one."""
     if scores.mods.row_scale is not None:
         x = x * row_scale(rows, scores.mods, place)
+    if scores.mods.qk_descale is not None:
+        x = x * descale(scores.mods.qk_descale, scores.mods, place)
     return x
 
 
@@ -207,7 +217,7 @@ def unleash(
     for n in tl.range(lo, hi):
         if rope is None:
             row = base + tl.cast(n, tl.int64) * x.row + columns
-            value = tl.load(row, mask=columns < SIZE, other=0.0).to(tl.float32)
+            value = widened(tl.load(row, mask=columns < SIZE, other=0.0)).to(tl.float32)
         else:
             turned = load_turned(base, n, n + 1, x, rope, place, not KEYS, 1, WIDTH, SIZE, False)
             value = tl.reshape(turned, [WIDTH]).to(tl.float32)
@@ -257,6 +267,7 @@ def attend(
         k_tile = load_turned(
             k_head, start, n_keys, k, scores.rope, place, False, BLOCK_N, BLOCK_D, D, not MASKED
         )
+        k_tile = k_tile.to(q.dtype)  # another beside fp8 keys alone
         s = dot(q, k_tile.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores, place)
         if MASKED:
@@ -266,6 +277,7 @@ def attend(
         p = drop(p, rows[:, None], keys[None, :], scores, place)
         acc = acc * alpha[:, None]
         v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
+        v_tile = v_tile.to(q.dtype)
         if MASKED:
             v_tile, found = tame(v_tile)
             bad = bad | found
@@ -308,7 +320,9 @@ def walk(
 
 
 @triton.jit
-def result(top, total, acc):
+def result(top, total, acc, scores, place):
     """(O, natural LSE) of finished sums; a row that saw nothing has 0 and -inf."""
     out = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
+    if scores.mods.v_descale is not None:
+        out = out * descale(scores.mods.v_descale, scores.mods, place)
     return out, (top + tl.log2(total)) * LN2

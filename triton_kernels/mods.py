@@ -39,6 +39,9 @@ class Mods(NamedTuple):
     dropped: Any  # a weight whose word is below it is dropped
     boost: Any  # 1 / (1 - p) for the others
     heads: Any  # query heads of a batch entry, for dropout's counters
+    qk_descale: Any  # fp32 [B, heads_kv]: what products of fp8 rows are multiplied by
+    v_descale: Any  # the same of outputs
+    heads_kv: Any
 
 
 @triton.jit
@@ -117,6 +120,12 @@ def row_scale(rows, mods, place):
     b, h, first_row, _, n_rows, _, _ = place
     at = stat_ptr(mods.row_scale, b, h, first_row) + rows
     return tl.load(at, mask=rows < n_rows, other=0.0)
+
+
+@triton.jit
+def descale(x, mods, place):
+    """``x``, one of the descales, of the KV head of a place."""
+    return tl.load(x + tl.cast(place[0], tl.int64) * mods.heads_kv + place[6])
 
 
 @triton.jit

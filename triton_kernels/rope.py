@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.tensors import load_tile, stat_ptr
+from attnforge.triton_kernels.tensors import load_tile, stat_ptr, widened
 
 
 class Rope(NamedTuple):
@@ -40,7 +40,7 @@ def turn(tile, rows_ptr, real, at, rope, h, WIDTH: tl.constexpr):
     partner = tl.where(low, columns + rope.step, columns - rope.step)
     angle = columns // (2 * rope.step) * rope.step + columns % rope.step
     turns = real & (columns < 2 * rope.half)
-    other = tl.load(rows_ptr + partner, mask=turns, other=0.0).to(tl.float32)
+    other = widened(tl.load(rows_ptr + partner, mask=turns, other=0.0)).to(tl.float32)
     at = tl.minimum(tl.maximum(at, 0), rope.length - 1).to(tl.int64)
     entry = tl.cast(h, tl.int64) * rope.head + at * rope.half + angle
     cos = tl.load(rope.cos + entry, mask=turns, other=1.0)

@@ -60,13 +60,29 @@ def inside(start, count, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.cons
 
 
 @triton.jit
+def widened(tile):
+    """A tile of fp8 e4m3, which comes as bytes, in bf16 and exactly; any other as it is.
+
+    By bits, so that it runs where a GPU has no such type: exponent and mantissa are those of an
+    fp16 of 2^-8 the value, subnormals too; all ones are NaN.
+    """
+    if tile.dtype == tl.uint8:
+        byte = tile.to(tl.uint16)
+        half = (((byte & 0x7F) << 7) | ((byte & 0x80) << 8)).to(tl.float16, bitcast=True)
+        value = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+        tile = value.to(tl.bfloat16)
+    return tile
+
+
+@triton.jit
 def load_tile(
     base, start, count, x,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Rows ``start ..`` as [BLOCK, WIDTH], 0 at and past row ``count`` and column SIZE.
 
-    WHOLE promises that all rows exist, so that only columns need a mask, or nothing does.
+    fp8, as bytes, becomes bf16. WHOLE promises that all rows exist, so that only columns need a
+    mask, or nothing does.
     """
     pointers = tile_ptr(base, start, x, BLOCK, WIDTH)
     if WHOLE:
@@ -76,4 +92,4 @@ def load_tile(
             tile = tl.load(pointers, mask=(tl.arange(0, WIDTH) < SIZE)[None, :], other=0.0)
     else:
         tile = tl.load(pointers, mask=inside(start, count, BLOCK, WIDTH, SIZE), other=0.0)
-    return tile
+    return widened(tile)

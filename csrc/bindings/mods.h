@@ -164,14 +164,13 @@ inline void set_biases(FlashMods& m, const FlashProblem& p, const ModLayout& lay
     m.key_bias_batch = s[0], m.key_bias_head = s[1];
   }
   if (const OptionalTensor& t = args.tensors[5]) {
-    constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16};
-    const bool wide = t->scalar_type() == ScalarType::Float;
-    const ScalarType type = wide ? ScalarType::Float : kTypes[static_cast<int32_t>(p.dtype)];
+    m.bias_dtype = dtype_of(*t);
     STD_TORCH_CHECK(!layout.packed(), "attnforge_native: bias wants batched tensors");
-    const auto s = layout.strides("bias", *t, type,
+    STD_TORCH_CHECK(m.bias_dtype == DType::kFloat32 || m.bias_dtype == p.q_dtype,
+                    "attnforge_native: bias must be float32 or of q's dtype");
+    const auto s = layout.strides("bias", *t, t->scalar_type(),
                                   {layout.batch(), layout.heads(), layout.rows(), layout.keys()});
     m.bias = t->const_data_ptr();
-    m.bias_dtype = wide ? DType::kFloat32 : p.dtype;
     m.bias_batch = s[0], m.bias_head = s[1], m.bias_row = s[2];
   }
   if (const OptionalTensor& t = args.tensors[6]) {
@@ -196,17 +195,26 @@ inline void set_biases(FlashMods& m, const FlashProblem& p, const ModLayout& lay
   }
 }
 
+// [batch, heads_k], packed calls too.
+inline const float* descale(const OptionalTensor& t, const FlashProblem& p) {
+  STD_TORCH_CHECK(!t || (t->dim() == 2 && t->size(0) == p.batch && t->size(1) == p.heads_k),
+                  "attnforge_native: descales must be [batch, heads_k]");
+  return data<float>(t, ScalarType::Float);
+}
+
 // p: complete but for its mods.
 inline FlashMods flash_mods(const FlashProblem& p, const ModArgs& args) {
   FlashMods m;
   if (args.score_fn != "softmax") m.score_fn = score_fn_of(args.score_fn);
   if (!args.tensors.empty()) {
-    STD_TORCH_CHECK(args.tensors.size() == 14, "attnforge_native: mods must be 14 or none");
+    STD_TORCH_CHECK(args.tensors.size() == 16, "attnforge_native: mods must be 16 or none");
     const ModLayout layout(p);
     set_masks(m, layout, args);
     set_biases(m, p, layout, args);
     set_rope(m, p, layout, args);
     if (args.tensors[13]) set_dropout(m, *args.tensors[13], args.dropout_p);
+    m.qk_descale = descale(args.tensors[14], p);
+    m.v_descale = descale(args.tensors[15], p);
   }
   m.any = m.mask || m.segments_q || m.key_bias || m.bias || m.rel_bias || m.decay || m.dropout ||
           m.score_fn != ScoreFn::kSoftmax;

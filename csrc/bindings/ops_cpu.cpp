@@ -46,14 +46,15 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   set_tiles(tiles, {&t.block_m, &t.block_n, &t.wave_bytes});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
-              max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+              max_seqlen_k, {softmax_scale, window_left, window_right, softcap, true});
   p.mods = flash_mods(p, {mods, score_fn, dropout_p, rope_interleaved});
   zero_tail(out, p.cu_seqlens_q, p.batch);
   if (out_lo) zero_tail(*out_lo, p.cu_seqlens_q, p.batch);
   fill_tail(lse, p.cu_seqlens_q, p.batch, -std::numeric_limits<float>::infinity());
   if (empty(p)) return;
-  params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
-  params.out = ref(out, p.dtype), params.out_lo = ref(out_lo, p.dtype);
+  if (p.dtype == DType::kFloat8) p.out_dtype = dtype_of(out);
+  params.q = ref(q, p.q_dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
+  params.out = ref(out, p.out_dtype), params.out_lo = ref(out_lo, p.out_dtype);
   params.lse = stat(lse);
   // The route is chosen per sequence, so that a request's result does not depend on its neighbours.
   bool many = p.seqlen_q * (p.heads_q / p.heads_k) > kFewRows;
@@ -79,11 +80,12 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
   set_tiles(tiles, {&params.tiles.split_keys, &params.tiles.chunk_keys});
   FlashProblem& p = params.problem;
   p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
-              k.size(1), {softmax_scale, window_left, window_right, softcap});
+              k.size(1), {softmax_scale, window_left, window_right, softcap, true});
   p.mods = flash_mods(p, {mods, score_fn, dropout_p, rope_interleaved});
   if (empty(p)) return;
-  params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
-  params.out = ref(out, p.dtype);
+  if (p.dtype == DType::kFloat8) p.out_dtype = dtype_of(out);
+  params.q = ref(q, p.q_dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
+  params.out = ref(out, p.out_dtype);
   params.lse = stat(lse);
   if (num_splits > 0)
     params.split_keys = std::max<int64_t>(1, (p.seqlen_k + num_splits - 1) / num_splits);

@@ -69,10 +69,15 @@ inline DType dtype_of(const Tensor& t) {
   return DType::kFloat32;
 }
 
+// The same with fp8, which inputs of forward and decode may be.
+inline DType input_dtype_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float8_e4m3fn ? DType::kFloat8 : dtype_of(t);
+}
+
 // [B, S, H, D], or varlen [T, H, D] as a batch without a batch stride.
 inline TensorRef ref(const Tensor& t, DType dtype) {
   STD_TORCH_CHECK(t.dim() == 3 || t.dim() == 4, "attnforge_native: expected 3 or 4 dimensions");
-  STD_TORCH_CHECK(dtype_of(t) == dtype, "attnforge_native: tensors differ in dtype");
+  STD_TORCH_CHECK(input_dtype_of(t) == dtype, "attnforge_native: tensors differ in dtype");
   int64_t d = t.dim() - 1;
   STD_TORCH_CHECK(t.stride(d) == 1 || t.size(d) == 1 || t.numel() == 0,
                   "attnforge_native: the last dimension must have stride 1");
@@ -130,6 +135,7 @@ struct Scores {
   double softmax_scale;
   int64_t window_left, window_right;
   double softcap;
+  bool takes_float8 = false;  // K and V may be fp8, and Q as well
 };
 
 inline int64_t window(int64_t size) {
@@ -142,7 +148,8 @@ inline FlashProblem problem(const Tensor& q, const Tensor& k, const Tensor& v,
                             const OptionalTensor& sinks, int64_t max_seqlen_q, int64_t max_seqlen_k,
                             const Scores& scores) {
   FlashProblem p;
-  p.dtype = dtype_of(q);
+  p.dtype = p.q_dtype = p.out_dtype = scores.takes_float8 ? input_dtype_of(k) : dtype_of(k);
+  if (p.dtype == DType::kFloat8) p.q_dtype = input_dtype_of(q);
   bool varlen = cu_seqlens_q.has_value();
   STD_TORCH_CHECK(varlen == cu_seqlens_k.has_value() && q.dim() == (varlen ? 3 : 4) &&
                       k.dim() == q.dim() && v.dim() == q.dim(),

@@ -12,6 +12,19 @@ namespace attnforge::cpu {
 ATTNFORGE_ISA_LIST
 #undef X
 
+// The table of each level, in the order of its fields.
+#define ATTNFORGE_SIZED_ENTRY(NAME, PARAMS) NAME##_workspace, NAME,
+#define ATTNFORGE_PLAIN_ENTRY(NAME, PARAMS) NAME,
+#define X(ISA)                                                                             \
+  namespace ISA {                                                                          \
+  const KernelTable table = {#ISA,                                                         \
+                             ATTNFORGE_SIZED_KERNELS(ATTNFORGE_SIZED_ENTRY)                \
+                                 ATTNFORGE_PLAIN_KERNELS(ATTNFORGE_PLAIN_ENTRY) probe_fma, \
+                             probe_read};                                                  \
+  }
+ATTNFORGE_ISA_LIST
+#undef X
+
 namespace {
 
 bool runs_here(const char* isa) {
@@ -31,45 +44,16 @@ bool runs_here(const char* isa) {
 #endif
 }
 
-const KernelTable kTables[] = {
-#define X(ISA)                      \
-  {#ISA,                            \
-   ISA::flash_fwd_workspace,        \
-   ISA::flash_fwd,                  \
-   ISA::flash_decode_workspace,     \
-   ISA::flash_decode,               \
-   ISA::flash_bwd_workspace,        \
-   ISA::flash_bwd,                  \
-   ISA::merge_states,               \
-   ISA::column_sums_workspace,      \
-   ISA::column_sums,                \
-   ISA::span_mass_workspace,        \
-   ISA::span_mass,                  \
-   ISA::span_grad_workspace,        \
-   ISA::span_grad,                  \
-   ISA::block_max_workspace,        \
-   ISA::block_max,                  \
-   ISA::row_entropy_workspace,      \
-   ISA::row_entropy,                \
-   ISA::topk_keys_workspace,        \
-   ISA::topk_keys,                  \
-   ISA::edges_workspace,            \
-   ISA::edges,                      \
-   ISA::head_gradient,              \
-   ISA::block_sparse_fwd_workspace, \
-   ISA::block_sparse_fwd,           \
-   ISA::block_sparse_bwd_workspace, \
-   ISA::block_sparse_bwd,           \
-   ISA::probe_fma,                  \
-   ISA::probe_read},
+const KernelTable* const kTables[] = {
+#define X(ISA) &ISA::table,
     ATTNFORGE_ISA_LIST
 #undef X
 };
 
 const KernelTable* best() {
-  const KernelTable* choice = &kTables[0];
-  for (const KernelTable& table : kTables) {
-    if (runs_here(table.isa)) choice = &table;
+  const KernelTable* choice = kTables[0];
+  for (const KernelTable* table : kTables) {
+    if (runs_here(table->isa)) choice = table;
   }
   return choice;
 }
@@ -87,10 +71,10 @@ const char* isa_levels() {
     struct {
       char text[64] = "";
     } names;
-    for (const KernelTable& table : kTables) {
-      if (!runs_here(table.isa)) continue;
+    for (const KernelTable* table : kTables) {
+      if (!runs_here(table->isa)) continue;
       if (names.text[0]) std::strcat(names.text, ",");
-      std::strcat(names.text, table.isa);
+      std::strcat(names.text, table->isa);
     }
     return names;
   }();
@@ -102,9 +86,9 @@ bool select_isa(const char* name) {
     in_force = best();
     return true;
   }
-  for (const KernelTable& table : kTables) {
-    if (!std::strcmp(table.isa, name) && runs_here(name)) {
-      in_force = &table;
+  for (const KernelTable* table : kTables) {
+    if (!std::strcmp(table->isa, name) && runs_here(name)) {
+      in_force = table;
       return true;
     }
   }

@@ -1,67 +1,62 @@
-// The CPU function table: every ISA level fills one; dispatch.cpp chooses.
+// The CPU function table: every ISA level fills one; dispatch.cpp chooses. A kernel is one line of
+// one of the two lists.
 #pragma once
 
 #include "attnforge/block_sparse.h"
+#include "attnforge/cope.h"
 #include "attnforge/params.h"
 
 namespace attnforge::cpu {
 
-// Reductions over P = exp(S - LSE): X(name, params struct).
-#define ATTNFORGE_REDUCTIONS(X)    \
-  X(column_sums, ColumnSumsParams) \
-  X(span_mass, SpanMassParams)     \
-  X(span_grad, SpanGradParams)     \
-  X(block_max, BlockMaxParams)     \
-  X(row_entropy, RowEntropyParams) \
-  X(topk_keys, TopKParams)         \
-  X(edges, EdgesParams)
+// Kernels with a workspace, whose size is a function of shapes and thread count alone:
+// X(name, params struct).
+#define ATTNFORGE_SIZED_KERNELS(X)          \
+  X(flash_fwd, FlashFwdParams)              \
+  X(flash_decode, FlashFwdParams)           \
+  X(flash_bwd, FlashBwdParams)              \
+  X(column_sums, ColumnSumsParams)          \
+  X(span_mass, SpanMassParams)              \
+  X(span_grad, SpanGradParams)              \
+  X(block_max, BlockMaxParams)              \
+  X(row_entropy, RowEntropyParams)          \
+  X(topk_keys, TopKParams)                  \
+  X(edges, EdgesParams)                     \
+  X(cope_fwd, CopeFwdParams)                \
+  X(cope_bwd, CopeBwdParams)                \
+  X(block_sparse_fwd, BlockSparseFwdParams) \
+  X(block_sparse_bwd, BlockSparseBwdParams)
+
+// Kernels without one.
+#define ATTNFORGE_PLAIN_KERNELS(X) \
+  X(merge_states, MergeParams)     \
+  X(head_gradient, HeadGradientParams)
 
 struct KernelTable {
   const char* isa;
-  // Workspace sizes are functions of shapes and thread count alone.
-  int64_t (*flash_fwd_workspace)(const FlashFwdParams&, int64_t num_threads);
-  void (*flash_fwd)(const FlashFwdParams&, const Workers&);
-  int64_t (*flash_decode_workspace)(const FlashFwdParams&, int64_t num_threads);
-  void (*flash_decode)(const FlashFwdParams&, const Workers&);
-  int64_t (*flash_bwd_workspace)(const FlashBwdParams&, int64_t num_threads);
-  void (*flash_bwd)(const FlashBwdParams&, const Workers&);
-  void (*merge_states)(const MergeParams&, const Workers&);
 #define X(NAME, PARAMS)                                            \
   int64_t (*NAME##_workspace)(const PARAMS&, int64_t num_threads); \
   void (*NAME)(const PARAMS&, const Workers&);
-  ATTNFORGE_REDUCTIONS(X)
+  ATTNFORGE_SIZED_KERNELS(X)
 #undef X
-  void (*head_gradient)(const HeadGradientParams&, const Workers&);
-  int64_t (*block_sparse_fwd_workspace)(const BlockSparseFwdParams&, int64_t num_threads);
-  void (*block_sparse_fwd)(const BlockSparseFwdParams&, const Workers&);
-  int64_t (*block_sparse_bwd_workspace)(const BlockSparseBwdParams&, int64_t num_threads);
-  void (*block_sparse_bwd)(const BlockSparseBwdParams&, const Workers&);
+#define X(NAME, PARAMS) void (*NAME)(const PARAMS&, const Workers&);
+  ATTNFORGE_PLAIN_KERNELS(X)
+#undef X
   double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
   void (*probe_read)(const Workers&, const void* data, int64_t bytes);  // streams the buffer
 };
 
-#define ATTNFORGE_DECLARE_REDUCTION(NAME, PARAMS)               \
+#define ATTNFORGE_DECLARE_SIZED(NAME, PARAMS)                   \
   int64_t NAME##_workspace(const PARAMS&, int64_t num_threads); \
   void NAME(const PARAMS&, const Workers&);
+#define ATTNFORGE_DECLARE_PLAIN(NAME, PARAMS) void NAME(const PARAMS&, const Workers&);
 
 // Declares the functions that one ISA level defines; each lives in namespace attnforge::cpu::<isa>.
-#define ATTNFORGE_DECLARE_ISA(ISA)                                                      \
-  namespace ISA {                                                                       \
-  int64_t flash_fwd_workspace(const FlashFwdParams&, int64_t num_threads);              \
-  void flash_fwd(const FlashFwdParams&, const Workers&);                                \
-  int64_t flash_decode_workspace(const FlashFwdParams&, int64_t num_threads);           \
-  void flash_decode(const FlashFwdParams&, const Workers&);                             \
-  int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);              \
-  void flash_bwd(const FlashBwdParams&, const Workers&);                                \
-  void merge_states(const MergeParams&, const Workers&);                                \
-  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                                     \
-  void head_gradient(const HeadGradientParams&, const Workers&);                        \
-  int64_t block_sparse_fwd_workspace(const BlockSparseFwdParams&, int64_t num_threads); \
-  void block_sparse_fwd(const BlockSparseFwdParams&, const Workers&);                   \
-  int64_t block_sparse_bwd_workspace(const BlockSparseBwdParams&, int64_t num_threads); \
-  void block_sparse_bwd(const BlockSparseBwdParams&, const Workers&);                   \
-  double probe_fma(const Workers&, int64_t iterations);                                 \
-  void probe_read(const Workers&, const void* data, int64_t bytes);                     \
+#define ATTNFORGE_DECLARE_ISA(ISA)                                  \
+  namespace ISA {                                                   \
+  ATTNFORGE_SIZED_KERNELS(ATTNFORGE_DECLARE_SIZED)                  \
+  ATTNFORGE_PLAIN_KERNELS(ATTNFORGE_DECLARE_PLAIN)                  \
+  double probe_fma(const Workers&, int64_t iterations);             \
+  void probe_read(const Workers&, const void* data, int64_t bytes); \
   }
 
 const KernelTable& kernels();       // the level in force

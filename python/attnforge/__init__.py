@@ -14,6 +14,7 @@ from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.cope import cope_attention
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "backend",
     "block_sparse_attention",
+    "cope_attention",
     "debug",
     "explain",
     "flash_attention",

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["SCORE_FNS", "BlockLists", "FlashGrads", "FlashMods", "FlashParams", "FlashTape"]
+__all__ = [
+    "FLOAT8",
+    "SCORE_FNS",
+    "BlockLists",
+    "FlashGrads",
+    "FlashMods",
+    "FlashParams",
+    "FlashTape",
+]
 
+FLOAT8 = torch.float8_e4m3fn  # the one 8-bit type of inputs
 # What turns a logit s into a weight; the names of ``score_fn``.
 SCORE_FNS = ("softmax", "sigmoid", "relu", "softplus", "signed_softmax")
 
@@ -41,6 +51,9 @@ class FlashMods(NamedTuple):
     positions_q: Tensor | None = None  # [B|1, Sq] int32, rows of the tables
     positions_k: Tensor | None = None  # [B|1, Sk] int32
     rng: Tensor | None = None  # [2] int64: Philox seed and offset, with dropout
+    # [B, Hk] fp32, packed calls too: what <q, k> and v of fp8 tensors are multiplied by
+    qk_descale: Tensor | None = None
+    v_descale: Tensor | None = None
 
 
 class FlashParams(NamedTuple):
@@ -65,6 +78,7 @@ class FlashParams(NamedTuple):
     score_fn: str = "softmax"
     dropout_p: float = 0.0  # weights are dropped with this probability, the others scaled up
     rope_interleaved: bool = False  # pairs (2 n, 2 n + 1) instead of (n, n + rotary_dim / 2)
+    out_dtype: torch.dtype | None = None  # with fp8 k and v; None is q's, or bf16 if that is fp8
 
     @property
     def score_mods(self) -> FlashMods:

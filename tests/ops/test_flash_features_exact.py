@@ -288,7 +288,8 @@ def test_nothing_asked_is_nothing_changed(level: Target) -> None:
 # ---- memory: what the native operator refuses, what it reads ----
 
 _ORDER = ("row_bounds", "mask", "segments_q", "segments_k", "key_bias", "bias", "rel_bias", "decay",
-          "row_scale", "rope_cos", "rope_sin", "positions_q", "positions_k", "rng")  # fmt: skip
+          "row_scale", "rope_cos", "rope_sin", "positions_q", "positions_k", "rng", "qk_descale",
+          "v_descale")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,7 @@ _ORDER = ("row_bounds", "mask", "segments_q", "segments_k", "key_bias", "bias", 
         ("row_scale", torch.zeros(2, 2, 12)),
         ("rope_cos", torch.zeros(1, 4, 4)),
         ("rng", torch.zeros(3, dtype=torch.int64)),
+        ("v_descale", torch.ones(2, 1)),
     ],
 )
 def test_native_operator_checks_shapes(cpu: str, name: str, tensor: torch.Tensor) -> None:

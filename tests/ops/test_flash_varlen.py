@@ -165,7 +165,7 @@ def test_operators_check_index_values_too() -> None:
     # checks 42, 44: the operator itself, without the public function above it
     x = torch.randn(9, 2, 8)
     good, bad = (torch.tensor(c, dtype=torch.int32) for c in ([0, 4, 9], [0, 7, 3]))
-    tail = (None, None, None, 9, 9, 0.3, -1, -1, 0.0, [], "softmax", 0.0, False)
+    tail = (None, None, None, 9, 9, 0.3, -1, -1, 0.0, [], "softmax", 0.0, False, None)
     with pytest.raises(ValueError, match="cu_seqlens_k decreases"):
         torch.ops.attnforge.flash_fwd(x, x, x, good, bad, *tail, False, None)
     out, lse, lo = torch.ops.attnforge.flash_fwd(x, x, x, good, good, *tail, False, None)

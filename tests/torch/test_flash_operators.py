@@ -31,7 +31,7 @@ def arguments(inputs: FlashInputs) -> tuple[list[Any], list[Any]]:
     left, right = o["window_size"]
     names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "alibi_slopes", "sinks")
     tail = [*(o.get(n) for n in names), q.shape[dim], k.shape[dim], q.shape[-1] ** -0.5, left,
-            0 if o["causal"] else right, o["softcap"], [], "softmax", 0.0, False]  # fmt: skip
+            0 if o["causal"] else right, o["softcap"], [], "softmax", 0.0, False, None]  # fmt: skip
     return [q, k, inputs.v], tail
 
 
@@ -81,16 +81,31 @@ def test_opcheck_of_mods() -> None:
     assert OPS.flash_bwd(*saved, *tail, 1, "reference")[4].shape == (1, 4, 9)
 
 
+def check_fake(op: Any, args: tuple[Any, ...]) -> None:
+    # check 80: shapes, strides and dtypes, by fake tensors and on the meta device
+    real = [describe(x) for x in op(*args)]
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake_args = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
+        assert [describe(x) for x in op(*fake_args)] == real
+    meta_args = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("meta"), args)
+    assert [describe(x) for x in op(*meta_args)] == real
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fake_outputs_look_like_real_ones(backend: str, name: str) -> None:
-    # check 80: shapes, strides and dtypes, by fake tensors and on the meta device
     for op, args in calls(name, backend):
-        real = [describe(x) for x in op(*args)]
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fake_args = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
-            assert [describe(x) for x in op(*fake_args)] == real
-        meta_args = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("meta"), args)
-        assert [describe(x) for x in op(*meta_args)] == real
+        check_fake(op, args)
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_fake_outputs_of_fp8(backend: str, out_dtype: torch.dtype | None) -> None:
+    head, tail = arguments(CASES["plain"].make())
+    tail[-1] = out_dtype
+    for wider in (torch.float8_e4m3fn, torch.bfloat16):
+        q, k, v = (x.to(torch.float8_e4m3fn) for x in head)
+        q = q.to(wider)
+        check_fake(OPS.flash_fwd.default, (q, k, v, *tail, False, backend))
+        check_fake(OPS.flash_decode.default, (q, k, v, *tail[2:5], *tail[7:], 2, backend))
 
 
 def test_public_functions_on_meta() -> None:
@@ -118,7 +133,7 @@ def test_unbacked_sizes() -> None:
         kv = torch.empty(batch, rows, 2, 16)
         out, lse, low = OPS.flash_fwd(
             q, kv, kv, None, None, None, None, None, rows, rows, 0.25, -1, 0, 0.0, [], "softmax",
-            0.0, False, False, None,
+            0.0, False, None, False, None,
         )  # fmt: skip
         assert tuple(out.shape[2:]) == (4, 16)
         assert lse.shape[1] == 4
@@ -132,7 +147,10 @@ def test_schemas_are_stable() -> None:
         "Tensor? sinks, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
         "SymInt window_left, SymInt window_right, float softcap, "
     )
-    mods = "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved"
+    mods = (
+        "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved, "
+        "ScalarType? out_dtype"
+    )
     assert str(OPS.flash_fwd.default._schema) == (
         f"attnforge::flash_fwd(Tensor q, Tensor k, Tensor v, {shared}{mods}, bool save_out_lo, "
         "str? backend) -> (Tensor out, Tensor lse, Tensor out_lo)"

@@ -36,6 +36,10 @@ KERNELS = ("fwd", "delta", "dkdv", "dq", "decode", "merge")
 
 def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined]
     """What a variant launches."""
+    if variant.mods == "cope":
+        return ["delta", "fwd", "keys", "rows"]
+    if variant.dtype.itemsize == 1:
+        return ["decode", "fwd", "merge"]
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
 
 
@@ -60,8 +64,8 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
             wrong.append(f"{name}: {used['shared']} bytes of shared memory")
         if used["tensor_columns"] > TENSOR_COLUMNS:
             wrong.append(f"{name}: {used['tensor_columns']} columns of tensor memory")
-        if kernel in ("fwd", "dkdv", "dq") and variant.dtype.itemsize == 2:
-            product = TENSOR_CORE[arch] if kernel == "fwd" else "mma."
+        if kernel in ("fwd", "dkdv", "dq", "rows", "keys") and variant.dtype.itemsize < 4:
+            product = TENSOR_CORE[arch] if kernel == "fwd" and variant.mods != "cope" else "mma."
             if product not in compiled.asm["ptx"]:
                 wrong.append(f"{name}: no {product}")
     assert not wrong, "\n".join([*wrong, "after a reason: python tools/triton_budgets.py --write"])

@@ -240,3 +240,24 @@ def test_what_serves_which_feature() -> None:
         for feature in ("row_bounds", "mask", "bias", "rel_bias", "forget_gate", "rope", "dropout"):
             assert feature in text
         assert ("softplus" in text) is score_functions
+
+
+@pytest.mark.parametrize("fields", [
+    {"mods": ("descale",), "causal": True},
+    {"mods": ("descale:kvb", "out:float16"), "q_dtype": torch.float32},
+    {"mods": ("descale:kv", "bias:w"), "q_dtype": torch.float16},
+    {"mods": ("descale",), "lengths": ((9, 20), (0, 5), (17, 12))},
+    {"mods": ("descale:one", "key_bias"), "decode": True, "seqlen_q": 3, "used": (37, 20)},
+    {"mods": ("descale:kv",), "decode": True, "seqlen_q": 1, "q_dtype": torch.bfloat16},
+], ids=lambda fields: "-".join(fields["mods"]))  # fmt: skip
+def test_fp8(check: Any, fields: dict[str, Any]) -> None:
+    shape = {"seqlen_q": 20, "seqlen_k": 37, "heads_q": 4, "heads_k": 2, "head_dim": 8}
+    case = FlashCase(**{**shape, "dtype": torch.float8_e4m3fn, **fields})
+    check(case, grad=False, **({"num_splits": 2} if case.decode else {}))
+
+
+def test_every_code_of_fp8(device: str) -> None:
+    v = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(1, 1, 1, 256).to(device)
+    q = k = torch.zeros(1, 1, 1, 8, device=device).to(v.dtype)
+    out = attnforge.flash_attention(q, k, v, out_dtype=torch.float32, backend="triton")
+    assert torch.equal(out.nan_to_num(-1.0), v.float().nan_to_num(-1.0))

@@ -18,7 +18,7 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 
 
 
 class Shape(NamedTuple):
-    """What a choice depends on. width: the larger of the padded head dims of K and V.
+    """What a choice depends on. itemsize: of V. width: the larger padded head dim of K and V.
 
     heavy: features of single scores that load a tile of their own or need many registers.
     """
@@ -170,7 +170,8 @@ def choose(kernel: str, shape: Shape) -> dict[str, int]:
     if shape.itemsize == 4:
         stages = 1 if shape.heavy else full[width]["num_stages"]
         return {**full[width], "num_stages": stages}
-    if shape.heavy:
+    # Widening fp8 takes registers that the forward's larger tiles have none left of.
+    if shape.heavy or (shape.itemsize == 1 and kernel == "fwd"):
         return dict(_HEAVY[kernel, width])
     return dict(half[arch_class(shape.arch), width])
 
@@ -188,4 +189,4 @@ def fits(kernel: str, tile: dict[str, int], shape: Shape) -> bool:
     streamed, held = ("BLOCK_M", "BLOCK_N") if kernel == "dkdv" else ("BLOCK_N", "BLOCK_M")
     tensors_held = 1 if kernel in ("fwd", "decode") else 2
     rows = tensors_held * tile[held] + 2 * tile[streamed] * tile["num_stages"]
-    return rows * shape.width * shape.itemsize <= SHARED_LIMIT[arch_class(shape.arch)]
+    return rows * shape.width * max(2, shape.itemsize) <= SHARED_LIMIT[arch_class(shape.arch)]

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from attnforge.triton_kernels.lang import key_range, result, slope_of, span, start_state, walk
 from attnforge.triton_kernels.rope import turn
-from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr
+from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr, widened
 
 
 @triton.jit(do_not_specialize=["seq", "scores", "splits", "split_keys"])
@@ -80,6 +80,7 @@ def decode(
     q_tile = tl.load(
         q_rows[:, None] + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0
     )
+    q_tile = widened(q_tile)
     if scores.rope is not None:
         at = tl.load(stat_ptr(scores.rope.at_q, b, 0, rows), mask=real, other=0)
         q_tile = turn(q_tile, q_rows[:, None], real[:, None], at[:, None], scores.rope, h, BLOCK_D)
@@ -88,7 +89,7 @@ def decode(
         k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores, place,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    o, stat = result(top, total, acc)
+    o, stat = result(top, total, acc, scores, place)
     o_rows = head_ptr(out, b, head, rows)
     l_rows = stat_ptr(lse, b, head, rows)
     if part_out is not None:

@@ -12,7 +12,8 @@ V tiles pass through shared memory, ``num_stages`` of them in flight.
 Cost: 2 (D + Dv) flops per visible pair; K and V are read ceil(Sq / BLOCK_M) times, from L2 mostly.
 
 Numerics: 16-bit P for the second product, so its error is u16 sum_j p |v|, random in sign; all sums
-are fp32. fp32 inputs take true fp32 products. Hidden NaN in V stays hidden (``lang.tame``).
+are fp32. fp32 inputs take true fp32 products. fp8 is multiplied as bf16, or as what Q is. Hidden
+NaN in V stays hidden (``lang.tame``).
 
 Limits: head dims are padded to powers of two, the padding costs products but no memory traffic.
 Source: the papers above; the code is our own.
@@ -58,7 +59,7 @@ def fwd(
         q_tile, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-    o, stat = result(top, total, acc)
+    o, stat = result(top, total, acc, scores, place)
     mask = inside(first, n_rows, BLOCK_M, BLOCK_DV, DV)
     high = o.to(out.ptr.dtype.element_ty)
     o_head = head_ptr(out, b, h, first_row)

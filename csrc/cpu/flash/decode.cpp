@@ -13,6 +13,7 @@
 //   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
 //   bf16       widened in pairs, even and odd elements apart: a shift and a mask. Q is stored in
 //              that order; O is accumulated in it and put right when it is written
+//   fp8        the same order, whatever type Q has beside it
 //   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
 //              the range, so that a memory page is walked once. Planes of heads go one by one
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
@@ -64,7 +65,7 @@ AF_INLINE Partial take_partial(Arena& a, const Plan& plan) {
 
 AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
   const FlashProblem& p = params.problem;
-  int64_t item = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t item = item_size(p.dtype);
   Plan plan;
   plan.group = group_size(p);
   int64_t q_len = params.route == RowRoute::kFewRows ? min64(p.seqlen_q, kFewRows) : p.seqlen_q;
@@ -309,6 +310,19 @@ AF_INLINE void scale_query(const T* src, int64_t dim, float scale, float* dst) {
   for (; d < dim; d += kLanes) store(dst + d, load_partial(src + d, dim - d) * splat(scale));
 }
 
+// The same beside fp8 keys, in their pair order.
+template <class T>
+AF_INLINE void scale_query_by_pairs(const T* src, int64_t dim, float scale, float* dst) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    float lanes[2 * kLanes];
+    store(lanes, load(src + d) * splat(scale));
+    store(lanes + kLanes, load(src + d + kLanes) * splat(scale));
+    for (int64_t i = 0; i < 2 * kLanes; ++i) dst[d + i % 2 * kLanes + i / 2] = lanes[i];
+  }
+  for (; d < dim; d += kLanes) store(dst + d, load_partial(src + d, dim - d) * splat(scale));
+}
+
 // Scaled fp32 copies of the rows of one kv head, and its register groups.
 template <class T>
 AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, const Sequence& seq,
@@ -330,10 +344,16 @@ AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, cons
       g.slope2[r] = 0.0f, g.head[r] = g.query[r] = 0, g.keys[r] = {0, 0};
       if (r >= g.rows) continue;
       const int64_t head = kv_head * plan.group + (r0 + r) / seq.q_len, i = (r0 + r) % seq.q_len;
-      const T* src = row_ptr<const T>(params.q, seq.batch, seq.q_row + i, head);
       const float scale = q_scale * row_scale(p, seq, head, i);
-      with_query(p, seq, head, i, src, rotated,
-                 [&](auto* row) { scale_query(row, p.head_dim, scale, q + (r0 + r) * plan.ldq); });
+      with_query_type<T>(p, [&](auto element) {
+        const auto* src =
+            row_ptr<const decltype(element)>(params.q, seq.batch, seq.q_row + i, head);
+        with_query(p, seq, head, i, src, rotated, [&](auto* row) {
+          float* dst = q + (r0 + r) * plan.ldq;
+          if (kIsFloat8<T> && !rotated) return scale_query_by_pairs(row, p.head_dim, scale, dst);
+          scale_query(row, p.head_dim, scale, dst);
+        });
+      });
       g.keys[r] = visible_keys(p, seq, head, i);
       g.slope2[r] = alibi_slope2(p, seq.batch, head);
       g.head[r] = head, g.query[r] = i;
@@ -428,10 +448,13 @@ AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const 
       store(o + d, x);
       store(o + d + kLanes, y);
     }
-    T* lo =
-        params.out_lo.data ? row_ptr<T>(params.out_lo, seq.batch, seq.q_row + i, head) : nullptr;
-    store_output(o, end.scale, p.v_head_dim, row_ptr<T>(params.out, seq.batch, seq.q_row + i, head),
-                 lo);
+    const float scale = end.scale * value_scale(p, seq, kv_head);
+    with_output_type<T>(p, [&](auto element) {
+      using O = decltype(element);
+      const int64_t row = seq.q_row + i;
+      O* lo = params.out_lo.data ? row_ptr<O>(params.out_lo, seq.batch, row, head) : nullptr;
+      store_output(o, scale, p.v_head_dim, row_ptr<O>(params.out, seq.batch, row, head), lo);
+    });
   }
 }
 
@@ -466,7 +489,7 @@ int64_t flash_decode_workspace(const FlashFwdParams& params, int64_t num_threads
 }
 
 void flash_decode(const FlashFwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.problem.dtype,
+  dispatch_input(params.problem.dtype,
                  [&](auto element) { run<decltype(element)>(params, workers); });
 }
 

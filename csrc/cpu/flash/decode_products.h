@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/micro/pack.h"
+#include "cpu/simd/float8.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -27,10 +28,14 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
     }
   };
   VecF x[kDotKeys];
+  NanWatch<T> watch[kDotKeys];
   int64_t d = 0;
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<0>(k[j] + d);
+    for (int j = 0; j < kDotKeys; ++j) {
+      watch[j].see(k[j] + d);
+      x[j] = load_pair<0>(k[j] + d);
+    }
     step(d, x);
 #pragma GCC unroll 4
     for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<1>(k[j] + d);
@@ -48,6 +53,10 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   tail();
 #pragma GCC unroll 2
   for (int i = 0; i < kDotKeys * kRows; i += kLanes) store(s + i, sum_each(acc + i));
+#pragma GCC unroll 4
+  for (int j = 0; j < kDotKeys; ++j) {
+    for (int r = 0; r < kRows && watch[j].any(); ++r) s[j * kRows + r] = __builtin_nanf("");
+  }
 }
 
 // A run of keys of one kv head.
@@ -85,11 +94,13 @@ AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
+  NanWatch<T> watch[(NV + 1) / 2];
   for (int64_t c = 0; c < n; ++c, p += kRows, v += stride) {
     VecF x[NV];
     if constexpr (NV == 1) x[0] = load_partial(v, tail);
 #pragma GCC unroll 4
     for (int j = 0; j + 1 < NV; j += 2) {
+      watch[j / 2].see(v + j * kLanes);
       x[j] = load_pair<0>(v + j * kLanes);
       x[j + 1] = load_pair<1>(v + j * kLanes);
     }
@@ -98,6 +109,15 @@ AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t
       VecF weight = splat(p[r]);
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j + 1 < NV; j += 2) {
+    if (!watch[j / 2].any()) continue;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      acc[r][j] += watch[j / 2].template lanes<0>();
+      acc[r][j + 1] += watch[j / 2].template lanes<1>();
     }
   }
 #pragma GCC unroll 4

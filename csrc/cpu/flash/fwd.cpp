@@ -274,9 +274,13 @@ AF_INLINE void finish_row(const TileRows& t, const Tile& tile, int64_t r) {
   int64_t head = t.head(r), row = t.seq.q_row + t.query(r);
   RowEnd end = finish_softmax(tile.m[r], tile.l[r], p.sinks ? p.sinks[head] : -kInf);
   *stat_ptr(t.params.lse, t.seq, head, t.query(r)) = end.lse;
-  T* lo = t.params.out_lo.data ? row_ptr<T>(t.params.out_lo, t.seq.batch, row, head) : nullptr;
-  store_output(tile.o + r * t.plan.ldo, end.scale, p.v_head_dim,
-               row_ptr<T>(t.params.out, t.seq.batch, row, head), lo);
+  const float scale = end.scale * value_scale(p, t.seq, t.kv_head);
+  with_output_type<T>(p, [&](auto element) {
+    using O = decltype(element);
+    O* lo = t.params.out_lo.data ? row_ptr<O>(t.params.out_lo, t.seq.batch, row, head) : nullptr;
+    store_output(tile.o + r * t.plan.ldo, scale, p.v_head_dim,
+                 row_ptr<O>(t.params.out, t.seq.batch, row, head), lo);
+  });
 }
 
 template <class T>
@@ -285,14 +289,17 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   const ScoreMap map = score_map(p);
   // Bounds over the rows: [any_lo, any_hi) is seen by some row, [all_lo, all_hi) by every row.
   int64_t any_lo = t.seq.k_len, any_hi = 0, all_lo = 0, all_hi = t.seq.k_len;
-  auto q_row = [&](int64_t r) {
-    return row_ptr<const T>(t.params.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
-  };
   for (int64_t r = 0; r < t.rows; ++r) {
-    if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
     const float q_scale = map.q_scale * row_scale(p, t.seq, t.head(r), t.query(r));
-    with_query(p, t.seq, t.head(r), t.query(r), q_row(r), tile.rotated,
-               [&](auto* row) { pack_row(row, p.head_dim, q_scale, r, tile.q); });
+    with_query_type<T>(p, [&](auto element) {
+      auto q_row = [&](int64_t n) {
+        return row_ptr<const decltype(element)>(t.params.q, t.seq.batch, t.seq.q_row + t.query(n),
+                                                t.head(n));
+      };
+      if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
+      with_query(p, t.seq, t.head(r), t.query(r), q_row(r), tile.rotated,
+                 [&](auto* row) { pack_row(row, p.head_dim, q_scale, r, tile.q); });
+    });
     Interval keys = visible_keys(p, t.seq, t.head(r), t.query(r));
     tile.keys[r] = keys;
     tile.m[r] = -kInf;
@@ -389,7 +396,7 @@ int64_t flash_fwd_workspace(const FlashFwdParams& params, int64_t num_threads) {
 }
 
 void flash_fwd(const FlashFwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.problem.dtype,
+  dispatch_input(params.problem.dtype,
                  [&](auto element) { run<decltype(element)>(params, workers); });
 }
 

@@ -20,7 +20,7 @@ AF_INLINE RowMods row_mods(const FlashProblem& p, const Sequence& s, int64_t hea
   }
   if (m.bias) {
     row.bias_dtype = m.bias_dtype;
-    const int64_t item = m.bias_dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t item = item_size(m.bias_dtype);
     row.bias = static_cast<const char*>(m.bias) +
                (s.batch * m.bias_batch + head * m.bias_head + i * m.bias_row) * item;
   }
@@ -43,10 +43,27 @@ AF_INLINE RowMods row_mods(const FlashProblem& p, const Sequence& s, int64_t hea
   return row;
 }
 
+// What multiplies the products of a row beside the softmax scale; it makes up for loads of fp8.
 AF_INLINE float row_scale(const FlashProblem& p, const Sequence& s, int64_t head, int64_t i) {
   const FlashMods& m = p.mods;
-  if (!m.row_scale) return 1.0f;
-  return m.row_scale[s.batch * m.row_scale_batch + head * m.row_scale_head + s.q_row + i];
+  float scale = 1.0f;
+  if (m.row_scale) {
+    scale = m.row_scale[s.batch * m.row_scale_batch + head * m.row_scale_head + s.q_row + i];
+  }
+  if (m.qk_descale) {
+    scale *= m.qk_descale[s.batch * p.heads_k + head / group_size(p)];
+  }
+  if (p.dtype == DType::kFloat8) scale *= kFloat8Unit;
+  if (p.q_dtype == DType::kFloat8) scale *= kFloat8Unit;
+  return scale;
+}
+
+// What multiplies the output of a KV head; it makes up for loads of fp8.
+AF_INLINE float value_scale(const FlashProblem& p, const Sequence& s, int64_t kv_head) {
+  const FlashMods& m = p.mods;
+  const float unit = p.dtype == DType::kFloat8 ? kFloat8Unit : 1.0f;
+  if (!m.v_descale) return unit;
+  return unit * m.v_descale[s.batch * p.heads_k + kv_head];
 }
 
 AF_INLINE Dropout row_dropout(const FlashProblem& p, const Sequence& s, int64_t head, int64_t i) {

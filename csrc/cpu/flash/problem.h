@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/micro/gemm.h"
+#include "cpu/simd/float8.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -106,7 +107,7 @@ AF_INLINE bool served_here(const FlashFwdParams& params, const Sequence& s) {
   return few == (params.route == RowRoute::kFewRows);
 }
 
-// Calls f with a value of the element type.
+// Calls f with a value of the element type: of outputs, and of inputs that may not be fp8.
 template <class F>
 AF_INLINE void dispatch_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -116,7 +117,44 @@ AF_INLINE void dispatch_dtype(DType dtype, const F& f) {
       return f(Half{});
     case DType::kBFloat16:
       return f(BFloat16{});
+    case DType::kFloat8:  // the bindings refuse it
+      return;
   }
+}
+
+template <class T>
+constexpr bool kIsFloat8 = false;
+template <>
+constexpr bool kIsFloat8<E4M3> = true;
+
+// The same with fp8 among the types.
+template <class F>
+AF_INLINE void dispatch_input(DType dtype, const F& f) {
+  if (dtype == DType::kFloat8) return f(E4M3{});
+  dispatch_dtype(dtype, f);
+}
+
+// The element types of Q and of O beside K and V of type T: the same, or with fp8 what the call
+// has.
+template <class T, class F>
+AF_INLINE void with_query_type(const FlashProblem& p, const F& f) {
+  if constexpr (kIsFloat8<T>) {
+    dispatch_input(p.q_dtype, f);
+  } else {
+    f(T{});
+  }
+}
+template <class T, class F>
+AF_INLINE void with_output_type(const FlashProblem& p, const F& f) {
+  if constexpr (kIsFloat8<T>) {
+    dispatch_dtype(p.out_dtype, f);
+  } else {
+    f(T{});
+  }
+}
+
+AF_INLINE int64_t item_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8 ? 1 : 2;
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -10,7 +10,8 @@
 
 namespace attnforge {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// kFloat8: e4m3 without infinities, of inputs of forward and decode alone.
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat8 = 3 };
 
 // [batch, seq, heads, dim] (or [total, heads, dim]) with any strides.
 struct TensorRef {
@@ -55,6 +56,8 @@ struct FlashMods {
   int64_t decay_batch = 0, decay_head = 0;
   const float* row_scale = nullptr;
   int64_t row_scale_batch = 0, row_scale_head = 0;
+  // [batch, heads_k], packed calls too: what products of fp8 Q and K, and fp8 V, are multiplied by.
+  const float *qk_descale = nullptr, *v_descale = nullptr;
   // Rotation of q and k as they are loaded: tables [.., rope_positions, rope_half]; positions are
   // clamped to them. Channel pairs (n, n + rope_half), or (2 n, 2 n + 1) if interleaved.
   const float *rope_cos = nullptr, *rope_sin = nullptr;
@@ -69,13 +72,14 @@ struct FlashMods {
   uint64_t dropout_seed = 0, dropout_offset = 0;
   ScoreFn score_fn = ScoreFn::kSoftmax;
   // Rows of scores need more than an interval and softmax: anything above but row_bounds,
-  // row_scale and the rotation.
+  // row_scale, the descales and the rotation.
   bool any = false;
 };
 
 // What is asked, apart from where the tensors lie. Shared by forward, backward and decode.
 struct FlashProblem {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;                                 // of K and V
+  DType q_dtype = DType::kFloat32, out_dtype = DType::kFloat32;  // another only beside fp8 K and V
   int64_t batch = 0;
   int64_t seqlen_q = 0;  // padded length, or the largest one when varlen
   int64_t seqlen_k = 0;

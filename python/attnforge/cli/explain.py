@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
         q: str = typer.Option(..., help="Shape of q (or of one part), as 1,4096,32,128."),
         k: str = typer.Option("", help="Shape of k; default: that of q."),
         v: str = typer.Option("", help="Shape of v; default: that of k."),
-        dtype: str = typer.Option("fp32", help="fp32, bf16, fp16 or fp64."),
+        dtype: str = typer.Option("fp32", help="fp32, bf16, fp16, fp8 or fp64."),
         device: str = typer.Option("cpu", help="cpu, cuda, or a GPU not here: cuda:sm_90."),
         causal: bool = typer.Option(False, "--causal/--no-causal", help="Bottom-right causal."),
         window: str = typer.Option("", help="left,right; -1 is unlimited."),

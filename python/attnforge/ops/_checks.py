@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from attnforge._params import FLOAT8
+
 __all__ = [
     "backend",
     "dense",
@@ -119,13 +121,14 @@ def _three(op: str, q: Tensor, k: Tensor, v: Tensor, rank: int, layout: str) -> 
             4: "batched tensors go to flash_attention",
         }.get(x.dim(), "reshape it")
         fail(op, f"{name} has {x.dim()} dims; got shape {_shape(x)}; want {layout}; {other}")
-    if q.dtype is not k.dtype or q.dtype is not v.dtype:
+    wider = k.dtype is v.dtype is FLOAT8 and q.dtype in (FLOAT8, *_DTYPES[:3])
+    if (q.dtype is not k.dtype or q.dtype is not v.dtype) and not wider:
         fail(
             op,
             f"dtypes differ; got q {_name(q.dtype)}, k {_name(k.dtype)}, v {_name(v.dtype)}; want "
-            f"one dtype; convert with .to({q.dtype})",
+            f"one dtype, or float8_e4m3fn k and v; convert with .to({q.dtype})",
         )
-    if q.dtype not in _DTYPES:
+    if q.dtype not in _DTYPES and not wider:
         want = ", ".join(map(_name, _DTYPES))
         fail(op, f"q has dtype {_name(q.dtype)}; want one of {want}; convert q, k and v first")
     if q.device != k.device or q.device != v.device:

@@ -8,12 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge._params import SCORE_FNS, FlashParams
+from attnforge._params import FLOAT8, SCORE_FNS, FlashParams
 from attnforge.ops._checks import fail, tensor
 
-__all__ = ["features", "shaped"]
+__all__ = ["features", "float8", "shaped"]
 
 Sizes = tuple[int, ...]  # what one dimension may be
+_OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shaped(
@@ -28,10 +33,10 @@ def shaped(
     if x.dim() != len(want) or any(n not in sizes for n, sizes in zip(x.shape, want, strict=True)):
         fail(op, f"{name} has shape {tuple(x.shape)}; want {text}; a size of 1 is broadcast")
     if (x.dtype is not dtype) if dtype is not None else not x.dtype.is_floating_point:
-        wanted = "a floating dtype" if dtype is None else str(dtype).removeprefix("torch.")
+        wanted = "a floating dtype" if dtype is None else _name(dtype)
         fail(
             op,
-            f"{name} has dtype {str(x.dtype).removeprefix('torch.')}; want {wanted}; convert it",
+            f"{name} has dtype {_name(x.dtype)}; want {wanted}; convert it",
             TypeError,
         )
     if x.device != q.device:
@@ -117,6 +122,35 @@ def _sink_kv(op: str, q: Tensor, k: Tensor, v_dim: int, f: Mapping[str, Any]) ->
                  "to k and v instead")  # fmt: skip
 
 
+def _descales(op: str, q: Tensor, k: Tensor, batch: int, f: Mapping[str, Any]) -> None:
+    for name, of in (("q_descale", q), ("k_descale", k), ("v_descale", k)):
+        if name not in f:
+            continue
+        if of.dtype is not FLOAT8:
+            fail(op, f"{name} is given for a tensor of {_name(of.dtype)}; want float8_e4m3fn; "
+                     "leave it out, or multiply the tensor by it")  # fmt: skip
+        tensor(op, name, f[name])
+        sizes: list[Sizes] = [(batch, 1), (k.shape[-2], 1)]
+        rank = f[name].dim()
+        shaped(op, name, f[name], q, sizes[2 - rank :] if rank < 2 else sizes, None)
+    if "out_dtype" in f and (k.dtype is not FLOAT8 or f["out_dtype"] not in _OUT_DTYPES):
+        fail(op, f"out_dtype is {f['out_dtype']} with k of {_name(k.dtype)}; want float32, "
+                 "bfloat16 or float16, with float8 k and v; else convert the output")  # fmt: skip
+
+
+def float8(op: str, inputs: Sequence[Tensor | None], features: Mapping[str, Any]) -> None:
+    """A call with fp8 k and v asks for no gradient. inputs: all that are no features."""
+    if features.get("sink_kv") is not None:
+        fail(op, "sink_kv is given with float8_e4m3fn k and v; want it with wider ones; append its "
+                 "keys to k and v instead")  # fmt: skip
+    named = [*zip(("q", "k", "v", "sinks"), inputs, strict=True), *features.items()]
+    for name, x in named if torch.is_grad_enabled() else ():
+        if isinstance(x, Tensor) and x.requires_grad:
+            fail(op, f"{name} requires grad beside float8_e4m3fn k and v; want no gradient: fp8 "
+                     "attention is forward only; pass dequantised k and v, or use torch.no_grad()"
+                 )  # fmt: skip
+
+
 def features(
     op: str,
     q: Tensor,
@@ -137,6 +171,7 @@ def features(
     _score_fn(op, f, p)
     _dropout(op, f)
     _sink_kv(op, q, k, v_dim, f)
+    _descales(op, q, k, batch, f)
     if "head_scale" in f:
         shaped(op, "head_scale", f["head_scale"], q, [heads], None)
     rows, keys = ((q.shape[0],), (k.shape[0],)) if not lead else ((batch, *sq), (batch, *sk))
@@ -158,8 +193,9 @@ def features(
     for name, want in integers.items():
         if name in f:
             shaped(op, name, f[name], q, want, torch.int32)
-    if "bias" in f and f["bias"].dtype not in (q.dtype, torch.float32):
-        fail(op, f"bias has dtype {f['bias'].dtype}; want {q.dtype} like q, or float32", TypeError)
+    if "bias" in f and f["bias"].dtype not in ({q.dtype, torch.float32} - {FLOAT8}):
+        like = "" if q.dtype is FLOAT8 else f"{q.dtype} like q, or "
+        fail(op, f"bias has dtype {f['bias'].dtype}; want {like}float32", TypeError)
     if "rel_bias" in f:
         tensor(op, "rel_bias", f["rel_bias"])
         length = f["rel_bias"].shape[-1] if f["rel_bias"].dim() else 0

@@ -55,6 +55,11 @@ class Features(TypedDict, total=False):
         loaded, in their first rotary_dim channels, and v is not. positions_q [B|1, Sq] and
         positions_k [B|1, Sk] int32 are rows of the tables (default: key positions, and
         i + offset for queries); rope_interleaved pairs channels (2 n, 2 n + 1).
+    q_descale, k_descale, v_descale: [B|1, Hk|1], [Hk] or []; a float8_e4m3fn q, k or v stands for
+        itself times its descale (q's too is one per KV head, as in FlashAttention-3); packed calls
+        have one row per sequence.
+    out_dtype: of the output beside float8 k and v: float32, bfloat16 or float16; default: q's, or
+        bfloat16 if q is float8.
     """
 
     prefix_lens: Tensor | None
@@ -76,6 +81,10 @@ class Features(TypedDict, total=False):
     positions_q: Tensor | None
     positions_k: Tensor | None
     rope_interleaved: bool
+    q_descale: Tensor | None
+    k_descale: Tensor | None
+    v_descale: Tensor | None
+    out_dtype: torch.dtype | None
 
 
 class _Rows(NamedTuple):
@@ -206,6 +215,15 @@ def _positions(q: Tensor, k: Tensor, p: FlashParams, f: dict[str, Any]) -> tuple
     return at_q, at_k
 
 
+def _descale(batch: int, heads: int, *factors: Tensor | None) -> Tensor | None:
+    """The product of descales as [B, Hk] fp32; None if there is none."""
+    given = [x.to(torch.float32) for x in factors if x is not None]
+    if not given:
+        return None
+    product = given[0] if len(given) == 1 else given[0] * given[1]
+    return product.expand(batch, heads).contiguous()
+
+
 def apply_features(
     op: str,
     q: Tensor,
@@ -252,6 +270,8 @@ def apply_features(
         positions_q=at_q,
         positions_k=at_k,
         rng=rng,
+        qk_descale=_descale(batch, k.shape[-2], f.get("q_descale"), f.get("k_descale")),
+        v_descale=_descale(batch, k.shape[-2], f.get("v_descale")),
     )
     used = any(x is not None for x in mods)
     return p._replace(
@@ -259,4 +279,5 @@ def apply_features(
         score_fn=score_fn,
         dropout_p=dropout_p,
         rope_interleaved=bool(f.get("rope_interleaved", False)),
+        out_dtype=f.get("out_dtype"),
     )

@@ -66,8 +66,8 @@ class _FlashBackward(Function):  # type: ignore[misc, unused-ignore]
 
 
 # Arguments of FlashAttention: q, k, v; the fields of FlashParams up to softcap; score_fn,
-# dropout_p, rope_interleaved, save_out_lo, backend: so many. Then the mods, if any.
-_PLAIN = 19
+# dropout_p, rope_interleaved, out_dtype, save_out_lo, backend: so many. Then the mods, if any.
+_PLAIN = 20
 
 
 def _flat(q: Tensor, k: Tensor, v: Tensor, p: FlashParams, save: bool, backend: str | None) -> Any:
@@ -103,12 +103,12 @@ class FlashAttention(Function):  # type: ignore[misc, unused-ignore]
         saved = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(saved[3])
-        *scalars, score_fn, dropout_p, interleaved, _, backend = ctx.scalars
+        *scalars, score_fn, dropout_p, interleaved, out_dtype, _, backend = ctx.scalars
         mods = dict(zip(FlashMods._fields, need[_PLAIN:], strict=False))
         wanted = [mods.get(name, False) for name in _flash_ops.GRAD_MODS]
         bits = sum(1 << n for n, on in enumerate(wanted) if on)
         args = (dout, dlse, *saved[:11], *scalars, list(saved[11:]), score_fn, dropout_p,
-                interleaved, bits, backend)  # fmt: skip
+                interleaved, out_dtype, bits, backend)  # fmt: skip
         second_order = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = _FlashBackward.apply if second_order else _flash_ops.flash_bwd
         dq, dk, dv, dsinks, *d_mods = run(*args)

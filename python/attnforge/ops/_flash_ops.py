@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _ops
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.ops import _checks, _flash_vmap
 from attnforge.registry import override
 from attnforge.registry.select import device_arch, launcher
@@ -43,7 +43,9 @@ _INDICES = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
 _EXTRAS = "Tensor? alibi_slopes, Tensor? sinks, "
 _SIZES = "SymInt max_seqlen_q, SymInt max_seqlen_k, "
 _SCALARS = "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
-_MODS = "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved, "
+_MODS = (
+    "Tensor?[] mods, str score_fn, float dropout_p, bool rope_interleaved, ScalarType? out_dtype, "
+)
 
 
 def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
@@ -52,7 +54,7 @@ def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
     *_, heads_kv, v_head_dim = v.shape
     return (
         q.device,
-        q.dtype,
+        v.dtype,  # q's too, unless k and v are fp8
         head_dim,
         v_head_dim,
         heads_q // heads_kv if heads_kv else 1,
@@ -110,13 +112,21 @@ def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alloc_fwd(q: Tensor, v: Tensor, save_out_lo: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """out like q with Dv, lse [B, Hq, Sq] (varlen [Hq, Tq]), out_lo like out or [0]."""
+def alloc_fwd(
+    q: Tensor, v: Tensor, save_out_lo: bool = False, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out like q with Dv, lse [B, Hq, Sq] (varlen [Hq, Tq]), out_lo like out or [0].
+
+    out_dtype: None is q's, or bf16 if that is fp8.
+    """
     *batch, rows, heads, head_dim = q.shape
     dv = v.shape[-1]
     shape = (*batch, rows, heads, dv)
-    # empty_like parses fewer arguments: half a microsecond of a call that takes fifteen.
-    if dv == head_dim:
+    if v.dtype is FLOAT8:
+        stored = torch.bfloat16 if q.dtype is FLOAT8 else q.dtype
+        out = q.new_empty(shape, dtype=out_dtype or stored)
+    elif dv == head_dim:
+        # empty_like parses fewer arguments: half a microsecond of a call that takes fifteen.
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
         out = q.new_empty(shape)
@@ -154,7 +164,7 @@ def _checked(op: str, q: Tensor, k: Tensor, p: FlashParams, used: str = "seqused
     ):
         return p
     cu = None
-    if op != "flash_decode":  # name the function that the caller knows
+    if op in ("flash_fwd", "flash_bwd"):  # name the function that the caller knows
         op = "flash_attention" if p.cu_seqlens_q is None else "flash_attention_varlen"
     if p.cu_seqlens_q is not None and p.cu_seqlens_k is not None:
         cu = (p.cu_seqlens_q, p.cu_seqlens_k)
@@ -172,14 +182,14 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     p = FlashParams(*fields)
     if p.cu_seqlens_q is not None or p.seqused_k is not None:
         p = _checked("flash_fwd", q, k, p)
-    outputs = alloc_fwd(q, v, save_out_lo)
+    outputs = alloc_fwd(q, v, save_out_lo, p.out_dtype)
     launch = launcher("flash_fwd", metadata(q, v, p), request, backend, q, p)
     launch(q, k, v, p, *outputs)
     return outputs
 
 
 def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return alloc_fwd(q, v, rest[-2])
+    return alloc_fwd(q, v, rest[-2], rest[-3])
 
 
 def _bwd(
@@ -226,14 +236,14 @@ def _decode(
     )
     if cache_seqlens is not None:
         p = _checked("flash_decode", q, k_cache, p, "cache_seqlens")
-    out, lse, _ = alloc_fwd(q, v_cache)
+    out, lse, _ = alloc_fwd(q, v_cache, False, p.out_dtype)
     launch = launcher("flash_decode", metadata(q, v_cache, p), request, backend, q, p)
     launch(q, k_cache, v_cache, p, out, lse, num_splits)
     return out, lse
 
 
 def _decode_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return alloc_fwd(q, v_cache)[:2]
+    return alloc_fwd(q, v_cache, False, rest[-3])[:2]
 
 
 def merge_request(op: str, meta: tuple[Any, ...]) -> Request:

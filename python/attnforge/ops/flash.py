@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
-from attnforge._params import FlashParams
-from attnforge.ops import _checks, _flash_ops
+from attnforge._params import FLOAT8, FlashParams
+from attnforge.ops import _checks, _feature_checks, _flash_ops
 from attnforge.ops._features import Features, apply_features, split_window
 from attnforge.ops._flash_autograd import attend, merge, needs_grad
 from attnforge.ops._flash_cost import Cost, cost
@@ -42,12 +42,12 @@ _decode = _flash_ops.flash_decode
 
 
 def _autocast(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under ``torch.autocast`` q, k and v take its dtype; float64 is left alone, as torch does."""
+    """Under ``torch.autocast`` q, k and v take its dtype; float64 and fp8 are left alone."""
     _checks.tensors(op, q, k, v)
     kind = q.device.type
     if kind == "meta":  # knows no autocast
         return q, k, v
-    if torch.is_autocast_enabled(kind) and q.dtype is not torch.float64:
+    if torch.is_autocast_enabled(kind) and q.dtype is not torch.float64 and k.dtype is not FLOAT8:
         dtype = torch.get_autocast_dtype(kind)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
@@ -96,6 +96,8 @@ def _problem(
     if alibi_slopes is not None or sinks is not None:
         _checks.per_head(op, q, batch, alibi_slopes, sinks)
         alibi_slopes, sinks = _stat_inputs(q, alibi_slopes, sinks)
+    if v.dtype is FLOAT8:
+        _feature_checks.float8(op, (q, k, v, sinks), features)
     p = FlashParams(*indices, alibi_slopes, sinks, *sizes, scale, left, right, softcap)
     if features or per_head is not None:
         p = apply_features(op, q, k, v, p, features, per_head, causal)
@@ -152,7 +154,8 @@ def flash_attention(
 
     q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv], one dtype of fp32, bf16, fp16 (fp64
     by the reference); Hq a multiple of Hk, where query head h reads KV head h // (Hq / Hk). Any
-    strides are read in place if the last one is 1; else the tensor is copied once.
+    strides are read in place if the last one is 1; else the tensor is copied once. k and v may be
+    float8_e4m3fn, beside a q of that or any of the others but fp64: forward only, see ``Features``.
 
     causal: query i sees keys up to i + Sk - Sq (bottom-right aligned).
     window_size: (left, right) keys beside that diagonal that are seen; -1 is unlimited. An int32
@@ -166,7 +169,7 @@ def flash_attention(
         differentiable.
     backend: a backend (``"cpu"``), kernel id or ``"flash_fwd=cpu,*=reference"``; default: the
         enclosing ``attnforge.backend``, ``ATTNFORGE_BACKEND``, the best score.
-    features: masks, biases, gates, score functions, dropout, RoPE: see ``Features``.
+    features: masks, biases, gates, score functions, dropout, RoPE, fp8: see ``Features``.
 
     Returns out [B, Sq, Hq, Dv] of q's dtype, or (out, lse). A row that sees no key gives 0 and
     an LSE of -inf (with a sink: the sink). Under ``torch.autocast`` q, k, v take its dtype.

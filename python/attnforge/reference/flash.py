@@ -204,6 +204,8 @@ def forward(
         values = _cut(v, seq, seq.keys).to(acc).transpose(1, 2)
         mods = _mods(p, seq, rows, keys)
         rows, keys = mods.rotated(rows, True), mods.rotated(keys, False)
+        rows = mods.descaled(rows, mods.mods.qk_descale)
+        values = mods.descaled(values, mods.mods.v_descale)
         slopes = _group_heads(_batch_slopes(p.alibi_slopes, seq), heads_kv, acc)
         heads = rows.shape[0] * q.shape[-2]
         o_view, lse_view = _cut(out, seq, seq.rows), _cut_stat(lse, seq)

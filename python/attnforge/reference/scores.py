@@ -142,6 +142,13 @@ class Scores:
         turned = rotate(flat, cos, sin, at, self.p.rope_interleaved)
         return turned.view(x.shape[0], x.shape[2], *turned.shape[1:]).transpose(1, 2)
 
+    def descaled(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """``x`` [B, Hk, ..] times [B, Hk] of the whole call, if there is one."""
+        if factor is None:
+            return x
+        own = factor[self.batch]
+        return x * own.to(x.dtype).view(*own.shape, *(1,) * (x.dim() - 2))
+
     def row_scale(self, rows: slice) -> Tensor | None:
         """[B|1, Hk|1, G|1, R, 1]."""
         scale = self.mods.row_scale

@@ -27,6 +27,7 @@ _DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
 }
 
 Requester = Callable[..., Sequence[Request]]

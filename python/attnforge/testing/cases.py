@@ -188,6 +188,7 @@ class FlashCase:
     alibi: "" or "head" ([Hq]) or "batch" ([B, Hq]). sinks: "" or "normal", or "mixed", which
     has a -inf and a large one among them. used: seqused_k, or cache_seqlens of a decode. spread
     multiplies q, v_mean is added to v. layout, grad_layout: of q, k, v and of dout.
+    q_dtype: of q beside fp8 k and v; None is theirs.
     mods: names of features of single scores, as ``cases_mods`` makes them.
     """
 
@@ -199,6 +200,7 @@ class FlashCase:
     head_dim: int = 16
     v_head_dim: int | None = None
     dtype: torch.dtype = torch.float32
+    q_dtype: torch.dtype | None = None
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
@@ -236,7 +238,10 @@ class FlashCase:
         v = normal(*batch, keys, self.heads_k, dv) + self.v_mean
         dout = normal(*batch, rows, self.heads_q, dv)
         dlse = normal(*batch, self.heads_q, rows)
-        q, k, v = (place(x.to(self.dtype), self.layout) for x in (q, k, v))
+        dtypes = (self.q_dtype or self.dtype, self.dtype, self.dtype)
+        q, k, v = (
+            place(x.to(dtype), self.layout) for x, dtype in zip((q, k, v), dtypes, strict=True)
+        )
         dout = place(dout.to(self.dtype), self.grad_layout)
         stat = torch.float64 if self.dtype is torch.float64 else torch.float32
 

@@ -123,6 +123,17 @@ def _rope(n: Sizes, kind: str, dtype: torch.dtype, g: torch.Generator) -> dict[s
     return found
 
 
+def _descale(n: Sizes, kind: str, _: torch.dtype, g: torch.Generator) -> dict[str, Any]:
+    heads = (n.heads_kv,) if "one" not in kind else ()
+    shape = heads if "b" in kind or not heads else (n.sequences, *heads)
+    names = ("k_descale", "v_descale") if "kv" in kind else ("q_descale", "k_descale", "v_descale")
+    return {name: torch.rand(shape, generator=g) + 0.5 for name in names}
+
+
+def _out(_: Sizes, kind: str, __: torch.dtype, ___: torch.Generator) -> dict[str, Any]:
+    return {"out_dtype": getattr(torch, kind)}
+
+
 _ONE = {
     "windows": _windows,
     "prefix": _prefix,
@@ -136,4 +147,6 @@ _ONE = {
     "score_fn": _score_fn,
     "dropout": _dropout,
     "rope": _rope,
+    "descale": _descale,
+    "out": _out,
 }

@@ -26,7 +26,8 @@ __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
 _PART = re.compile(r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 _PAGES = ("README.md", "docs/*.md")
 _RESULTS = "docs/measurements"
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64",
+          "float8_e4m3fn": "fp8"}  # fmt: skip
 
 # What a call may ask of a kernel beyond sizes and dtype, in the words of the documentation.
 _FOUNDATION = {
@@ -65,6 +66,9 @@ _NOT_ASKED = {
     "block_sparse_bwd": frozenset(_MODS.values()),
     "flash_decode": frozenset({"varlen"}),
     "reductions_head_gradient": frozenset(_FEATURES.values()),
+    **dict.fromkeys(
+        ("cope_fwd", "cope_bwd"), frozenset({"alibi", "sinks", "softcap", *_MODS.values()})
+    ),
     **{
         f"reductions_{name}": _OF_THE_MATRIX
         for name in ("block_max", "column_sums", "edges", "row_entropy", "span_bwd", "span_mass",
@@ -207,6 +211,7 @@ def summary_table(results: Sequence[bench.Result]) -> str:
 GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-flash": lambda root: support_matrix("flash"),
     "support-matrix-block_sparse": lambda root: support_matrix("block_sparse"),
+    "support-matrix-cope": lambda root: support_matrix("cope"),
     "support-matrix-reductions": lambda root: support_matrix("reductions"),
     "measurements-reductions": lambda root: measured(root, family="reductions"),
     "support-summary": lambda root: short_matrix("flash"),

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnforge._params import FLOAT8
 from attnforge.testing import oracle_mods as om
 
 __all__ = ["Truth", "merged_truth", "truth", "unit_roundoff", "visible"]
@@ -87,10 +88,12 @@ class _Part:
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Iterator[_Part]:
-    group = q.shape[-2] // max(1, k.shape[-2])
-
-    def heads(x: Tensor, repeat: int) -> Tensor:
-        return x.detach().double().transpose(0, 1).repeat_interleave(repeat, 0)
+    def heads(x: Tensor, name: str, b: int) -> Tensor:
+        factor = om.descale(options, f"{name}_descale", b, k.shape[-2])
+        wide = x.detach().double().transpose(0, 1)
+        factor, wide = (t.repeat_interleave(q.shape[-2] // max(1, t.shape[0]), 0)
+                        for t in (factor, wide))  # fmt: skip
+        return wide * factor
 
     used = options.get("seqused_k", options.get("cache_seqlens"))
     lengths = None if used is None else used.tolist()
@@ -100,13 +103,13 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Itera
             rows = slice(cu_q[b], cu_q[b + 1])
             stop = cu_k[b + 1] if lengths is None else cu_k[b] + lengths[b]
             keys = slice(cu_k[b], stop)
-            yield _Part(rows, keys, heads(q[rows], 1), heads(k[keys], group),
-                        heads(v[keys], group), b)  # fmt: skip
+            yield _Part(rows, keys, heads(q[rows], "q", b), heads(k[keys], "k", b),
+                        heads(v[keys], "v", b), b)  # fmt: skip
         return
     for b in range(q.shape[0]):
         length = k.shape[1] if lengths is None else lengths[b]
-        yield _Part((b, slice(None)), (b, slice(0, length)), heads(q[b], 1),
-                    heads(k[b, :length], group), heads(v[b, :length], group), b)  # fmt: skip
+        yield _Part((b, slice(None)), (b, slice(0, length)), heads(q[b], "q", b),
+                    heads(k[b, :length], "k", b), heads(v[b, :length], "v", b), b)  # fmt: skip
 
 
 def _slopes(options: Mapping[str, Any], batch: int) -> Tensor | None:
@@ -142,10 +145,13 @@ def truth(
     are left out if both are None. Needs O(Hq Sq Sk) memory in float64, one sequence at a time.
     """
     acc = torch.float64 if q.dtype is torch.float64 else torch.float32
-    u, ua = unit_roundoff(q.dtype), unit_roundoff(acc)
-    half = u if q.dtype in _HALF else 0.0
+    # fp8 is multiplied as bf16, which holds it exactly.
+    product = torch.bfloat16 if q.dtype is FLOAT8 else q.dtype
+    stored = options.get("out_dtype") or product
+    u, ua = unit_roundoff(stored), unit_roundoff(acc)
+    half = unit_roundoff(product) if product in _HALF else 0.0
     # Below the normal range rounding is absolute, once per term that is added up.
-    floor = torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps
+    floor = torch.finfo(stored).smallest_normal * torch.finfo(stored).eps
     # A probability below the normal range may become 0: exp need not give subnormal numbers.
     flush = 2 * torch.finfo(acc).smallest_normal
     causal = bool(options.get("causal", False))

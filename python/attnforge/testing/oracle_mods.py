@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GRADS", "Shape", "Weights", "added", "kept", "philox_words", "rotations", "row_scale",
-           "seen", "spread", "spread_gates", "weigh"]  # fmt: skip
+__all__ = ["GRADS", "Shape", "Weights", "added", "descale", "kept", "philox_words", "rotations",
+           "row_scale", "seen", "spread", "spread_gates", "weigh"]  # fmt: skip
 
 GRADS = ("key_bias", "bias", "rel_bias", "log_forget", "row_scale")  # options with a gradient
 
@@ -118,6 +118,17 @@ def row_scale(o: Mapping[str, Any], n: Shape) -> Tensor:
     if x is None:
         return torch.ones(1, n.sq, 1, dtype=torch.float64)
     return _double(n.own(x))[:, n.rows].unsqueeze(2)
+
+
+def descale(o: Mapping[str, Any], name: str, batch: int, heads_kv: int) -> Tensor:
+    """[Hk, 1, 1]: what one tensor of one sequence stands for is multiplied by."""
+    x = o.get(name)
+    if x is None:
+        return torch.ones(heads_kv, 1, 1, dtype=torch.float64)
+    x = _double(x)
+    if x.dim() == 2:
+        x = x[batch if x.shape[0] > 1 else 0]
+    return x.expand(heads_kv).view(heads_kv, 1, 1)
 
 
 def rotations(o: Mapping[str, Any], n: Shape, dim: int, query: bool) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _native
-from attnforge._params import SCORE_FNS, FlashGrads, FlashMods, FlashParams, FlashTape
+from attnforge._params import FLOAT8, SCORE_FNS, FlashGrads, FlashMods, FlashParams, FlashTape
 from attnforge.backends.cpu._flash_grads import GradBuffers
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
@@ -79,7 +79,7 @@ def fwd(
     if _has_extras(p):
         p = _contiguous(p)
     low = out_lo if out_lo.dim() > 1 else None
-    mods = (_mods(p), *p[12:])
+    mods = (_mods(p), *p[12:15])
     _native_op("flash_fwd")(
         _unit(q), _unit(k), _unit(v), *p[:5], out, lse, low, *p[5:11], *mods, config.row
     )
@@ -119,7 +119,7 @@ def bwd(
         delta,
         *p[5:11],
         _mods(p),
-        *p[12:],
+        *p[12:15],
         config.row,
         *buffers,
     )
@@ -145,7 +145,7 @@ def decode(
         p = _contiguous(p)
     _native_op("flash_decode")(
         *(_unit(q), _unit(k), _unit(v), *p[2:5], out, lse),
-        *(*p[7:11], _mods(p), *p[12:], num_splits, config.row),
+        *(*p[7:11], _mods(p), *p[12:15], num_splits, config.row),
     )
 
 
@@ -184,6 +184,8 @@ _COMMON = (
     ),
     Available("libattnforge_cpu.so", _native.unavailable),
 )
+# fp8 is widened as it is read. It has no backward.
+_FORWARD = (_COMMON[0], Dtypes(*_COMMON[1].dtypes, FLOAT8), *_COMMON[2:])
 # Merging is elementwise over head_dim and takes any.
 _MERGE = (_COMMON[0], _COMMON[1], _COMMON[4])
 
@@ -234,7 +236,7 @@ def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> K
         op=op,
         backend="cpu",
         launch=f"{__name__}:{kind}",
-        requires=_MERGE if kind == "merge" else _COMMON,
+        requires=_MERGE if kind == "merge" else _COMMON if kind == "bwd" else _FORWARD,
         score=100.0,  # far above the reference; room below for simpler kernels
         space=space,
         notes=notes,

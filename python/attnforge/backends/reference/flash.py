@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.reference import flash as reference
 from attnforge.registry.predicates import Device, Dtypes
 from attnforge.registry.spec import KernelSpec
@@ -57,10 +57,7 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
         reference.merge(outs, lses, out, lse)
 
 
-_REQUIRES = (
-    Device("cpu", "cuda"),
-    Dtypes(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-)
+_WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _spec(kind: str, op: str, notes: str) -> KernelSpec:
@@ -69,7 +66,10 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         op=op,
         backend="reference",
         launch=f"{__name__}:{kind}",
-        requires=_REQUIRES,
+        requires=(
+            Device("cpu", "cuda"),
+            Dtypes(*_WIDE, *((FLOAT8,) if kind in ("fwd", "decode") else ())),
+        ),
         score=0.0,  # anything that can serve is faster
         notes=notes,
     )

@@ -78,6 +78,9 @@ def mods(p: FlashParams, heads: int) -> Any:
         dropped=dropped,
         boost=boost,
         heads=heads if m.rng is not None else None,
+        qk_descale=m.qk_descale,
+        v_descale=m.v_descale,
+        heads_kv=next((x.shape[1] for x in (m.qk_descale, m.v_descale) if x is not None), None),
     )
 
 

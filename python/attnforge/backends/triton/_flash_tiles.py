@@ -36,7 +36,7 @@ def sizes(
     if config is not None:
         own = {name.removeprefix(f"{kernel}."): value for name, value in config.items()}
         return {"D": d, "DV": dv, **widths, **{name: own[name] for name in tiles_of.SPACE[kernel]}}
-    shape = tiles_of.Shape(device_arch(q.device)[1], q.dtype.itemsize, max(widths.values()), heavy)
+    shape = tiles_of.Shape(device_arch(q.device)[1], v.dtype.itemsize, max(widths.values()), heavy)
     return {"D": d, "DV": dv, **widths, **tiles_of.choose(kernel, shape)}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _settings
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.reference import flash as reference
 from attnforge.registry.predicates import Available, dtype_name
 from attnforge.registry.spec import Request
@@ -25,7 +25,7 @@ from attnforge.registry.spec import Request
 __all__ = ["SelfTest", "check"]
 
 # Largest error on values of order 1. Wrong code is off by the values themselves.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2, FLOAT8: 6e-2}
 
 _VERDICTS: dict[tuple[str, torch.dtype, str], str | None] = {}
 
@@ -94,7 +94,8 @@ def _inputs(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, T
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of a problem whose V is as wide as its K."""
-    return torch.empty_like(q), q.new_empty((1, 4, q.shape[1]), dtype=torch.float32)
+    out = torch.empty_like(q, dtype=torch.bfloat16 if q.dtype is FLOAT8 else q.dtype)
+    return out, q.new_empty((1, 4, q.shape[1]), dtype=torch.float32)
 
 
 def _forward(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _settings
-from attnforge._params import SCORE_FNS, FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, SCORE_FNS, FlashGrads, FlashParams, FlashTape
 from attnforge.backends.triton import _flash_mods, _interpreter
 from attnforge.backends.triton._flash_grads import Sums, by_distance, turn_back
 from attnforge.backends.triton._flash_tiles import padded, space
@@ -63,6 +63,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _unit(x: Tensor) -> Tensor:
     """``x`` itself if its last stride is 1, else a copy: the one layout kernels ask for."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _input(x: Tensor) -> Tensor:
+    """``_unit``, and fp8 as bytes."""
+    x = _unit(x)
+    return x.view(torch.uint8) if x.dtype is FLOAT8 else x
 
 
 def _view(x: Tensor) -> Any:
@@ -131,7 +137,7 @@ def fwd(
             x.zero_()
     if out.numel() == 0:
         return
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = _input(q), _input(k), _input(v)
     heads, sizes = q.shape[-2], sizes_of("fwd", q, v, _flash_mods.heavy(p), config)
     tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
     grid = (tiles * heads * _batch(q, p),)
@@ -273,7 +279,7 @@ def decode(
     """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
     if out.numel() == 0:
         return
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = _input(q), _input(k), _input(v)
     heads_kv, group = k.shape[-2], q.shape[-2] // k.shape[-2]
     sizes = sizes_of("decode", q, v, _flash_mods.heavy(p), config)
     keys = max(1, k.shape[1])
@@ -360,7 +366,8 @@ _MERGE = (*_COMMON[:2], _COMMON[-1])
 def _requires(kind: str) -> tuple[Any, ...]:
     if kind == "merge":
         return _MERGE
-    return (*_COMMON[:4], Features(*_FEATURES[kind]), _COMMON[-1])
+    dtypes = _COMMON[1] if kind == "bwd" else Dtypes(*_COMMON[1].dtypes, FLOAT8)
+    return (_COMMON[0], dtypes, *_COMMON[2:4], Features(*_FEATURES[kind]), _COMMON[-1])
 
 
 def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> KernelSpec:

@@ -1,0 +1,1 @@
+"""Contextual position encoding in Triton: forward and backward."""
