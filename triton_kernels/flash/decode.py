@@ -3,8 +3,9 @@
 Algorithm: the rows of a tile are the query rows of all heads that share a KV head, position by
 position: row r is query r // G of head r % G of the group. So K and V are read once for the group.
 The keys are cut in splits, one program each, which run the forward's loop over their part; states
-(O, LSE) of several splits go to an fp32 workspace, and ``merge`` adds them up in a fixed order. The
-sink belongs to the first split.
+(O, LSE) of several splits go to an fp32 workspace, and ``merge`` adds them up in a fixed order, by
+their LSE or, for score functions that do not normalise, as they are. The sink belongs to the first
+split.
 
 Tiling: grid (splits * row tiles * KV heads * batch). A split is a multiple of BLOCK_N keys: 2048 by
 default, wherever it lies and whatever else is in the batch, so that a sequence gets the same bits

@@ -295,7 +295,7 @@ def decode(
             0 if num_splits > 0 else _SPLIT, **sizes,
         )  # fmt: skip
         if many:
-            _merge(values, stats, out, lse, inf_is_empty=False)
+            _merge(values, stats, out, lse, added=p.score_fn in ("sigmoid", "relu"))
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
@@ -307,8 +307,11 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
         _merge(torch.stack(outs), torch.stack(lses).float(), out, lse, inf_is_empty=True)
 
 
-def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty: bool) -> None:
-    """values [N, ..] and stats [N, ..] (contiguous) into out and lse."""
+def _merge(
+    values: Tensor, stats: Tensor, out: Tensor, lse: Tensor,
+    *, inf_is_empty: bool = False, added: bool = False,
+) -> None:  # fmt: skip
+    """values [N, ..] and stats [N, ..] (contiguous) into out and lse, or their sum if ``added``."""
     rows, heads, dv = out.shape[-3:]
     width = padded(dv)
     block = tiles_of.merge_rows(rows, width)
@@ -317,7 +320,8 @@ def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty
     _kernel("merge", "merge")[(tiles * heads * batch,)](
         _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
         tiles, values.stride(0), stats.stride(0),
-        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, num_warps=4,
+        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, SUM=added,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -344,7 +348,7 @@ _MODS = ("row_bounds", "mask", "segments", "key_bias", "bias", "rel_bias", "forg
 _FEATURES = {
     "fwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
     "bwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
-    "decode": (*_PLAIN, *_MODS),
+    "decode": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
 }
 _COMMON = (
     _Devices(),
