@@ -69,10 +69,10 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
     assert not wrong, "\n".join([*wrong, "after a reason: python tools/triton_budgets.py --write"])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", [90, 100])
 def test_forward_by_descriptors(monkeypatch: pytest.MonkeyPatch, arch: int, head_dim: int) -> None:
-    """TMA loads in place of others, and no more spills than without them."""
+    """TMA loads in place of others, without spills."""
     choose = config.choose
     monkeypatch.setattr(
         config, "choose", lambda kernel, shape: {**choose(kernel, shape), "USE_TMA": 1}
