@@ -114,10 +114,10 @@ _DQ = {
     ("sm_86", 256): _tile(32, 32, 8, 1),
     ("sm_90", 64): _tile(128, 64, 8, 3),
     ("sm_90", 128): _tile(128, 64, 8, 2),
-    ("sm_90", 256): _tile(128, 32, 8, 1),  # the fewest spills of the tiles that wgmma takes
+    ("sm_90", 256): _tile(32, 32, 8, 1),  # mma.sync: the tiles of wgmma spill in the loop
     ("sm_100", 64): _tile(128, 64, 8, 3),
     ("sm_100", 128): _tile(128, 64, 8, 2),
-    ("sm_100", 256): _tile(64, 64, 8, 1),
+    ("sm_100", 256): _tile(64, 32, 8, 1),  # BLOCK_N 64 spills with features
 }
 
 # (kernel, width) -> tile of a 16-bit kernel with heavy features, for every class: tiles of masks,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def _groups(kernel: str, features: frozenset[str]) -> list[str]:
     return [name for name, members in groups.items() if not features.isdisjoint(members)]
 
 
-def _problems(kernel: str) -> object:
+def _problems(kernel: str) -> Any:
     family = kernel.partition(".")[0]
     return importlib.import_module(f"attnforge.backends.triton._selftest_{family}")
 

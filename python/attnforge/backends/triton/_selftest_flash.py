@@ -129,7 +129,7 @@ def _backward(
         given = (getattr(p.score_mods, name) for name in learned)
         dmods = [none if x is None else torch.empty_like(x) for x in given]
         dsinks = none if p.sinks is None else torch.empty_like(p.sinks)
-        grads = FlashGrads(*map(torch.empty_like, (q, k, v)), dsinks, *dmods)
+        grads = FlashGrads._make([*map(torch.empty_like, (q, k, v)), dsinks, *dmods])
         backward(dout, None, tape, p, grads)
         found.append([x for x in grads if x.numel()])
     return found[0], found[1]
