@@ -195,18 +195,16 @@ def launch_cope(dout: torch.Tensor, tape: Any, p: Any) -> None:
     cope.bwd(dout, tape.lse, tape, emb, p, grads)
 
 
-def launch(variant: Variant) -> None:
-    """Every kernel of the flash family on one problem, through its launcher."""
-    from attnforge._params import FlashGrads, FlashParams, FlashTape
-    from attnforge.backends.triton import flash
-    from attnforge.ops._flash_ops import GRAD_MODS
+def _problem(variant: Variant) -> tuple[Any, ...]:
+    """q, k, v, out, low, lse and FlashParams of a variant."""
+    from attnforge._params import FlashParams
 
     dtype, d = variant.dtype, variant.head_dim
     rows, keys, heads = 48, 80, 4
     q = torch.zeros(2, rows, heads, d, dtype=dtype)
     k, v = torch.zeros(2, 2, keys, heads // 2, d, dtype=dtype)
     float8 = dtype.itemsize == 1
-    out, low, dout = torch.zeros(3, *q.shape, dtype=torch.bfloat16 if float8 else dtype)
+    out, low = torch.zeros(2, *q.shape, dtype=torch.bfloat16 if float8 else dtype)
     lse = torch.zeros(2, heads, rows)
     some = variant.features
     p = FlashParams(
@@ -214,22 +212,70 @@ def launch(variant: Variant) -> None:
         torch.zeros(2, heads) if some else None, torch.zeros(heads) if some else None,
         rows, keys, 0.125, 32 if some else -1, 0 if variant.causal else -1, 8.0 if some else 0.0,
     )  # fmt: skip
-    if variant.mods == "cope":
-        launch_cope(dout, FlashTape(q, k, v, out, lse, low), p)
-        return
-    if variant.mods:
+    if variant.mods not in ("", "cope"):
         p = p._replace(**score_features(variant.mods, rows, keys, heads, d // 2))
-    if dtype.itemsize != 2:
-        low = q.new_empty(0)
+    return q, k, v, out, low if dtype.itemsize == 2 else q.new_empty(0), lse, p
+
+
+def forward(variant: Variant) -> None:
+    """The forward alone."""
+    from attnforge.backends.triton import flash
+
+    q, k, v, out, low, lse, p = _problem(variant)
+    flash.fwd(q, k, v, p, out, lse, low)
+
+
+def launch(variant: Variant) -> None:
+    """Every kernel of the flash family on one problem, through its launcher."""
+    from attnforge._params import FlashGrads, FlashTape
+    from attnforge.backends.triton import flash
+    from attnforge.ops._flash_ops import GRAD_MODS
+
+    q, k, v, out, low, lse, p = _problem(variant)
+    if variant.mods == "cope":
+        launch_cope(torch.zeros_like(out), FlashTape(q, k, v, out, lse, low), p)
+        return
     learned = [getattr(p.score_mods, name) for name in GRAD_MODS]
     rest = [q.new_empty(0) if x is None else torch.zeros_like(x) for x in learned]
-    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(heads), *rest)
+    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]), *rest)
     flash.fwd(q, k, v, p, out, lse, low)
-    if not float8:
-        flash.bwd(dout, lse, FlashTape(q, k, v, out, lse, low), p, grads)
-    if variant.mods not in ("masks", "biases"):  # of one row
+    if variant.dtype.itemsize > 1:
+        flash.bwd(torch.zeros_like(out), lse, FlashTape(q, k, v, out, lse, low), p, grads)
+    if not variant.mods:  # of one row
         q, p, out, lse = q[:, :1], p._replace(max_seqlen_q=1), out[:, :1], lse[..., :1].clone()
     flash.decode(q, k, v, p, out, lse, 2)
+
+
+def latent(dtype: torch.dtype) -> None:
+    """A decode of the latent vectors of MLA, and a forward whose values are as wide."""
+    from attnforge.backends.triton import flash
+
+    q, k, _, _, low, lse, p = _problem(Variant(dtype, 576, causal=True))
+    v = k[..., :512].contiguous()
+    out = q[..., :512].contiguous()
+    flash.decode(q, k, v, p, out, lse, 2)
+    q, k = q[..., :192].contiguous(), k[..., :192].contiguous()
+    flash.fwd(q, k, v, p, out, lse, low[..., :512].contiguous())
+
+
+def reductions(dtype: torch.dtype, head_dim: int) -> None:
+    """Every kernel of the reductions, with all features."""
+    from attnforge.backends.triton import reductions as launchers
+
+    q, k, _, _, _, lse, p = _problem(Variant(dtype, head_dim, causal=True, features=True))
+    (batch, rows, heads, _), keys = q.shape, k.shape[1]
+    ends = torch.tensor([0, 10, keys], dtype=torch.int32)
+    mass = torch.zeros(batch, heads, rows, 2)
+    launchers.column_sums(q, k, lse, lse, p, torch.zeros(batch, heads, keys))
+    launchers.span_mass(q, k, lse, ends, p, mass)
+    launchers.span_bwd(mass, q, k, lse, ends, p, (q.clone(), k.clone(), lse.clone()))
+    launchers.row_entropy(q, k, lse, p, lse.clone())
+    launchers.block_max(q, k, lse, (16, 16), p, torch.zeros(batch, heads, 3, 5))
+    values = torch.zeros(batch, heads, rows, 20)
+    launchers.topk_keys(q, k, lse, 20, p, values, torch.zeros_like(values, dtype=torch.int32))
+    edges = torch.zeros(9, 4, dtype=torch.int32), torch.zeros(9), torch.tensor(0)
+    launchers.edges(q, k, lse, 0.1, p, *edges)
+    launchers.head_gradient(q, q, lse.clone(), torch.zeros(batch, heads))
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:

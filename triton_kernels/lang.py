@@ -253,22 +253,33 @@ def start_state(scores, h, BLOCK_M: tl.constexpr):
 def attend(
     state, q, rows, slope, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, tail=None,
+    boxes=None,
 ):  # fmt: skip
     """Online softmax over the key tiles from ``lo`` to ``hi``: the state after them.
 
     State: top, total [BM], acc [BM, BLOCK_DV] fp32, and whether ``tame`` found anything. q
     [BM, BLOCK_D]; rows [BM] are positions in the sequence. Unless MASKED, every row sees every key.
+    tail: q's channels [BM, D - BLOCK_D] from BLOCK_D on, where D is larger. boxes: descriptors of K
+    and V, see ``walk``.
     """
     top, total, acc, bad = state
     shift = n_keys - n_rows
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k_tile = load_turned(
-            k_head, start, n_keys, k, scores.rope, place, False, BLOCK_N, BLOCK_D, D, not MASKED
-        )
+        if boxes is None:
+            k_tile = load_turned(
+                k_head, start, n_keys, k, scores.rope, place, False, BLOCK_N, BLOCK_D, D, not MASKED
+            )
+        else:
+            k_tile = boxes[0].load([start, 0])
         k_tile = k_tile.to(q.dtype)  # another beside fp8 keys alone
         s = dot(q, k_tile.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        if tail is not None:
+            rest = load_tile(
+                k_head + BLOCK_D, start, n_keys, k, BLOCK_N, D - BLOCK_D, D - BLOCK_D, not MASKED
+            )
+            s = dot(tail, rest.to(q.dtype).T, s)
         s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores, place)
         if MASKED:
             visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores, place)
@@ -276,7 +287,10 @@ def attend(
         p, alpha, top, total = weigh(s, top, total, scores)
         p = drop(p, rows[:, None], keys[None, :], scores, place)
         acc = acc * alpha[:, None]
-        v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
+        if boxes is None:
+            v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
+        else:
+            v_tile = boxes[1].load([start, 0])
         v_tile = v_tile.to(q.dtype)
         if MASKED:
             v_tile, found = tame(v_tile)
@@ -289,28 +303,38 @@ def attend(
 def walk(
     q, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, tail=None, USE_TMA: tl.constexpr = 0,
 ):  # fmt: skip
     """(top, total, acc) after all keys that the rows see.
 
     ranges: (lo, whole_lo, whole_hi, hi) from ``key_range``; before: (top, total) from
-    ``start_state``.
+    ``start_state``; tail: see ``attend``. USE_TMA: tiles of K and V come by descriptors, which need
+    base and strides in multiples of 16 bytes and know no rope. The results are the same.
     """
+    boxes = None
+    if USE_TMA:
+        k_box = tl.make_tensor_descriptor(
+            k_head, shape=[n_keys, D], strides=[k.row, 1], block_shape=[BLOCK_N, BLOCK_D]
+        )
+        v_box = tl.make_tensor_descriptor(
+            v_head, shape=[n_keys, DV], strides=[v.row, 1], block_shape=[BLOCK_N, BLOCK_DV]
+        )
+        boxes = (k_box, v_box)
     lo, whole_lo, whole_hi, hi = ranges
     top, total = before
     state = (top, total, tl.zeros([q.shape[0], BLOCK_DV], tl.float32), 0)
     if scores.front is not None:
         state = attend(
             state, q, rows, slope, lo, whole_lo, n_rows, n_keys, k, v, k_head, v_head, scores,
-            place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes,
         )  # fmt: skip
     state = attend(
         state, q, rows, slope, whole_lo, whole_hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, tail, boxes,
     )  # fmt: skip
     top, total, acc, bad = attend(
         state, q, rows, slope, whole_hi, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes,
     )  # fmt: skip
     if bad != 0:
         acc = unleash(

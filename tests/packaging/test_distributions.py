@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path("python/attnforge/tuning/tables/planted.json")
 
 pytestmark = pytest.mark.packaging
 
@@ -106,6 +107,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ".git", ".venv*", "build", "dist", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, source, ignore=keep_out)
+    table = source / TABLE  # releases may come without one
+    table.parent.mkdir(exist_ok=True)
+    table.write_text('{"entries": {}}\n')
     pytest.importorskip("build", reason="the package `build` is not installed")
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", out, source, cwd=out)
     (archive,) = out.glob("attnforge-*.tar.gz")
@@ -163,6 +167,12 @@ def test_wheel_contents(native: Installed) -> None:
     foreign = {n.split("/")[0] for n in names} - {"attnforge"}
     assert all(name.endswith(".dist-info") for name in foreign), foreign
     assert native.wheel.stat().st_size < 8 << 20
+
+
+def test_tables_of_tuned_configs_travel(unpacked: Path, pure: Installed) -> None:
+    assert (unpacked / TABLE).is_file()
+    names = zipfile.ZipFile(pure.wheel).namelist()
+    assert str(TABLE.relative_to("python")) in names
 
 
 def test_metadata(native: Installed) -> None:

@@ -34,7 +34,7 @@ collect_ignore = [
 
 # Small and unequal, so that short sequences have whole tiles, edges and tails in each direction.
 TILES = {
-    "fwd": {"BLOCK_M": 32, "BLOCK_N": 16},
+    "fwd": {"BLOCK_M": 32, "BLOCK_N": 16, "USE_TMA": 0},
     "decode": {"BLOCK_M": 16, "BLOCK_N": 32},
     "dkdv": {"BLOCK_M": 16, "BLOCK_N": 32},
     "dq": {"BLOCK_M": 32, "BLOCK_N": 16},

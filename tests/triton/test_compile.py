@@ -11,7 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from attnforge.triton_kernels.flash import config
 from attnforge.triton_kernels.flash.config import SHARED_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +71,51 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
             if product not in compiled.asm["ptx"]:
                 wrong.append(f"{name}: no {product}")
     assert not wrong, "\n".join([*wrong, "after a reason: python tools/triton_budgets.py --write"])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_forward_by_descriptors(monkeypatch: pytest.MonkeyPatch, arch: int, head_dim: int) -> None:
+    """TMA loads in place of others, without spills."""
+    choose = config.choose
+    monkeypatch.setattr(
+        config, "choose", lambda kernel, shape: {**choose(kernel, shape), "USE_TMA": 1}
+    )
+    with budgets.compiling(arch) as found:
+        budgets.forward(budgets.Variant(torch.bfloat16, head_dim, causal=True))
+    ((_, kernel),) = found
+    used = budgets.resources(kernel)
+    assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+    assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"]
+    assert used["hot_spills"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("arch", budgets.ARCHS)
+def test_latent_decode(arch: int, dtype: torch.dtype) -> None:
+    """Head dims 576 and 512 fit everywhere; a forward of 512 values does too."""
+    with budgets.compiling(arch) as found:
+        budgets.latent(dtype)
+    assert [name.rpartition(".")[2] for name, _ in found] == ["decode", "merge", "fwd"]
+    for name, kernel in found:
+        used = budgets.resources(kernel)
+        assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
+        assert used["tensor_columns"] <= TENSOR_COLUMNS, name
+        assert used["hot_spills"] == 0, name
+
+
+REDUCTIONS = {"column_sums", "span_mass", "row_entropy", "block_max", "topk_keys", "edges",
+              "span_dq", "span_dk", "delta"}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("arch", budgets.ARCHS)
+def test_reductions(arch: int, head_dim: int) -> None:
+    with budgets.compiling(arch) as found:
+        budgets.reductions(torch.bfloat16, head_dim)
+    assert {name.rpartition(".")[2] for name, _ in found} == REDUCTIONS
+    for name, kernel in found:
+        assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
 
 
 def test_table_has_no_rows_of_the_past() -> None:

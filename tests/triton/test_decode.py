@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attnforge
+from attnforge.registry import Request, list_kernels
 from attnforge.testing import cases
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import assert_same, compare
@@ -53,6 +54,25 @@ def test_groups(check: Any, group: int, rows: int) -> None:
 def test_features(check: Any, options: dict[str, Any], num_splits: int) -> None:
     check(case(**{"seqlen_q": 3, "seqlen_k": 110, "heads_q": 6, "used": (110, 2), **options}),
           grad=False, num_splits=num_splits)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("mods", [(), ("key_bias", "score_fn:softplus")], ids=["plain", "mods"])
+def test_latent_vectors(check: Any, dtype: torch.dtype, mods: tuple[str, ...]) -> None:
+    """The head dims of MLA: 576 channels in two tiles."""
+    check(case(seqlen_q=2, seqlen_k=70, heads_q=5, heads_k=1, head_dim=576, v_head_dim=512,
+               used=(70, 33), dtype=dtype, mods=mods), grad=False, num_splits=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(("d", "dv", "text"), [
+    (576, 256, "head_dim 576 is not served"), (512, 512, "head_dim 512 is not served"),
+    (64, 520, "v_head_dim 520 is not served"), (576, 512, "rope is not served with head_dim 576"),
+])  # fmt: skip
+def test_head_dims_that_are_refused(d: int, dv: int, text: str) -> None:
+    spec = next(s for s in list_kernels("flash_decode") if s.backend == "triton")
+    request = Request("flash_decode", "cuda", "sm_90", torch.bfloat16,
+                      (("head_dim", d), ("v_head_dim", dv)), frozenset({"rope"}))  # fmt: skip
+    assert any(text in reason for reason in spec.reasons(request))
 
 
 def test_more_rows_than_keys(check: Any) -> None:

@@ -48,7 +48,7 @@ def test_packed(check: Any, mod: str) -> None:
     check(FlashCase(lengths=lengths, heads_q=2, heads_k=1, head_dim=8, used=used, mods=(mod,)))
 
 
-@pytest.mark.parametrize("mod", [*MASKS, *BIASES, *OTHERS])
+@pytest.mark.parametrize("mod", EVERY)
 def test_decode(check: Any, mod: str) -> None:
     case = FlashCase(seqlen_q=3, seqlen_k=70, heads_q=6, heads_k=2, used=(70, 37), decode=True,
                      mods=(mod,))  # fmt: skip
@@ -232,16 +232,6 @@ def test_sums_by_distance(radius: int) -> None:
     assert torch.equal(got, want)
 
 
-def test_what_serves_which_feature() -> None:
-    requests = {"flash_fwd": True, "flash_bwd": True, "flash_decode": False}
-    for op, score_functions in requests.items():
-        spec = next(s for s in list_kernels(op) if s.backend == "triton")
-        text = " ".join(map(str, spec.requires))
-        for feature in ("row_bounds", "mask", "bias", "rel_bias", "forget_gate", "rope", "dropout"):
-            assert feature in text
-        assert ("softplus" in text) is score_functions
-
-
 @pytest.mark.parametrize("fields", [
     {"mods": ("descale",), "causal": True},
     {"mods": ("descale:kvb", "out:float16"), "q_dtype": torch.float32},
@@ -261,3 +251,20 @@ def test_every_code_of_fp8(device: str) -> None:
     q = k = torch.zeros(1, 1, 1, 8, device=device).to(v.dtype)
     out = attnforge.flash_attention(q, k, v, out_dtype=torch.float32, backend="triton")
     assert torch.equal(out.nan_to_num(-1.0), v.float().nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize("score_fn", ["sigmoid", "relu", "softplus", "signed_softmax"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_decode_of_score_functions(check: Any, score_fn: str, num_splits: int) -> None:
+    """Splits and rows that see nothing, beside others that do; 16-bit values."""
+    check(FlashCase(seqlen_q=4, seqlen_k=100, heads_q=4, heads_k=2, used=(100, 2), causal=True,
+                    decode=True, dtype=torch.bfloat16, mods=(f"score_fn:{score_fn}",)),
+          grad=False, num_splits=num_splits)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["flash_fwd", "flash_bwd", "flash_decode"])
+def test_what_serves_which_feature(op: str) -> None:
+    spec = next(s for s in list_kernels(op) if s.backend == "triton")
+    text = " ".join(map(str, spec.requires))
+    for feature in (*_flash_mods.HEAVY, "row_bounds", "segments", "key_bias", "row_scale"):
+        assert feature in text

@@ -44,6 +44,43 @@ def test_head_dims(check: Any, d: int, dv: int) -> None:
                     dtype=DTYPES[d // 8 % 3]))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_wide_values(check: Any, dtype: torch.dtype) -> None:
+    check(FlashCase(batch=1, seqlen_q=20, seqlen_k=40, heads_q=2, heads_k=1, head_dim=40,
+                    v_head_dim=512, causal=True, dtype=dtype), grad=False)  # fmt: skip
+
+
+DESCRIBED: dict[str, dict[str, Any]] = {
+    "tails": {"seqlen_q": 40, "seqlen_k": 53, "head_dim": 24, "window": (30, 3), "causal": True},
+    "features": {"seqlen_q": 20, "seqlen_k": 40, "used": (40, 17), "alibi": "head",
+                 "sinks": "mixed", "v_head_dim": 40, "layout": "heads_first"},
+    "packed": {"lengths": ((5, 9), (0, 3), (40, 33)), "causal": True, "used": (9, 0, 20)},
+    "rope": {"seqlen_q": 20, "seqlen_k": 40, "mods": ("rope",), "dtype": FP32},
+    "mask": {"seqlen_q": 20, "seqlen_k": 40, "mods": ("mask:b",)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_descriptors_change_no_bit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """K and V by descriptors, also where nothing can be described by them (rope)."""
+    inputs = FlashCase(heads_q=4, heads_k=2, **{"dtype": BF16, **DESCRIBED[name]}).make()
+    want = inputs.forward("triton")
+    compare(want, inputs.truth(grad=False, rounded=True), inputs.context).check()
+    choose = config.choose
+    monkeypatch.setattr(
+        config, "choose", lambda kernel, shape: {**choose(kernel, shape), "USE_TMA": 1}
+    )
+    assert_same(inputs.forward("triton"), want, name)
+
+
+def test_what_descriptors_describe() -> None:
+    x = torch.empty(2, 9, 3, 24, dtype=torch.bfloat16)
+    assert flash._boxed(x, x[:, 1:])
+    assert not flash._boxed(x, x[..., 1:])  # base
+    assert not flash._boxed(torch.empty(2, 9, 3, 20, dtype=torch.bfloat16))  # strides
+    assert not flash._boxed(x[:, :1].expand(2, 9, 3, 24))  # one row for all
+
+
 FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 15.0, "spread": 3.0},
     "softcap_saturated": {"softcap": 1.5, "spread": 30.0},

@@ -54,8 +54,9 @@ def delta(
 ):  # fmt: skip
     """result = <dout, out + low> - dlse per row, 0 for rows that saw nothing.
 
-    dout, out, low (or None) are Views; dlse (or None), lse, result are Stats. Grid: tiles * heads *
-    batch; packed sequences count as one, since rows do not depend on each other.
+    dout, out, low (or None) are Views; dlse (or None), lse (None: all rows count), result are
+    Stats. Grid: tiles * heads * batch; packed sequences count as one, since rows do not depend on
+    each other.
     """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_M
@@ -71,8 +72,10 @@ def delta(
     total = tl.sum(d * o, 1)
     if dlse is not None:
         total -= tl.load(stat_ptr(dlse, b, h, at), mask=at < rows, other=0.0)
-    stat = tl.load(stat_ptr(lse, b, h, at), mask=at < rows, other=-INF)
-    tl.store(stat_ptr(result, b, h, at), tl.where(stat == -INF, 0.0, total), mask=at < rows)
+    if lse is not None:
+        stat = tl.load(stat_ptr(lse, b, h, at), mask=at < rows, other=-INF)
+        total = tl.where(stat == -INF, 0.0, total)
+    tl.store(stat_ptr(result, b, h, at), total, mask=at < rows)
 
 
 @triton.jit

@@ -48,7 +48,9 @@ def _tile(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
 
 # fp32 products run without tensor cores and keep operands in registers: small tiles everywhere.
 _FP32 = {64: _tile(64, 32, 8, 2), 128: _tile(32, 32, 8, 2), 256: _tile(16, 32, 8, 1)}
+_FP32[512] = _tile(16, 16, 8, 1)
 _DECODE_FP32 = {64: _tile(16, 32, 4, 2), 128: _tile(16, 32, 8, 2), 256: _tile(16, 32, 8, 1)}
+_DECODE_FP32[512] = _tile(16, 16, 8, 1)
 _BWD_FP32 = {64: _tile(32, 32, 4, 1), 128: _tile(16, 32, 8, 1), 256: _tile(16, 16, 4, 1)}
 
 # (class, width) -> tile of a 16-bit kernel. A thread of BLOCK_M / (32 warps) rows holds ``width``
@@ -58,15 +60,19 @@ _FWD = {
     ("sm_80", 64): _tile(128, 64, 4, 3),  # acc 64, S 64; 48 KiB, so 2 blocks fit an SM
     ("sm_80", 128): _tile(128, 64, 8, 3),  # acc 64, S 32; 96 KiB
     ("sm_80", 256): _tile(64, 64, 8, 2),  # acc 64, S 16; 104 KiB
+    ("sm_80", 512): _tile(32, 32, 8, 1),  # acc 64; 64 rows spill
     ("sm_86", 64): _tile(128, 64, 4, 2),  # as sm_80 with less shared memory
     ("sm_86", 128): _tile(128, 32, 8, 2),
     ("sm_86", 256): _tile(64, 32, 8, 1),
+    ("sm_86", 512): _tile(32, 32, 8, 1),
     ("sm_90", 64): _tile(128, 128, 8, 3),  # wgmma: 64 rows per 4 warps; acc 32, S 64; 112 KiB
     ("sm_90", 128): _tile(128, 128, 8, 2),  # acc 64, S 64; 160 KiB
     ("sm_90", 256): _tile(128, 64, 8, 2),  # acc 128, S 32; 192 KiB
+    ("sm_90", 512): _tile(32, 32, 8, 1),  # mma.sync: 64 rows spill
     ("sm_100", 64): _tile(128, 64, 8, 3),  # as sm_90; BLOCK_N 128 spills
     ("sm_100", 128): _tile(128, 64, 8, 3),  # the same
     ("sm_100", 256): _tile(128, 64, 8, 2),
+    ("sm_100", 512): _tile(64, 64, 8, 1),
 }
 
 # Decode streams the cache: 16 rows are what a tensor core takes at least, and what counts are the
@@ -75,6 +81,11 @@ _DECODE = {
     (arch, width): _tile(16, 64 if width < 256 else 32, 4, 2 if arch == "sm_86" else 3)
     for arch in SHARED_LIMIT
     for width in (64, 128, 256)
+} | {
+    ("sm_80", 512): _tile(16, 32, 8, 2),  # K 36 KiB and V 32 KiB in a stage
+    ("sm_86", 512): _tile(16, 32, 8, 1),
+    ("sm_90", 512): _tile(16, 32, 8, 2),
+    ("sm_100", 512): _tile(16, 32, 8, 2),
 }
 
 # dK, dV: BLOCK_N keys stay (two accumulators), BLOCK_M rows stream.
@@ -103,10 +114,10 @@ _DQ = {
     ("sm_86", 256): _tile(32, 32, 8, 1),
     ("sm_90", 64): _tile(128, 64, 8, 3),
     ("sm_90", 128): _tile(128, 64, 8, 2),
-    ("sm_90", 256): _tile(128, 32, 8, 1),  # the fewest spills of the tiles that wgmma takes
+    ("sm_90", 256): _tile(32, 32, 8, 1),  # mma.sync: the tiles of wgmma spill in the loop
     ("sm_100", 64): _tile(128, 64, 8, 3),
     ("sm_100", 128): _tile(128, 64, 8, 2),
-    ("sm_100", 256): _tile(64, 64, 8, 1),
+    ("sm_100", 256): _tile(64, 32, 8, 1),  # BLOCK_N 64 spills with features
 }
 
 # (kernel, width) -> tile of a 16-bit kernel with heavy features, for every class: tiles of masks,
@@ -116,9 +127,11 @@ _HEAVY = {
     ("fwd", 64): _tile(64, 64, 4, 1),
     ("fwd", 128): _tile(64, 32, 4, 1),
     ("fwd", 256): _tile(32, 32, 4, 1),
+    ("fwd", 512): _tile(32, 32, 8, 1),
     ("decode", 64): _tile(16, 64, 4, 1),
     ("decode", 128): _tile(16, 32, 4, 1),
     ("decode", 256): _tile(16, 32, 8, 1),
+    ("decode", 512): _tile(16, 32, 8, 1),
     ("dkdv", 64): _tile(32, 64, 8, 1),
     ("dkdv", 128): _tile(32, 32, 8, 1),
     ("dkdv", 256): _tile(16, 32, 8, 1),
@@ -138,13 +151,14 @@ _TABLES = {
 SPACE = {
     "fwd": {
         "BLOCK_M": [16, 32, 64, 128],
-        "BLOCK_N": [32, 64, 128],
+        "BLOCK_N": [16, 32, 64, 128],
         "num_warps": [4, 8],
         "num_stages": [1, 2, 3, 4],
+        "USE_TMA": [0, 1],
     },
     "decode": {
         "BLOCK_M": [16, 32, 64],
-        "BLOCK_N": [32, 64, 128],
+        "BLOCK_N": [16, 32, 64, 128],
         "num_warps": [2, 4, 8],
         "num_stages": [1, 2, 3, 4],
     },
@@ -163,8 +177,16 @@ SPACE = {
 }
 
 
+# Descriptors are off until a GPU shows that they are faster.
+_OPTIONS = {"fwd": {"USE_TMA": 0}}
+
+
 def choose(kernel: str, shape: Shape) -> dict[str, int]:
     """The shipped tile of a kernel (a key of SPACE) for a shape."""
+    return {**_tile_of(kernel, shape), **_OPTIONS.get(kernel, {})}
+
+
+def _tile_of(kernel: str, shape: Shape) -> dict[str, int]:
     half, full = _TABLES[kernel]
     width = max(64, shape.width)
     if shape.itemsize == 4:
@@ -185,7 +207,9 @@ def merge_rows(rows: int, width: int) -> int:
 
 
 def fits(kernel: str, tile: dict[str, int], shape: Shape) -> bool:
-    """Whether a tile's operands fit the shared memory of an architecture."""
+    """Whether an architecture has the shared memory for a tile's operands, and what it uses."""
+    if tile.get("USE_TMA", 0) and arch_class(shape.arch) not in ("sm_90", "sm_100"):
+        return False
     streamed, held = ("BLOCK_M", "BLOCK_N") if kernel == "dkdv" else ("BLOCK_N", "BLOCK_M")
     tensors_held = 1 if kernel in ("fwd", "decode") else 2
     rows = tensors_held * tile[held] + 2 * tile[streamed] * tile["num_stages"]

@@ -3,8 +3,9 @@
 Algorithm: the rows of a tile are the query rows of all heads that share a KV head, position by
 position: row r is query r // G of head r % G of the group. So K and V are read once for the group.
 The keys are cut in splits, one program each, which run the forward's loop over their part; states
-(O, LSE) of several splits go to an fp32 workspace, and ``merge`` adds them up in a fixed order. The
-sink belongs to the first split.
+(O, LSE) of several splits go to an fp32 workspace, and ``merge`` adds them up in a fixed order, by
+their LSE or, for score functions that do not normalise, as they are. The sink belongs to the first
+split.
 
 Tiling: grid (splits * row tiles * KV heads * batch). A split is a multiple of BLOCK_N keys: 2048 by
 default, wherever it lies and whatever else is in the batch, so that a sequence gets the same bits
@@ -12,6 +13,8 @@ in any batch and any cache. Programs behind a sequence's end write an empty stat
 
 Cost: 2 Sk Hk D elements of cache per step, whatever the group; the workspace is (Dv + 1) fp32 per
 row and split, 0.4 % of the cache that it stands for at D 128 and one row. Bound by memory.
+
+Head dims above 512 (the latent vectors of MLA: 576 with Dv 512) are multiplied in two tiles.
 
 Limits: padded rows cost products (tensor cores take 16 rows), not bytes.
 Source: the papers above; the code is our own.
@@ -81,13 +84,18 @@ def decode(
         q_rows[:, None] + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0
     )
     q_tile = widened(q_tile)
+    tail = None
+    if D > BLOCK_D:
+        columns = BLOCK_D + tl.arange(0, D - BLOCK_D)
+        tail = tl.load(q_rows[:, None] + columns[None, :], mask=real[:, None], other=0.0)
+        tail = widened(tail)
     if scores.rope is not None:
         at = tl.load(stat_ptr(scores.rope.at_q, b, 0, rows), mask=real, other=0)
         q_tile = turn(q_tile, q_rows[:, None], real[:, None], at[:, None], scores.rope, h, BLOCK_D)
     top, total, acc = walk(
         q_tile, rows, slope, (top, total), (lo, whole_lo, whole_hi, hi), n_rows, n_keys,
         k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores, place,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, tail,
     )  # fmt: skip
     o, stat = result(top, total, acc, scores, place)
     o_rows = head_ptr(out, b, head, rows)

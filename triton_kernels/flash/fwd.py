@@ -33,9 +33,9 @@ from attnforge.triton_kernels.tensors import head_ptr, inside, stat_ptr, tile_pt
 def fwd(
     q, k, v, out, low, lse, seq, scores, heads, group, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v, out and low (out_lo, or None) are Views, lse is a Stat."""
+    """q, k, v, out and low (out_lo, or None) are Views, lse is a Stat. USE_TMA: see ``walk``."""
     pid = tl.program_id(0)
     first = (tiles - 1 - pid % tiles) * BLOCK_M
     h = pid // tiles % heads
@@ -57,7 +57,7 @@ def fwd(
     )
     top, total, acc = walk(
         q_tile, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
-        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV,
+        D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, None, USE_TMA,
     )  # fmt: skip
     o, stat = result(top, total, acc, scores, place)
     mask = inside(first, n_rows, BLOCK_M, BLOCK_DV, DV)

@@ -4,7 +4,8 @@ Algorithm: lse = log sum_n exp(lse_n), O = sum_n exp(lse_n - lse) O_n, in two pa
 the maximum, then the weighted sum, in the order of the parts. A part of LSE -inf is empty: its
 output is not used, whatever it holds. For ``merge_states`` +inf means the same; for the splits of a
 decode +inf is a sink of +inf, which takes all the weight. A single part comes out bit for bit,
-which makes a decode independent of empty splits.
+which makes a decode independent of empty splits. Parts of a score function that does not normalise
+(SUM) have an LSE of 0 or -inf, which only says whether they saw a key: their outputs are added up.
 
 Tiling: one program per BLOCK_M rows of one head, all of Dv; grid (row tiles * heads * batch). Parts
 come stacked, one stride apart.
@@ -35,6 +36,7 @@ def part_lse(pointers, mask, INF_IS_EMPTY: tl.constexpr):
 def merge(
     part, part_stat, out, lse, rows, heads, parts, tiles, next_part, next_stat,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INF_IS_EMPTY: tl.constexpr,
+    SUM: tl.constexpr,
 ):  # fmt: skip
     """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one."""
     pid = tl.program_id(0)
@@ -69,6 +71,8 @@ def merge(
         term = weight[:, None] * tile.to(tl.float32)
         acc += tl.where((x == -INF)[:, None], 0.0, term)
         total += weight
+    if SUM:
+        total = tl.minimum(total, 1.0)
     o = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
     mask = inside(first, rows, BLOCK_M, BLOCK_DV, DV)
     o_head = head_ptr(out, b, h, 0)

@@ -55,6 +55,10 @@ def _tune(
         bool,
         typer.Option("--resume/--force", help="Keep what has a result, or measure it again."),
     ] = True,
+    confirm: Annotated[
+        int,
+        typer.Option("--confirm", min=0, help="Fresh processes in which a winner must win again."),
+    ] = 1,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads (results hold for that number).")
     ] = None,
@@ -68,7 +72,7 @@ def _tune(
         raise typer.BadParameter("want --shapes or --trace, not both")
     if threads is not None:
         torch.set_num_threads(threads)
-    options: dict[str, Any] = {"budget": budget, "force": not resume}
+    options: dict[str, Any] = {"budget": budget, "force": not resume, "confirm": confirm}
     target: Any = what
     if shapes:
         target = _function(what)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from attnforge.ops import reductions
-from attnforge.testing import oracle
+from attnforge.testing import cases, oracle
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.oracle import Truth, unit_roundoff
 
@@ -109,6 +109,10 @@ def score_truth(q: Tensor, k: Tensor, lse: Tensor, options: Mapping[str, Any]) -
     return ScoreTruth(s, prob, seen, visible, slope, rel, rel_logit, unit, flush)
 
 
+def _at(device: str, x: Any) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
 def _top(x: Tensor) -> Tensor:
     return x.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
 
@@ -146,26 +150,44 @@ class ReductionInputs:
         own = {n: changes.pop(n) for n in self.__dataclass_fields__ if n in changes}
         return replace(self, **own, options={**self.options, **changes})
 
+    def call(self, name: str, *args: Any, backend: str | None = None, **more: Any) -> Any:
+        """``reductions.<name>`` of q, k, ``args`` on the device of tests; results on the CPU."""
+        args = (self.q, self.k, *args)
+        options = {**self.options, **more, "backend": backend}
+        args = tuple(_at(cases.DEVICE, x) for x in args)
+        options = {name: _at(cases.DEVICE, x) for name, x in options.items()}
+        found = getattr(reductions, name)(*args, **options)
+        if isinstance(found, Tensor):
+            return found.cpu()
+        results = [x.cpu() for x in found]
+        return reductions.Edges(*results) if name == "edges" else tuple(results)
+
     def run(self, backend: str | None = None) -> dict[str, Tensor]:
         """Every statistic that an element-wise bound can judge."""
-        q, k, lse, o = self.q, self.k, self.lse, {**self.options, "backend": backend}
+
+        def call(name: str, *args: Any, **more: Any) -> Any:
+            return self.call(name, *args, backend=backend, **more)
+
         found = {
-            "sums": reductions.column_sums(q, k, lse, **o),
-            "weighted": reductions.column_sums(q, k, lse, row_weights=self.weights, **o),
-            "mass": reductions.span_mass(q, k, lse, self.boundaries, **o),
-            "top_prob": reductions.block_max(q, k, lse, *self.blocks, **o),
-            "top_logit": reductions.block_max(q, k, None, *self.blocks, **o),
-            "entropy": reductions.row_entropy(q, k, lse, **o),
-            "largest_prob": reductions.topk_keys(q, k, lse, self.topk, **o)[0],
-            "largest_logit": reductions.topk_keys(q, k, None, self.topk, **o)[0],
+            "sums": call("column_sums", self.lse),
+            "weighted": call("column_sums", self.lse, row_weights=self.weights),
+            "mass": call("span_mass", self.lse, self.boundaries),
+            "top_prob": call("block_max", self.lse, *self.blocks),
+            "top_logit": call("block_max", None, *self.blocks),
+            "entropy": call("row_entropy", self.lse),
+            "largest_prob": call("topk_keys", self.lse, self.topk)[0],
+            "largest_logit": call("topk_keys", None, self.topk)[0],
         }
         return {**found, **self.gradients(backend)}
 
     def gradients(self, backend: str | None = None) -> dict[str, Tensor]:
         """``dq dk dlse`` of <span mass, dmass>; layouts of the inputs are kept."""
-        q, k, lse = (x.detach().requires_grad_() for x in (self.q, self.k, self.lse))
-        mass = reductions.span_mass(q, k, lse, self.boundaries, **self.options, backend=backend)
-        grads = torch.autograd.grad(mass, (q, k, lse), self.dmass)
+        moved = self.with_(
+            **{n: getattr(self, n).detach().to(cases.DEVICE) for n in ("q", "k", "lse")}
+        )
+        leaves = [x.requires_grad_() for x in (moved.q, moved.k, moved.lse)]
+        mass = moved.call("span_mass", moved.lse, self.boundaries, backend=backend)
+        grads = [x.cpu() for x in torch.autograd.grad(mass, leaves, self.dmass)]
         return dict(zip(("dq", "dk", "dlse"), grads, strict=True))
 
     def truth(self) -> Truth:
@@ -266,9 +288,7 @@ def check_topk(inputs: ReductionInputs, backend: str | None, with_lse: bool) -> 
     """Indices: distinct visible keys, whose truth is within its bound of the value beside them."""
     t = inputs.scores
     lse = inputs.lse if with_lse else None
-    values, indices = reductions.topk_keys(
-        inputs.q, inputs.k, lse, inputs.topk, **inputs.options, backend=backend
-    )
+    values, indices = inputs.call("topk_keys", lse, inputs.topk, backend=backend)
     seen = t.seen if with_lse else t.visible
     truth, bound = (t.prob, t.each) if with_lse else (t.logits, t.rel_logit.expand_as(t.prob))
     there = torch.arange(inputs.topk) < seen.sum(-1, keepdim=True)
@@ -289,10 +309,7 @@ def check_topk(inputs: ReductionInputs, backend: str | None, with_lse: bool) -> 
 def check_edges(inputs: ReductionInputs, backend: str | None, max_edges: int) -> None:
     """All edges that are settled, none that is settled not to be, in order, with their P."""
     t = inputs.scores
-    found = reductions.edges(
-        inputs.q, inputs.k, inputs.lse, inputs.threshold, max_edges, **inputs.options,
-        backend=backend,
-    )  # fmt: skip
+    found = inputs.call("edges", inputs.lse, inputs.threshold, max_edges, backend=backend)
     sure = int((t.prob > inputs.threshold + t.each).sum())
     maybe = int((t.prob > inputs.threshold - t.each).sum())
     assert sure <= int(found.total) <= maybe

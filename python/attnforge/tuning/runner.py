@@ -17,9 +17,10 @@ from attnforge.registry.predicates import dtype_name
 from attnforge.registry.space import Config
 from attnforge.registry.spec import KernelSpec, Request, named, specs_for
 from attnforge.tuning import store
+from attnforge.tuning.confirm import elsewhere
 from attnforge.tuning.device import device_name, environment, source_digest
 from attnforge.tuning.entry import Entry, Problem
-from attnforge.tuning.race import MARGIN, Race, Workload, race, rivals
+from attnforge.tuning.race import MARGIN, REPEATS, Race, Workload, race, rivals
 from attnforge.tuning.trace import read_trace
 
 __all__ = ["Outcome", "Report", "tune"]
@@ -110,6 +111,7 @@ def tune(
     trace: str | Path | None = None,
     budget: float = 60.0,
     force: bool = False,
+    confirm: int = 0,
     progress: Progress | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -124,6 +126,7 @@ def tune(
         Without shapes and trace a family tunes a few common problems.
     trace: a file of ``trace_shapes``; the most frequent problems come first.
     budget: seconds for everything. Each problem gets an equal share of what is left.
+    confirm: fresh processes in each of which a winner must win again, by the same margin.
     force: measure again what has a result for this machine, kernel source and versions.
     progress: called as ``progress(what, done, total)`` before each problem and at the end.
 
@@ -144,7 +147,7 @@ def tune(
             progress(f"{request.op} {Problem.of(request)}", done, len(problems))
         now = time.monotonic()
         deadline = now + max(end - now, 0.0) / (len(problems) - done)
-        outcomes += _tune_bucket(request, deadline, force, files)
+        outcomes += _tune_bucket(request, deadline, force, confirm, files)
     if progress is not None:
         progress("done", len(problems), len(problems))
     return Report(tuple(outcomes), tuple(files))
@@ -197,7 +200,7 @@ def _distinct(requests: list[Request]) -> list[Request]:
 
 
 def _tune_bucket(
-    request: Request, deadline: float, force: bool, files: dict[Path, None]
+    request: Request, deadline: float, force: bool, confirm: int, files: dict[Path, None]
 ) -> list[Outcome]:
     device = device_name(request)
     if device is None:
@@ -226,7 +229,7 @@ def _tune_bucket(
                 work = _workload(request)
             except ValueError as error:
                 return [Outcome(request, spec.id, "skipped", Config({}), wrong=(str(error),))]
-        found = race(work, spec, request, deadline)
+        found = _confirmed(race(work, spec, request, deadline), spec, request, confirm, deadline)
         if not found.finished:
             outcomes.append(_outcome(request, spec, found, "unfinished"))
             continue
@@ -238,6 +241,23 @@ def _tune_bucket(
         outcome = _outcome(request, spec, found, "tuned" if found.won else "default")
         outcomes.append(replace(outcome, preferred=bool(beaten)))
     return outcomes
+
+
+def _confirmed(
+    found: Race, spec: KernelSpec, request: Request, processes: int, deadline: float
+) -> Race:
+    """``found``, or the default where its winner does not win in every one of fresh processes."""
+    for _ in range(processes if found.won else 0):
+        gain = elsewhere(spec, found.config, request, deadline)
+        if not gain.low > MARGIN:
+            assert spec.space is not None
+            default = spec.space.config(spec.space.default(request))
+            finished = gain.repeats == REPEATS
+            return replace(found, config=default, gain=gain, won=False, finished=finished)
+        assert found.gain is not None
+        if gain.low < found.gain.low:  # the smallest is what can be relied on
+            found = replace(found, gain=gain)
+    return found
 
 
 def _beaten(

@@ -20,7 +20,7 @@ from attnforge.registry.predicates import dtype_name
 from attnforge.registry.spec import Request
 from attnforge.tuning.store import write_text
 
-__all__ = ["read_trace", "trace_shapes"]
+__all__ = ["read_trace", "request_of", "row_of", "trace_shapes"]
 
 
 class trace_shapes:
@@ -53,7 +53,7 @@ class trace_shapes:
         tuned.recorder = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = sorted(self._seen.values(), key=lambda row: -row[1])
-        write_text(self.path, "".join(f"{_line(request, n)}\n" for request, n in rows))
+        write_text(self.path, "".join(_line(*row) for row in rows))
 
     def _record(
         self,
@@ -73,17 +73,32 @@ class trace_shapes:
 
 
 def _line(request: Request, count: int) -> str:
-    return json.dumps(
-        {
-            "op": request.op,
-            "device": request.device,
-            "arch": request.arch,
-            "dtype": dtype_name(request.dtype),
-            "dims": dict(request.dims),
-            "features": sorted(request.features),
-            "sizes": dict(request.sizes),
-            "count": count,
-        }
+    return json.dumps({**row_of(request), "count": count}) + "\n"
+
+
+def row_of(request: Request) -> dict[str, Any]:
+    """Plain data of a request."""
+    return {
+        "op": request.op,
+        "device": request.device,
+        "arch": request.arch,
+        "dtype": dtype_name(request.dtype),
+        "dims": dict(request.dims),
+        "features": sorted(request.features),
+        "sizes": dict(request.sizes),
+    }
+
+
+def request_of(row: Any) -> Request:
+    """The request of ``row_of``; ValueError, KeyError, TypeError, AttributeError otherwise."""
+    return Request(
+        str(row["op"]),
+        str(row["device"]),
+        str(row["arch"]),
+        dtype_of(str(row["dtype"])),
+        tuple((str(k), int(v)) for k, v in row["dims"].items()),
+        frozenset(map(str, row["features"])),
+        sizes=tuple((str(k), int(v)) for k, v in row["sizes"].items()),
     )
 
 
@@ -93,16 +108,7 @@ def read_trace(path: str | Path) -> list[tuple[Request, int]]:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            request = Request(
-                str(row["op"]),
-                str(row["device"]),
-                str(row["arch"]),
-                dtype_of(str(row["dtype"])),
-                tuple((str(k), int(v)) for k, v in row["dims"].items()),
-                frozenset(map(str, row["features"])),
-                sizes=tuple((str(k), int(v)) for k, v in row["sizes"].items()),
-            )
-            found.append((request, int(row["count"])))
+            found.append((request_of(row), int(row["count"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"attnforge.tune: line {number} of {path} is no record of trace_shapes "

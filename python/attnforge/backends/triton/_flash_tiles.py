@@ -20,23 +20,29 @@ __all__ = ["padded", "sizes", "space"]
 
 
 def padded(size: int) -> int:
-    """A head dim as tiles have it: a power of two, and what a tensor core takes at least."""
-    return max(16, 1 << (size - 1).bit_length())
+    """A head dim as tiles have it: a power of two, and what a tensor core takes at least.
+
+    At most 512: what is left of a larger one is a second tile.
+    """
+    return max(16, min(512, 1 << (size - 1).bit_length()))
 
 
 def sizes(
-    kernel: str, q: Tensor, v: Tensor, heavy: bool = False, config: Config | None = None
-) -> dict[str, Any]:
+    kernel: str, q: Tensor, v: Tensor, heavy: bool = False, config: Config | None = None,
+    *, itemsize: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """The compile-time constants of a kernel: head dims, padded ones, the tile.
 
     config: of the launcher; the kernel's part of it begins with its name where there are several.
+    itemsize: bytes of what is multiplied, where it is wider than q.
     """
     d, dv = q.shape[-1], v.shape[-1]
     widths = {"BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
     if config is not None:
         own = {name.removeprefix(f"{kernel}."): value for name, value in config.items()}
         return {"D": d, "DV": dv, **widths, **{name: own[name] for name in tiles_of.SPACE[kernel]}}
-    shape = tiles_of.Shape(device_arch(q.device)[1], v.dtype.itemsize, max(widths.values()), heavy)
+    width, arch = max(widths.values()), device_arch(q.device)[1]
+    shape = tiles_of.Shape(arch, max(itemsize, v.dtype.itemsize), width, heavy)
     return {"D": d, "DV": dv, **widths, **tiles_of.choose(kernel, shape)}
 
 
@@ -68,7 +74,7 @@ def space(*kernels: str) -> SearchSpace:
             names = named(kernel, dict.fromkeys(tiles_of.SPACE[kernel]))
             tile = {n.split(".")[-1]: int(config[n]) for n in names}
             if not tiles_of.fits(kernel, tile, _shape(request)):
-                return f"the tile of {kernel} does not fit the shared memory of {request.arch}"
+                return f"the tile of {kernel} is too large for, or unknown to, {request.arch}"
         return None
 
     return SearchSpace(

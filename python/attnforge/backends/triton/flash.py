@@ -7,6 +7,7 @@ tile and start a kernel on the tensor's device.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 import math
@@ -125,6 +126,35 @@ def _tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
+def _boxed(*tensors: Tensor) -> bool:
+    """Whether descriptors can describe heads: base and strides in multiples of 16 bytes.
+
+    They give tiles as they lie, so fp8, which is widened as it is loaded, goes without.
+    """
+    return all(
+        x.element_size() > 1
+        and x.data_ptr() % 16 == 0
+        and all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def _start(kernel: Any, grid: tuple[int], *args: Any, **constants: Any) -> None:
+    """Launch; descriptors live in memory that Triton asks an allocator for, which is torch."""
+
+    def launch() -> None:
+        import triton
+
+        device = args[0].ptr.device
+        triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device=device))
+        kernel[grid](*args, **constants)
+
+    if constants["USE_TMA"]:
+        contextvars.copy_context().run(launch)  # the caller's allocator stays
+    else:
+        kernel[grid](*args, **constants)
+
+
 def fwd(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor,
     *, config: Config | None = None,
@@ -139,12 +169,14 @@ def fwd(
         return
     q, k, v = _input(q), _input(k), _input(v)
     heads, sizes = q.shape[-2], sizes_of("fwd", q, v, _flash_mods.heavy(p), config)
+    sizes["USE_TMA"] = int(sizes["USE_TMA"] and p.score_mods.rope_cos is None and _boxed(k, v))
     tiles = _tiles(p.max_seqlen_q, sizes["BLOCK_M"])
     grid = (tiles * heads * _batch(q, p),)
     if grid[0] == 0:
         return
     with _on(q.device):
-        _kernel("fwd", "fwd")[grid](
+        _start(
+            _kernel("fwd", "fwd"), grid,
             _view(q), _view(k), _view(v), _view(out), None if low is None else _view(low),
             _stat(lse), _sequences(q, k, p), _scores(p, heads),
             heads, heads // k.shape[-2], tiles, **sizes,
@@ -258,8 +290,10 @@ def _drel_bias(
 
 
 def _delta(
-    dout: Tensor, out: Tensor, low: Tensor | None, dlse: Tensor | None, lse: Tensor, delta: Tensor
-) -> None:
+    dout: Tensor, out: Tensor, low: Tensor | None, dlse: Tensor | None, lse: Tensor | None,
+    delta: Tensor,
+) -> None:  # fmt: skip
+    """<dO, O + low> - dlse per row [B, H, S], 0 where lse is -inf; all but dO and O may be None."""
     rows, heads, dv = out.shape[-3:]
     width = padded(dv)
     block = tiles_of.merge_rows(rows, width)
@@ -267,7 +301,8 @@ def _delta(
     batch = out.shape[0] if out.dim() == 4 else 1
     _kernel("bwd", "delta")[(tiles * heads * batch,)](
         _view(dout), _view(out), None if low is None else _view(low),
-        None if dlse is None else _stat(dlse.contiguous()), _stat(lse), _stat(delta),
+        None if dlse is None else _stat(dlse.contiguous()), None if lse is None else _stat(lse),
+        _stat(delta),
         rows, heads, tiles, DV=dv, BLOCK_M=block, BLOCK_DV=width, num_warps=4,
     )  # fmt: skip
 
@@ -301,7 +336,7 @@ def decode(
             0 if num_splits > 0 else _SPLIT, **sizes,
         )  # fmt: skip
         if many:
-            _merge(values, stats, out, lse, inf_is_empty=False)
+            _merge(values, stats, out, lse, added=p.score_fn in ("sigmoid", "relu"))
 
 
 def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
@@ -313,8 +348,11 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
         _merge(torch.stack(outs), torch.stack(lses).float(), out, lse, inf_is_empty=True)
 
 
-def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty: bool) -> None:
-    """values [N, ..] and stats [N, ..] (contiguous) into out and lse."""
+def _merge(
+    values: Tensor, stats: Tensor, out: Tensor, lse: Tensor,
+    *, inf_is_empty: bool = False, added: bool = False,
+) -> None:  # fmt: skip
+    """values [N, ..] and stats [N, ..] (contiguous) into out and lse, or their sum if ``added``."""
     rows, heads, dv = out.shape[-3:]
     width = padded(dv)
     block = tiles_of.merge_rows(rows, width)
@@ -323,7 +361,8 @@ def _merge(values: Tensor, stats: Tensor, out: Tensor, lse: Tensor, inf_is_empty
     _kernel("merge", "merge")[(tiles * heads * batch,)](
         _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
         tiles, values.stride(0), stats.stride(0),
-        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, num_warps=4,
+        DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, SUM=added,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -339,6 +378,20 @@ class _Devices(Device):
         return super().__call__(request)
 
 
+class _DecodeDims:
+    """D up to 256 and Dv up to 512 in steps of 8, or the latent pair 576/512 without rope."""
+
+    def __call__(self, request: Request, /) -> str | None:
+        if (request.dim("head_dim"), request.dim("v_head_dim")) != (576, 512):
+            return next((why for dim in _FWD_DIMS if (why := dim(request))), None)
+        if "rope" in request.features:
+            return "rope is not served with head_dim 576 (turn q and k before the call)"
+        return None
+
+    def __str__(self) -> str:
+        return "head_dim 8..256 and v_head_dim 8..512 in steps of 8, or 576 with 512"
+
+
 def _missing() -> str | None:
     found = importlib.util.find_spec("triton") is not None
     return None if found else "Triton is not installed (pip install attnforge[triton])"
@@ -350,8 +403,10 @@ _MODS = ("row_bounds", "mask", "segments", "key_bias", "bias", "rel_bias", "forg
 _FEATURES = {
     "fwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
     "bwd": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
-    "decode": (*_PLAIN, *_MODS),
+    "decode": (*_PLAIN, *_MODS, *SCORE_FNS[1:]),
 }
+_FWD_DIMS = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 512, 8))
+_DIMS: dict[str, tuple[Any, ...]] = {"fwd": _FWD_DIMS, "decode": (_DecodeDims(),)}
 _COMMON = (
     _Devices(),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
@@ -367,7 +422,8 @@ def _requires(kind: str) -> tuple[Any, ...]:
     if kind == "merge":
         return _MERGE
     dtypes = _COMMON[1] if kind == "bwd" else Dtypes(*_COMMON[1].dtypes, FLOAT8)
-    return (_COMMON[0], dtypes, *_COMMON[2:4], Features(*_FEATURES[kind]), _COMMON[-1])
+    dims = _DIMS.get(kind, _COMMON[2:4])
+    return (_COMMON[0], dtypes, *dims, Features(*_FEATURES[kind]), _COMMON[-1])
 
 
 def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> KernelSpec:
@@ -376,7 +432,7 @@ def _spec(kind: str, op: str, notes: str, space: SearchSpace | None = None) -> K
         op=op,
         backend="triton",
         launch=f"{__name__}:{kind}",
-        requires=(*_requires(kind), SelfTest(kind)),
+        requires=(*_requires(kind), SelfTest(f"flash.{kind}")),
         score=50.0,  # above the reference; native kernels of a device go first
         space=space,
         notes=notes,
