@@ -19,6 +19,7 @@ from attnforge.ops.flash import (
     flash_decode,
     merge_states,
 )
+from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
@@ -41,6 +42,7 @@ __all__ = [
     "SearchSpace",
     "__version__",
     "backend",
+    "cascade_attention",
     "debug",
     "explain",
     "flash_attention",
@@ -48,6 +50,8 @@ __all__ = [
     "flash_decode",
     "list_kernels",
     "merge_states",
+    "paged_append",
+    "paged_attention",
     "reductions",
     "register",
     "rope_tables",
