@@ -87,7 +87,8 @@ struct FlashProblem {
   int64_t v_head_dim = 0;
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
   const int32_t* cu_seqlens_k = nullptr;
-  const int32_t* seqused_k = nullptr;   // [batch] or null
+  const int32_t* seqused_k = nullptr;  // [batch] or null; by its strides [batch, heads_k]
+  int64_t seqused_batch = 1, seqused_head = 0;
   const float* alibi_slopes = nullptr;  // [heads_q], or [batch, heads_q] by alibi_batch_stride
   int64_t alibi_batch_stride = 0;
   const float* sinks = nullptr;  // [heads_q] logits of a virtual key with value 0, or null
@@ -123,7 +124,10 @@ struct FlashFwdParams {
   TensorRef out_lo;  // data null: not wanted. Else round16(O - round16(O)), same dtype as out
   RowStatRef lse;
   RowRoute route = RowRoute::kAll;
-  int64_t split_keys = 0;  // decode: keys per split, above what the tiles say
+  int64_t few_rows = kFewRows;  // what the route takes for few
+  bool wide_out = false;        // out is fp32, whatever the dtype of q
+  int64_t split_keys = 0;       // decode: keys per split, above what the tiles say
+  int64_t num_splits = 0;       // decode: above that, equal splits of each sequence
   FlashTiles tiles;
   void* workspace = nullptr;
 };
