@@ -98,16 +98,35 @@ void clear_tail(const Tensor& out, const Tensor& lse, const int32_t* ends, int64
   }
 }
 
-void run(PagedFwdParams& params, RowRoute route) {
-  params.flash.route = route;
-  const bool few = route == RowRoute::kFewRows;
+using Sizes = int64_t (*)(const PagedFwdParams&, int64_t);
+using Kernel = void (*)(const PagedFwdParams&, const Workers&);
+
+void run(PagedFwdParams& params, Sizes bytes, Kernel kernel) {
   const Workers threads = workers();
-  const KernelTable& table = kernels();
-  const int64_t bytes = few ? table.paged_decode_workspace(params, threads.num_threads)
-                            : table.paged_prefill_workspace(params, threads.num_threads);
-  Tensor scratch = workspace(bytes);
+  Tensor scratch = workspace(bytes(params, threads.num_threads));
   params.flash.workspace = scratch.mutable_data_ptr();
-  (few ? table.paged_decode : table.paged_prefill)(params, threads);
+  kernel(params, threads);
+}
+
+// Sequences by their rows per kv head: decode up to kFewRows, splits of packed tiles up to
+// kSomeRows, else tiles over K and V that are packed once. The route is chosen per sequence, so
+// that a request's result does not depend on its neighbours.
+void run_routes(PagedFwdParams& params, int64_t longest, bool mixed) {
+  const KernelTable& table = kernels();
+  FlashFwdParams& f = params.flash;
+  if (longest > kSomeRows) {
+    f.route = RowRoute::kManyRows, f.few_rows = kSomeRows;
+    run(params, table.paged_prefill_workspace, table.paged_prefill);
+  }
+  f.few_rows = kFewRows;
+  if (longest > kFewRows && (mixed || longest <= kSomeRows)) {
+    f.route = RowRoute::kManyRows, f.most_rows = kSomeRows;
+    run(params, table.paged_middle_workspace, table.paged_middle);
+  }
+  if (mixed || longest <= kFewRows) {
+    f.route = RowRoute::kFewRows;
+    run(params, table.paged_decode_workspace, table.paged_decode);
+  }
 }
 
 // max_seqlen_k bounds the lengths; out may be fp32 whatever q is.
@@ -173,10 +192,7 @@ void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, co
   params.flash.out = ref(out, params.flash.wide_out ? DType::kFloat32 : p.dtype);
   params.flash.lse = stat(lse);
   params.flash.num_splits = std::clamp<int64_t>(num_splits, 0, std::max<int64_t>(p.seqlen_k, 1));
-  // The route is chosen per sequence, so that a request's result does not depend on its neighbours.
-  const bool many = p.seqlen_q * (p.heads_q / p.heads_k) > params.flash.few_rows;
-  if (many) run(params, RowRoute::kManyRows);
-  if (!many || packed) run(params, RowRoute::kFewRows);
+  run_routes(params, p.seqlen_q * (p.heads_q / p.heads_k), packed);
 }
 
 void paged_append(const Tensor& k, const OptionalTensor& v, const Tensor& k_pages,

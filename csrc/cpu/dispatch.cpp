@@ -57,6 +57,8 @@ const KernelTable kTables[] = {
    ISA::edges,                   \
    ISA::paged_decode_workspace,  \
    ISA::paged_decode,            \
+   ISA::paged_middle_workspace,  \
+   ISA::paged_middle,            \
    ISA::paged_prefill_workspace, \
    ISA::paged_prefill,           \
    ISA::paged_append,            \

@@ -19,6 +19,7 @@ namespace attnforge::cpu {
 // Attention through a page table, in the same form.
 #define ATTNFORGE_PAGED(X)        \
   X(paged_decode, PagedFwdParams) \
+  X(paged_middle, PagedFwdParams) \
   X(paged_prefill, PagedFwdParams)
 
 struct KernelTable {

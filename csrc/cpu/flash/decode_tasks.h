@@ -26,6 +26,7 @@
 
 #include "cpu/flash/decode_attend.h"
 #include "cpu/flash/output.h"
+#include "cpu/flash/partials.h"
 #include "cpu/micro/parallel.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
@@ -43,23 +44,6 @@ struct Plan {
   int64_t ldq, ldo;
   int64_t threads;
 };
-
-// What one split leaves for the rows of one kv head.
-struct Partial {
-  float* m;
-  float* l;
-  float* z;  // what the zeros of codes would have added to every column of o
-  float* o;  // [rows][ldo], not normalised
-};
-
-AF_INLINE Partial take_partial(Arena& a, const Plan& plan) {
-  Partial part;
-  part.m = a.take<float>(plan.rows);
-  part.l = a.take<float>(plan.rows);
-  part.z = a.take<float>(plan.rows);
-  part.o = a.take<float>(plan.rows * plan.ldo);
-  return part;
-}
 
 // bits: of an element of K and V; planes: heads lie apart.
 AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t bits, bool planes, int64_t threads) {
@@ -87,32 +71,12 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t bits, bool planes
   return plan;
 }
 
-AF_INLINE int64_t longest_keys(const FlashProblem& p, int64_t batch) {
-  int64_t longest = 0;
-  for (int64_t h = 0; h < (p.seqused_head ? p.heads_k : 1); ++h) {
-    longest = max64(longest, sequence(p, batch, h).k_len);
-  }
-  return longest;
-}
-
-// Keys of a split of one sequence.
-AF_INLINE int64_t split_length(const FlashFwdParams& params, const Plan& plan, int64_t batch) {
-  if (params.num_splits == 0) return plan.split_keys;
-  return max64(1, ceil_div(longest_keys(params.problem, batch), params.num_splits));
-}
-
 // ---- tasks ----
 
 struct Memory {
-  char* partials;
-  int64_t partial_bytes;
+  Partials partials;
   char* scratch;
   int64_t scratch_bytes;  // per worker
-
-  AF_INLINE_MEMBER Partial partial(const Plan& plan, int64_t pair, int64_t split) const {
-    Arena a{partials + (pair * plan.splits + split) * partial_bytes};
-    return take_partial(a, plan);
-  }
 };
 
 AF_INLINE int64_t groups_of(const Plan& plan) {
@@ -136,13 +100,11 @@ AF_INLINE Scratch take_scratch(Arena& a, const FlashProblem& p, const Plan& plan
 }
 
 AF_INLINE int64_t place(Memory& memory, const FlashProblem& p, const Plan& plan, char* base) {
-  Arena part{nullptr}, scratch{nullptr};
-  take_partial(part, plan);
+  Arena scratch{nullptr};
   take_scratch(scratch, p, plan);
-  memory.partial_bytes = part.used;
   memory.scratch_bytes = scratch.used;
-  memory.partials = base;
-  int64_t partials = part.used * p.batch * p.heads_k * plan.splits;
+  memory.partials = {base, plan.rows, plan.ldo, plan.splits};
+  const int64_t partials = memory.partials.bytes() * p.batch * p.heads_k * plan.splits;
   memory.scratch = base + partials;
   return partials + scratch.used * plan.threads;
 }
@@ -190,10 +152,7 @@ AF_INLINE void prepare_head(const FlashFwdParams& params, const Plan& plan, cons
   const FlashProblem& p = params.problem;
   const float q_scale = score_map(p).q_scale * kv.key_scale(kv_head);
   const int64_t rows = seq.q_len * plan.group;
-  fill(part.m, 0, plan.rows, -kInf);
-  fill(part.l, 0, plan.rows, 0.0f);
-  fill(part.z, 0, plan.rows, 0.0f);
-  fill(part.o, 0, plan.rows * plan.ldo, 0.0f);
+  clear(part, plan.rows, plan.ldo);
   for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
     RowGroup& g = groups[r0 / kRows];
     g.rows = min64(kRows, rows - r0);
@@ -234,7 +193,7 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
   int64_t lo = first.k_rows, hi = 0;
   for (int64_t h = 0; h < heads; ++h) {
     const Sequence seq = sequence(p, batch, head0 + h);
-    Partial part = memory.partial(plan, batch * p.heads_k + head0 + h, split);
+    Partial part = memory.partials.at(batch * p.heads_k + head0 + h, split);
     RowGroup* mine = w.groups + h * groups_of(plan);
     prepare_head(params, plan, kv, seq, head0 + h, part, w.q + h * plan.rows * plan.ldq, mine,
                  w.rotated);
@@ -244,7 +203,8 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
     }
   }
   // Chunks are anchored at the split, whatever the window leaves of it.
-  const int64_t split_keys = split_length(params, plan, batch), split0 = split * split_keys;
+  const int64_t split_keys = split_length(params, plan.split_keys, batch),
+                split0 = split * split_keys;
   hi = min64(hi, split0 + split_keys);
   lo = split0 + max64(0, lo - split0) / plan.chunk * plan.chunk;
   typename Store::Places places[2];
@@ -300,34 +260,17 @@ AF_INLINE void finish_row(const FlashFwdParams& params, const Store& kv, const S
   store_row(params, seq, head, i, o, end.scale * kv.value_scale(kv_head));
 }
 
-// Merges the splits of one kv head in ascending order.
+// Merges the splits of one kv head.
 template <class Store>
 AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const Store& kv,
                           const Memory& memory, const Sequence& seq, int64_t kv_head) {
-  const FlashProblem& p = params.problem;
-  const int64_t pair = seq.batch * p.heads_k + kv_head;
-  const int64_t splits = max64(1, ceil_div(seq.k_len, split_length(params, plan, seq.batch)));
-  const Partial total = memory.partial(plan, pair, 0);
-  for (int64_t r = 0; r < seq.q_len * plan.group; ++r) {
-    float m = total.m[r], l = total.l[r], z = total.z[r];
-    float* o = total.o + r * plan.ldo;
-    for (int64_t split = 1; split < splits; ++split) {
-      const Partial part = memory.partial(plan, pair, split);
-      if (part.l[r] == 0.0f) continue;  // saw nothing; NaN goes on
-      const float top = part.m[r] > m ? part.m[r] : m;
-      const float base = top == -kInf ? 0.0f : top;
-      const float keep = l == 0.0f ? 0.0f : exp2(splat(m - base))[0];
-      const float add = exp2(splat(part.m[r] - base))[0];
-      const float* x = part.o + r * plan.ldo;
-      for (int64_t d = 0; d < plan.ldo; d += kLanes) {
-        store(o + d, fma(splat(add), load(x + d), splat(keep) * load(o + d)));
-      }
-      l = l * keep + part.l[r] * add;
-      z = z * keep + part.z[r] * add;
-      m = top;
-    }
-    finish_row(params, kv, seq, kv_head * plan.group + r / seq.q_len, r % seq.q_len, m, l, z, o);
-  }
+  const int64_t pair = seq.batch * params.problem.heads_k + kv_head;
+  const int64_t length = split_length(params, plan.split_keys, seq.batch);
+  merge_rows(memory.partials, pair, max64(1, ceil_div(seq.k_len, length)), seq.q_len * plan.group,
+             [&](int64_t r, float m, float l, float z, float* o) {
+               const int64_t head = kv_head * plan.group + r / seq.q_len;
+               finish_row(params, kv, seq, head, r % seq.q_len, m, l, z, o);
+             });
 }
 
 template <class Store>
@@ -355,7 +298,8 @@ AF_INLINE void run_decode(const FlashFwdParams& params, const Store& kv,
     const int64_t batch = task / plan.ranges / plan.splits;
     const Sequence seq = sequence(p, batch);
     if (!served_here(params, seq) || seq.q_len == 0) return;
-    if (split > 0 && split * split_length(params, plan, batch) >= longest_keys(p, batch)) return;
+    if (split > 0 && split * split_length(params, plan.split_keys, batch) >= longest_keys(p, batch))
+      return;
     run_split(params, plan, kv, memory, batch, split, range * plan.heads, worker);
   });
   parallel_tasks(workers, p.batch * p.heads_k, [&](int64_t pair, int64_t) {

@@ -45,6 +45,7 @@ constexpr int64_t kWaveBytes = 8 << 20;     // a quarter of a 32 MiB L3: packed 
 
 // The packed K and V of one (batch, kv head), block after block.
 struct PackedHead {
+  int64_t first;    // block that stands at the beginning
   float* k;         // [blocks][block_n / kNR][D][kNR]
   float* v;         // [blocks][Dv / kNR][block_n][kNR]
   uint8_t* finite;  // [blocks]: every V element of the block is finite
@@ -93,6 +94,7 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
 
 AF_INLINE PackedHead take_head(Arena& arena, const Plan& plan) {
   PackedHead head;
+  head.first = 0;
   head.k = arena.take<float>(plan.blocks * plan.k_floats);
   head.v = arena.take<float>(plan.blocks * plan.v_floats);
   head.finite = arena.take<uint8_t>(plan.blocks);
@@ -119,8 +121,9 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
   const FlashProblem& p = params.problem;
   int64_t key0 = block * plan.block_n;
   int64_t n = min64(plan.block_n, seq.k_len - key0);
-  float* k_block = head.k + block * plan.k_floats;
-  float* v_block = head.v + block * plan.v_floats;
+  const int64_t place = block - head.first;
+  float* k_block = head.k + place * plan.k_floats;
+  float* v_block = head.v + place * plan.v_floats;
   if constexpr (Store::Keys::kPages) {
     typename Store::Places places;
     bool finite = true;
@@ -135,8 +138,7 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
                                 [&](int64_t j, VecF x) { return keys.decode_value(j, x); }, rows,
                                 p.v_head_dim, v_block + c * kNR, plan.block_n * kNR);
     }
-    head.finite[block] = finite;
-    return;
+    head.finite[place] = finite;
   } else {
     const auto keys = kv.keys(seq, key0, kv_head, {});
     for (int64_t c = 0; c < n; c += kNR) {
@@ -145,7 +147,7 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
                   pack_key_panel(rows, stride, n - c, p.head_dim, k_block + c * p.head_dim);
                 });
     }
-    head.finite[block] = pack_column_panels(keys.v, keys.v_stride, n, p.v_head_dim, 1.0f, v_block,
+    head.finite[place] = pack_column_panels(keys.v, keys.v_stride, n, p.v_head_dim, 1.0f, v_block,
                                             plan.block_n * kNR);
   }
 }
@@ -206,7 +208,7 @@ AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0
   for (int64_t c = span.lo; c < span.hi;) {
     const int64_t block = (key0 + c) / plan.block_n, first = (key0 + c) % plan.block_n;
     const int64_t n = min64(span.hi - c, plan.block_n - first);
-    f(head.v + block * plan.v_floats + first * kNR, c, n);
+    f(head.v + (block - head.first) * plan.v_floats + first * kNR, c, n);
     c += n;
   }
 }
@@ -249,10 +251,11 @@ AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key
 AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap& map,
                             const PackedHead& head, int64_t key0, int64_t width) {
   const FlashProblem& p = t.params.problem;
-  const float* k_panels = head.k + key0 * p.head_dim;  // panels of all blocks follow each other
+  // Panels of all blocks follow each other.
+  const float* k_panels = head.k + (key0 - head.first * t.plan.block_n) * p.head_dim;
   bool finite = true;
   for (int64_t b = key0 / t.plan.block_n; b <= (key0 + width - 1) / t.plan.block_n; ++b)
-    finite &= head.finite[b];
+    finite &= head.finite[b - head.first];
   Interval columns[kMaxBlockM / kMR];
   int64_t first = width, last = 0;
   for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
@@ -309,18 +312,31 @@ template <class T>
   }
 }
 
-AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& head) {
+// Q, what each row sees, and nothing seen yet.
+AF_INLINE void prepare_tile(const TileRows& t, const Tile& tile) {
+  const FlashProblem& p = t.params.problem;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    load_queries<decltype(element)>(t, tile, score_map(p).q_scale);
+  });
+  for (int64_t r = 0; r < t.rows; ++r) {
+    tile.keys[r] = visible_keys(p, t.seq, t.head(r), t.query(r));
+    tile.m[r] = -kInf;
+    tile.l[r] = 0.0f;
+  }
+  int64_t padded_rows = round_up(t.rows, kMR);
+  zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
+  fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
+}
+
+// The tile over keys `span`, whose blocks are packed; it begins at a block.
+AF_INLINE void attend_tile(const TileRows& t, const Tile& tile, const PackedHead& head,
+                           Interval span) {
   const FlashProblem& p = t.params.problem;
   const ScoreMap map = score_map(p);
   // Bounds over the rows: [any_lo, any_hi) is seen by some row, [all_lo, all_hi) by every row.
-  int64_t any_lo = t.seq.k_len, any_hi = 0, all_lo = 0, all_hi = t.seq.k_len;
-  dispatch_dtype(p.dtype,
-                 [&](auto element) { load_queries<decltype(element)>(t, tile, map.q_scale); });
+  int64_t any_lo = span.hi, any_hi = 0, all_lo = 0, all_hi = span.hi;
   for (int64_t r = 0; r < t.rows; ++r) {
-    Interval keys = visible_keys(p, t.seq, t.head(r), t.query(r));
-    tile.keys[r] = keys;
-    tile.m[r] = -kInf;
-    tile.l[r] = 0.0f;
+    const Interval keys = {max64(tile.keys[r].lo, span.lo), min64(tile.keys[r].hi, span.hi)};
     if (keys.lo < keys.hi) {
       any_lo = min64(any_lo, keys.lo);
       any_hi = max64(any_hi, keys.hi);
@@ -328,10 +344,6 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
     all_lo = max64(all_lo, keys.lo);
     all_hi = min64(all_hi, keys.hi);
   }
-  int64_t padded_rows = round_up(t.rows, kMR);
-  zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
-  fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
-
   for (int64_t key0 = any_lo / kNR * kNR; key0 < any_hi;) {
     const int64_t block = key0 / t.plan.block_n;
     const int64_t block_end = (block + 1) * t.plan.block_n;
@@ -345,15 +357,21 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
       key0 = end;
       continue;
     }
-    const float* v_block = head.v + block * t.plan.v_floats;
+    const float* v_block = head.v + (block - head.first) * t.plan.v_floats;
     gemm<1, kMR>(t.rows, vectors_of(t.plan.block_n), p.head_dim, tile.q, p.head_dim,
-                 head.k + block * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds, false);
+                 head.k + (block - head.first) * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds,
+                 false);
     for (int64_t r = 0; r < t.rows; ++r)
       update_row(t, tile, map, key0, r, 0, t.plan.block_n, false);
     gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), t.plan.block_n, tile.s, kLds, v_block,
                   t.plan.block_n * kNR, tile.o, t.plan.ldo, true);
     key0 = block_end;
   }
+}
+
+AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& head) {
+  prepare_tile(t, tile);
+  attend_tile(t, tile, head, {0, t.seq.k_len});
   for (int64_t r = 0; r < t.rows; ++r) finish_tile_row(t, tile, r);
 }
 

@@ -106,8 +106,9 @@ AF_INLINE float* stat_ptr(const RowStatRef& t, const Sequence& s, int64_t head, 
 
 AF_INLINE bool served_here(const FlashFwdParams& params, const Sequence& s) {
   if (params.route == RowRoute::kAll) return true;
-  bool few = s.q_len * group_size(params.problem) <= params.few_rows;
-  return few == (params.route == RowRoute::kFewRows);
+  const int64_t rows = s.q_len * group_size(params.problem);
+  if (params.route == RowRoute::kFewRows) return rows <= params.few_rows;
+  return rows > params.few_rows && rows <= params.most_rows;
 }
 
 // Calls f with a value of the element type.

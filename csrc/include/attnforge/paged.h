@@ -24,6 +24,9 @@ struct PagePool {
   int64_t code_page = 0, code_slot = 0;  // strides; heads are neighbours
 };
 
+// Rows per kv head up to which packed tiles split the keys: partial outputs stay small.
+constexpr int64_t kSomeRows = 192;
+
 struct PagedFwdParams {
   FlashFwdParams flash;  // k and v are not used; seqlen_k bounds the lengths
   PagePool pool;

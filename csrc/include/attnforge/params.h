@@ -124,10 +124,11 @@ struct FlashFwdParams {
   TensorRef out_lo;  // data null: not wanted. Else round16(O - round16(O)), same dtype as out
   RowStatRef lse;
   RowRoute route = RowRoute::kAll;
-  int64_t few_rows = kFewRows;  // what the route takes for few
-  bool wide_out = false;        // out is fp32, whatever the dtype of q
-  int64_t split_keys = 0;       // decode: keys per split, above what the tiles say
-  int64_t num_splits = 0;       // decode: above that, equal splits of each sequence
+  int64_t few_rows = kFewRows;  // what the route takes for few; many are at most most_rows
+  int64_t most_rows = int64_t{1} << 40;
+  bool wide_out = false;   // out is fp32, whatever the dtype of q
+  int64_t split_keys = 0;  // decode: keys per split, above what the tiles say
+  int64_t num_splits = 0;  // decode: above that, equal splits of each sequence
   FlashTiles tiles;
   void* workspace = nullptr;
 };
