@@ -157,6 +157,13 @@ def quantisation(
         fail(op, "kv_zeros is given with fp8 pages; want it with int8 and int4 codes; drop it")
     found = [_pair(op, name, x, k_pages) for name, x in (("kv_scales", scales),
                                                          ("kv_zeros", zeros))]  # fmt: skip
+    shapes = {x.shape for x in (*found[0], *found[1]) if x is not None}
+    if len(shapes) > 1:
+        fail(
+            op,
+            f"scales and zeros differ in shape; got {sorted(map(tuple, shapes))} as [pages, slots, "
+            "heads]; want one shape for all of them; expand the smaller ones",
+        )
     return (*found[0], *found[1])
 
 

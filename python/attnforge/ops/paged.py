@@ -157,7 +157,7 @@ def paged_attention(
         per head, per page, per token. A stored code means (code - zero) * scale. float8_e4m3fn
         (scales default to 1), int8, and uint8 for int4: channel 2 n in the low nibble of byte n,
         2 n + 1 in the high one, so that the last dimension is D / 2.
-    kv_zeros: (k_zero, v_zero) fp32 in any of those shapes, for int8 and int4; default 0 and 8.
+    kv_zeros: (k_zero, v_zero) fp32 of the shape of the scales, for int8 and int4; default 0 and 8.
     num_splits: 0 splits every 2048 keys; n > 0 makes n equal splits of each sequence. Either way
         a sequence's result does not depend on its neighbours.
 

@@ -148,7 +148,7 @@ def _spec(kind: str, op: str, requires: tuple[Any, ...], notes: str) -> KernelSp
 
 SPECS = (
     _spec("fwd", "paged_fwd", (_HeadDims(), _FWD),
-          "few rows: split over keys, merged by LSE; many: packed tiles; codes decoded in registers"),
+          "split over keys, packed tiles for many rows; codes decoded in registers"),
     _spec("cascade", "cascade_fwd", (_HeadDims(), _FWD),
           "prefixes once for all rows of a group, the rest per request, merged by LSE"),
     _spec("append", "paged_append", (_RowDims(), Features(*_CODES, "rope", "page_bounds")),
