@@ -4,6 +4,7 @@
 
 #include "attnforge/block_sparse.h"
 #include "attnforge/cope.h"
+#include "attnforge/paged.h"
 #include "attnforge/params.h"
 
 namespace attnforge::cpu {
@@ -24,12 +25,16 @@ namespace attnforge::cpu {
   X(cope_fwd, CopeFwdParams)                \
   X(cope_bwd, CopeBwdParams)                \
   X(block_sparse_fwd, BlockSparseFwdParams) \
-  X(block_sparse_bwd, BlockSparseBwdParams)
+  X(block_sparse_bwd, BlockSparseBwdParams) \
+  X(paged_decode, PagedFwdParams)           \
+  X(paged_middle, PagedFwdParams)           \
+  X(paged_prefill, PagedFwdParams)
 
 // Kernels without one.
-#define ATTNFORGE_PLAIN_KERNELS(X) \
-  X(merge_states, MergeParams)     \
-  X(head_gradient, HeadGradientParams)
+#define ATTNFORGE_PLAIN_KERNELS(X)     \
+  X(merge_states, MergeParams)         \
+  X(head_gradient, HeadGradientParams) \
+  X(paged_append, PagedAppendParams)
 
 struct KernelTable {
   const char* isa;

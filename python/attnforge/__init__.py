@@ -22,8 +22,10 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.moba import moba_attention, moba_select
+from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
+from attnforge.paged_cache import PagedKVCache
 from attnforge.registry import (
     Config,
     KernelSpec,
@@ -43,10 +45,12 @@ __all__ = [
     "BlockSelection",
     "Config",
     "KernelSpec",
+    "PagedKVCache",
     "SearchSpace",
     "__version__",
     "backend",
     "block_sparse_attention",
+    "cascade_attention",
     "cope_attention",
     "debug",
     "explain",
@@ -57,6 +61,8 @@ __all__ = [
     "merge_states",
     "moba_attention",
     "moba_select",
+    "paged_append",
+    "paged_attention",
     "reductions",
     "register",
     "rope_tables",

@@ -12,17 +12,23 @@ from torch import Tensor
 
 __all__ = [
     "FLOAT8",
+    "KV_CODES",
     "SCORE_FNS",
     "BlockLists",
     "FlashGrads",
     "FlashMods",
     "FlashParams",
     "FlashTape",
+    "PagedCache",
+    "PagedParams",
+    "PagedWrite",
 ]
 
 FLOAT8 = torch.float8_e4m3fn  # the one 8-bit type of inputs
 # What turns a logit s into a weight; the names of ``score_fn``.
 SCORE_FNS = ("softmax", "sigmoid", "relu", "softplus", "signed_softmax")
+# Page dtypes that hold codes, and what each is called; uint8 holds two int4 codes.
+KV_CODES = {FLOAT8: "fp8", torch.int8: "int8", torch.uint8: "int4"}
 
 
 class FlashMods(NamedTuple):
@@ -124,3 +130,62 @@ class BlockLists(NamedTuple):
     def rows(self) -> int:
         """List rows of a sequence, varlen of all."""
         return self.indices.shape[-2]
+
+
+class PagedCache(NamedTuple):
+    """Keys and values in pages, and where those of each sequence lie.
+
+    Key j of sequence b and KV head h is slot j % page_size of page block_table[b, j // page_size].
+    Pages of codes (``KV_CODES``) hold (code - zero) * scale; uint8 pages two channels per byte,
+    the even one in the low nibble. Scales and zeros are fp32 and broadcast where a size is 1;
+    without zeros int4 codes stand around 8, the others around 0.
+    """
+
+    k_pages: Tensor  # [P, page_size, Hk, D], any strides but for a last one of 1; int4: D / 2
+    v_pages: Tensor  # [P, page_size, Hk, Dv]; may be a view of k_pages
+    block_table: Tensor  # [B, max_pages] int32
+    cache_seqlens: Tensor  # [B] or [B, Hk] int32
+    k_scale: Tensor | None = None  # [P|1, page_size|1, Hk]
+    v_scale: Tensor | None = None
+    k_zero: Tensor | None = None
+    v_zero: Tensor | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Slots of a page."""
+        return self.k_pages.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a row of the table has room for."""
+        return self.block_table.shape[1] * self.k_pages.shape[1]
+
+
+class PagedParams(NamedTuple):
+    """What ``paged_fwd`` and ``cascade_fwd`` are asked beyond q and the cache.
+
+    Windows are normalised as in FlashParams. On the CPU the index tensors were validated.
+    """
+
+    cu_seqlens_q: Tensor | None  # [B + 1] int32: q is [T, Hq, D]
+    alibi_slopes: Tensor | None  # [Hq] or [B, Hq] fp32
+    sinks: Tensor | None  # [Hq] fp32
+    mask: Tensor | None  # [B, 1, Sq, Sm] bool: of the last Sm keys, those that a row sees
+    max_seqlen_q: int  # an upper bound; exact on the CPU
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    num_splits: int = 0
+
+
+class PagedWrite(NamedTuple):
+    """What ``paged_append`` is asked beyond k, v and the cache, whose lengths are the old ones."""
+
+    cu_seqlens: Tensor | None  # [B + 1] int32: k is [T, Hk, D]
+    rope_cos: Tensor | None  # [Hk|1, P, rotary_dim / 2] fp32
+    rope_sin: Tensor | None
+    positions: Tensor | None  # [B, S] or [T] int32, rows of the tables; default: cache positions
+    rope_interleaved: bool
+    page_min: Tensor | None  # [P, Hk, D] of k's dtype or fp32: least stored value per channel
+    page_max: Tensor | None

@@ -1,7 +1,8 @@
 // The two products of decode, on rows of K and V as they lie in memory: up to four query rows at a
-// time, scores [key][kRows]. What they are for is told in decode.cpp.
+// time, scores [key][kRows]. What they are for is told in decode_tasks.h.
 #pragma once
 
+#include "cpu/flash/keys.h"
 #include "cpu/micro/pack.h"
 #include "cpu/simd/float8.h"
 
@@ -33,19 +34,19 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
 #pragma GCC unroll 4
     for (int j = 0; j < kDotKeys; ++j) {
-      watch[j].see(k[j] + d);
-      x[j] = load_pair<0>(k[j] + d);
+      watch[j].see(channel(k[j], d));
+      x[j] = load_pair<0>(channel(k[j], d));
     }
     step(d, x);
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<1>(k[j] + d);
+    for (int j = 0; j < kDotKeys; ++j) x[j] = load_pair<1>(channel(k[j], d));
     step(d + kLanes, x);
   }
   // What pairs leave is at most two vectors: no loop, in which the sums would live on the stack.
   auto tail = [&]() __attribute__((always_inline)) {
     if (d >= dim) return;
 #pragma GCC unroll 4
-    for (int j = 0; j < kDotKeys; ++j) x[j] = load_partial(k[j] + d, dim - d);
+    for (int j = 0; j < kDotKeys; ++j) x[j] = load_partial(channel(k[j], d), dim - d);
     step(d, x);
     d += kLanes;
   };
@@ -59,26 +60,15 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   }
 }
 
-// A run of keys of one kv head.
-template <class T>
-struct Keys {
-  const T *k, *v;  // first key
-  int64_t k_stride, v_stride;
-  const T* next_k;  // what will be read next: prefetched meanwhile
-};
-
-template <int R, class T>
-[[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys<T>& keys, int64_t n,
+template <int R, class Keys>
+[[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys& keys, int64_t n,
                                      int64_t dim, int64_t v_dim, bool prefetch, float* s) {
   for (int64_t c = 0; c < n; c += kDotKeys) {
-    const T* k[kDotKeys];
+    const typename Keys::Element* k[kDotKeys];
     for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
       const int64_t key = min64(c + j, n - 1);
-      k[j] = keys.k + key * keys.k_stride;
-      if (prefetch) {
-        prefetch_row(keys.v + key * keys.v_stride, v_dim);
-        if (keys.next_k) prefetch_row(keys.next_k + key * keys.k_stride, dim);
-      }
+      k[j] = keys.k_row(key);
+      if (prefetch) keys.prefetch(key, dim, v_dim);
     }
     dot_keys<R>(q, ldq, k, dim, s + c * kRows);
   }
@@ -86,23 +76,25 @@ template <int R, class T>
 
 // ---- PV: O[r] += sum over keys of p[key][r] * V[key] ----
 
-template <int R, int NV, class T>
-AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t n, int64_t tail,
+// Columns [d, d + NV vectors) of V.
+template <int R, int NV, class Keys>
+AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_t d, int64_t tail,
                              float* o, int64_t ldo) {
   VecF acc[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
-  NanWatch<T> watch[(NV + 1) / 2];
-  for (int64_t c = 0; c < n; ++c, p += kRows, v += stride) {
+  NanWatch<typename Keys::Element> watch[(NV + 1) / 2];
+  for (int64_t c = 0; c < n; ++c, p += kRows) {
+    const auto* v = channel(keys.v_row(c), d);
     VecF x[NV];
     if constexpr (NV == 1) x[0] = load_partial(v, tail);
 #pragma GCC unroll 4
     for (int j = 0; j + 1 < NV; j += 2) {
-      watch[j / 2].see(v + j * kLanes);
-      x[j] = load_pair<0>(v + j * kLanes);
-      x[j + 1] = load_pair<1>(v + j * kLanes);
+      watch[j / 2].see(channel(v, j * kLanes));
+      x[j] = load_pair<0>(channel(v, j * kLanes));
+      x[j + 1] = load_pair<1>(channel(v, j * kLanes));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -126,19 +118,19 @@ AF_INLINE void weigh_columns(const float* p, const T* v, int64_t stride, int64_t
     for (int j = 0; j < NV; ++j) store(o + r * ldo + j * kLanes, acc[r][j]);
 }
 
-template <int R, class T>
-[[gnu::noinline]] static void weigh(const float* p, const T* v, int64_t stride, int64_t n,
-                                    int64_t dim, float* o, int64_t ldo) {
+template <int R, class Keys>
+[[gnu::noinline]] static void weigh(const float* p, const Keys& keys, int64_t n, int64_t dim,
+                                    float* o, int64_t ldo) {
   int64_t d = 0;
   for (; d + kColumnVectors * kLanes <= dim; d += kColumnVectors * kLanes) {
-    weigh_columns<R, kColumnVectors>(p, v + d, stride, n, 0, o + d, ldo);
+    weigh_columns<R, kColumnVectors>(p, keys, n, d, 0, o + d, ldo);
   }
   if constexpr (kColumnVectors > 2) {  // pairs, as many as there are: the order of Q K and of O
     for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-      weigh_columns<R, 2>(p, v + d, stride, n, 0, o + d, ldo);
+      weigh_columns<R, 2>(p, keys, n, d, 0, o + d, ldo);
     }
   }
-  for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, v + d, stride, n, dim - d, o + d, ldo);
+  for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, keys, n, d, dim - d, o + d, ldo);
 }
 
 template <int N>

@@ -16,7 +16,8 @@ struct Sequence {
   int64_t offset;  // query i stands at key position i + offset (bottom-right alignment)
 };
 
-AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch) {
+// kv_head matters where heads have lengths of their own.
+AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch, int64_t kv_head = 0) {
   Sequence s = {batch, 0, p.seqlen_q, 0, p.seqlen_k, p.seqlen_k, 0};
   if (p.cu_seqlens_q) {
     s.q_row = max64(0, min64(p.cu_seqlens_q[batch], p.total_q));
@@ -29,7 +30,10 @@ AF_INLINE Sequence sequence(const FlashProblem& p, int64_t batch) {
     s.k_len = min64(end - s.k_row, p.seqlen_k);
   }
   s.k_rows = s.k_len;
-  if (p.seqused_k) s.k_len = max64(0, min64(p.seqused_k[batch], s.k_len));
+  if (p.seqused_k) {
+    const int32_t used = p.seqused_k[batch * p.seqused_batch + kv_head * p.seqused_head];
+    s.k_len = max64(0, min64(used, s.k_len));
+  }
   s.offset = s.k_len - s.q_len;
   return s;
 }
@@ -103,8 +107,9 @@ AF_INLINE float* stat_ptr(const RowStatRef& t, const Sequence& s, int64_t head, 
 
 AF_INLINE bool served_here(const FlashFwdParams& params, const Sequence& s) {
   if (params.route == RowRoute::kAll) return true;
-  bool few = s.q_len * group_size(params.problem) <= kFewRows;
-  return few == (params.route == RowRoute::kFewRows);
+  const int64_t rows = s.q_len * group_size(params.problem);
+  if (params.route == RowRoute::kFewRows) return rows <= params.few_rows;
+  return rows > params.few_rows && rows <= params.most_rows;
 }
 
 // Calls f with a value of the element type: of outputs, and of inputs that may not be fp8.

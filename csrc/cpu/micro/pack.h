@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/micro/gemm.h"
+#include "cpu/simd/codes.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -14,8 +15,7 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 // Zen 4: 43% of the read bandwidth against 70 to 90%).
 template <class T>
 AF_INLINE void prefetch_row(const T* row, int64_t dim) {
-  for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(row + d, 0, 2);
+  for (int64_t d = 0; d < dim; d += 512 / kBits<T>) __builtin_prefetch(channel(row, d), 0, 2);
 }
 constexpr int64_t kRowsAhead = 8;
 
@@ -38,39 +38,55 @@ AF_INLINE void zero_rows(int64_t first, int64_t end, int64_t dim, float* groups)
   }
 }
 
-// Up to kNR of `keys` keys (src row stride in elements) into one key panel; dim is a multiple of 4.
-template <class T>
-AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim,
-                              float* panel) {
+// Up to kNR of `keys` keys into one key panel; row(j) is key j, dim is a multiple of 4.
+template <class Row>
+AF_INLINE void pack_key_rows(const Row& row, int64_t keys, int64_t dim, float* panel) {
   for (int64_t j = 0; j < kNR; j += 4) {
     int64_t n = max64(0, min64(4, keys - j));
     for (int64_t i = j + kRowsAhead; i < min64(j + kRowsAhead + 4, keys); ++i) {
-      prefetch_row(src + i * stride, dim);
+      prefetch_row(row(i), dim);
     }
     for (int64_t d = 0; d < dim; d += 4) {
       Vec4 r[4] = {};
-      for (int64_t i = 0; i < n; ++i) r[i] = load4(src + (j + i) * stride + d);
+      for (int64_t i = 0; i < n; ++i) r[i] = load4(channel(row(j + i), d));
       transpose4(r[0], r[1], r[2], r[3]);
       for (int64_t i = 0; i < 4; ++i) store4(panel + (d + i) * kNR + j, r[i]);
     }
   }
 }
 
-// Rows into column panels (panel_stride >= rows * kNR floats apart), times scale.
-// Returns true if every element was finite.
+// The same with rows at a distance of `stride` elements.
 template <class T>
-AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, int64_t dim,
-                                  float scale, float* panels, int64_t panel_stride) {
+AF_INLINE void pack_key_panel(const T* src, int64_t stride, int64_t keys, int64_t dim,
+                              float* panel) {
+  pack_key_rows([=](int64_t j) { return src + j * stride; }, keys, dim, panel);
+}
+
+// Rows into column panels (panel_stride >= rows * kNR floats apart); value(j, x) is what a vector
+// of row j becomes. Returns true if every element was finite.
+template <class Row, class Value>
+AF_INLINE bool pack_value_rows(const Row& row, const Value& value, int64_t rows, int64_t dim,
+                               float* panels, int64_t panel_stride) {
   VecF poison{};
-  for (int64_t row = 0; row < rows; ++row, src += stride) {
-    if (row + kRowsAhead < rows) prefetch_row(src + kRowsAhead * stride, dim);
+  for (int64_t j = 0; j < rows; ++j) {
+    if (j + kRowsAhead < rows) prefetch_row(row(j + kRowsAhead), dim);
+    const auto* src = row(j);
     for (int64_t d = 0; d < dim; d += kLanes) {
-      VecF x = load_partial(src + d, dim - d) * splat(scale);
+      VecF x = value(j, load_partial(channel(src, d), dim - d));
       poison += x * splat(0.0f);  // NaN as soon as one element is NaN or infinite
-      store(panels + d / kNR * panel_stride + row * kNR + d % kNR, x);
+      store(panels + d / kNR * panel_stride + j * kNR + d % kNR, x);
     }
   }
   return reduce_add(poison) == 0.0f;
+}
+
+// The same with rows at a distance of `stride` elements, times scale.
+template <class T>
+AF_INLINE bool pack_column_panels(const T* src, int64_t stride, int64_t rows, int64_t dim,
+                                  float scale, float* panels, int64_t panel_stride) {
+  return pack_value_rows([=](int64_t j) { return src + j * stride; },
+                         [=](int64_t, VecF x) { return x * splat(scale); }, rows, dim, panels,
+                         panel_stride);
 }
 
 // y += a * x, where x is one row of column panels.

@@ -5,7 +5,7 @@
 // value, and kFloat8Unit is what products of such vectors are owed.
 #pragma once
 
-#include "cpu/simd/vec.h"
+#include "cpu/simd/codes.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -55,6 +55,9 @@ AF_INLINE VecF load_pair(const E4M3* p) {
 }
 AF_INLINE void unpair(E4M3, VecF& x, VecF& y) {
   unpair(BFloat16{}, x, y);
+}
+AF_INLINE void pair_up(E4M3, VecF& x, VecF& y) {
+  pair_up(BFloat16{}, x, y);
 }
 
 // Whether load_pair() met a NaN, and in which lanes. For types that show NaN themselves: nothing.

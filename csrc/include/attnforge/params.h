@@ -79,7 +79,7 @@ struct FlashMods {
 // What is asked, apart from where the tensors lie. Shared by forward, backward and decode.
 struct FlashProblem {
   DType dtype = DType::kFloat32;                                 // of K and V
-  DType q_dtype = DType::kFloat32, out_dtype = DType::kFloat32;  // another only beside fp8 K and V
+  DType q_dtype = DType::kFloat32, out_dtype = DType::kFloat32;  // another beside fp8 and pages
   int64_t batch = 0;
   int64_t seqlen_q = 0;  // padded length, or the largest one when varlen
   int64_t seqlen_k = 0;
@@ -91,7 +91,8 @@ struct FlashProblem {
   int64_t v_head_dim = 0;
   const int32_t* cu_seqlens_q = nullptr;  // [batch + 1] or null
   const int32_t* cu_seqlens_k = nullptr;
-  const int32_t* seqused_k = nullptr;   // [batch] or null
+  const int32_t* seqused_k = nullptr;  // [batch] or null; by its strides [batch, heads_k]
+  int64_t seqused_batch = 1, seqused_head = 0;
   const float* alibi_slopes = nullptr;  // [heads_q], or [batch, heads_q] by alibi_batch_stride
   int64_t alibi_batch_stride = 0;
   const float* sinks = nullptr;  // [heads_q] logits of a virtual key with value 0, or null
@@ -127,7 +128,10 @@ struct FlashFwdParams {
   TensorRef out_lo;  // data null: not wanted. Else round16(O - round16(O)), same dtype as out
   RowStatRef lse;
   RowRoute route = RowRoute::kAll;
+  int64_t few_rows = kFewRows;  // what the route takes for few; many are at most most_rows
+  int64_t most_rows = int64_t{1} << 40;
   int64_t split_keys = 0;  // decode: keys per split, above what the tiles say
+  int64_t num_splits = 0;  // decode: above that, equal splits of each sequence
   FlashTiles tiles;
   void* workspace = nullptr;
 };

@@ -16,6 +16,7 @@ from attnforge._params import FLOAT8
 
 __all__ = [
     "backend",
+    "boundaries",
     "dense",
     "fail",
     "index_tensors",
@@ -356,37 +357,43 @@ def index_tensors(
             _used(op, used_name, seqused_k.tolist(), None, keys)
         return rows, keys, rows, keys
     starts = [x.tolist() for x in cu_seqlens]
-    longest = []
-    for side, values, total, limit in zip("qk", starts, totals, max_seqlens, strict=True):
-        name = f"cu_seqlens_{side}"
-        if values[0] != 0:
-            fail(op, f"{name} starts at {values[0]}; want 0 first; prepend a 0 to the ends")
-        top = 0
-        for n in range(1, len(values)):
-            length = values[n] - values[n - 1]
-            if length < 0:
-                fail(
-                    op,
-                    f"{name} decreases at entry {n}; got {values[n - 1]} then {values[n]}; want "
-                    "boundaries in rising order, such as a cumulative sum of lengths",
-                )
-            top = max(top, length)
-        if values[-1] > total:
-            fail(
-                op,
-                f"{name} ends at {values[-1]}; got {total} rows of {side}; want an end within "
-                "them; pass boundaries of this very batch",
-            )
-        if top > limit:
-            fail(
-                op,
-                f"max_seqlen_{side} is {limit}; got a sequence of {top}; want at least {top}; "
-                "None takes a safe bound",
-            )
-        longest.append(top)
+    longest = [
+        boundaries(op, side, values, total, limit)
+        for side, values, total, limit in zip("qk", starts, totals, max_seqlens, strict=True)
+    ]
     if seqused_k is not None:
         _used(op, used_name, seqused_k.tolist(), starts[1], totals[1])
     return starts[0][-1], starts[1][-1], longest[0], longest[1]
+
+
+def boundaries(op: str, side: str, values: list[int], total: int, limit: int) -> int:
+    """The longest sequence between boundaries ``cu_seqlens_<side>``, which lie within ``total``."""
+    name = f"cu_seqlens_{side}"
+    if values[0] != 0:
+        fail(op, f"{name} starts at {values[0]}; want 0 first; prepend a 0 to the ends")
+    top = 0
+    for n in range(1, len(values)):
+        length = values[n] - values[n - 1]
+        if length < 0:
+            fail(
+                op,
+                f"{name} decreases at entry {n}; got {values[n - 1]} then {values[n]}; want "
+                "boundaries in rising order, such as a cumulative sum of lengths",
+            )
+        top = max(top, length)
+    if values[-1] > total:
+        fail(
+            op,
+            f"{name} ends at {values[-1]}; got {total} rows of {side}; want an end within "
+            "them; pass boundaries of this very batch",
+        )
+    if top > limit:
+        fail(
+            op,
+            f"max_seqlen_{side} is {limit}; got a sequence of {top}; want at least {top}; "
+            "None takes a safe bound",
+        )
+    return top
 
 
 def _used(op: str, name: str, used: list[int], starts: list[int] | None, keys: int) -> None:

@@ -167,9 +167,9 @@ def _described_keyword(name: str, x: Any, dtype: torch.dtype | None) -> Any:
     # window_size and the like are tuples of plain numbers, index tensors keep their own dtype.
     if not isinstance(x, (tuple, torch.Size)) or name == "window_size":
         return x
-    if name in ("q", "k", "v", "k_cache", "v_cache"):
+    if name in ("q", "k", "v", "k_cache", "v_cache", "k_pages", "v_pages"):
         return as_described(x, dtype)
-    if name.startswith(("cu_seqlens", "seqused", "cache_seqlens")):
+    if name.startswith(("cu_", "seqused", "cache_seqlens", "block_table", "prefix_lens")):
         return as_described(x, torch.int32)
     return as_described(x, torch.float32)
 

@@ -56,21 +56,38 @@ _MODS = {
     "softplus": "softplus",
     "signed softmax": "signed_softmax",
 }
-_FEATURES = _FOUNDATION | _MODS
+# What caches in pages add.
+_PAGES_ONLY = {
+    "fp8 pages": "kv_fp8",
+    "int8 pages": "kv_int8",
+    "int4 pages": "kv_int4",
+    "lengths per KV head": "lengths_per_head",
+    "page bounds": "page_bounds",
+}
+_FEATURES = _FOUNDATION | _MODS | _PAGES_ONLY
+_PAGED = frozenset(_PAGES_ONLY.values())
+# Lengths are no option of a cache; of the mods it takes the tree mask.
+_PAGED_FWD = frozenset({"seqused_k", "page_bounds", *_MODS.values()}) - {"mask"}
+_APPENDED = _PAGED | {"varlen", "rope"}
 # One sequence at a time, of plain logits; the LSE has the sinks.
 _OF_THE_MATRIX = frozenset({"varlen", "sinks", *_MODS.values()})
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {
     "merge_states": frozenset(_FEATURES.values()),
-    "block_sparse_fwd": frozenset(_MODS.values()),
-    "block_sparse_bwd": frozenset(_MODS.values()),
-    "flash_decode": frozenset({"varlen"}),
+    "block_sparse_fwd": frozenset(_MODS.values()) | _PAGED,
+    "block_sparse_bwd": frozenset(_MODS.values()) | _PAGED,
+    "flash_fwd": _PAGED,
+    "flash_bwd": _PAGED,
+    "flash_decode": _PAGED | {"varlen"},
+    "paged_fwd": _PAGED_FWD,
+    "cascade_fwd": _PAGED_FWD | {"mask", "alibi", "window_left", "window_right"},
+    "paged_append": frozenset(_FEATURES.values()) - _APPENDED,
     "reductions_head_gradient": frozenset(_FEATURES.values()),
     **dict.fromkeys(
-        ("cope_fwd", "cope_bwd"), frozenset({"alibi", "sinks", "softcap", *_MODS.values()})
+        ("cope_fwd", "cope_bwd"), _PAGED | {"alibi", "sinks", "softcap", *_MODS.values()}
     ),
     **{
-        f"reductions_{name}": _OF_THE_MATRIX
+        f"reductions_{name}": _OF_THE_MATRIX | _PAGED
         for name in ("block_max", "column_sums", "edges", "row_entropy", "span_bwd", "span_mass",
                      "topk_keys")
     },
@@ -214,6 +231,8 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-cope": lambda root: support_matrix("cope"),
     "support-matrix-reductions": lambda root: support_matrix("reductions"),
     "measurements-reductions": lambda root: measured(root, family="reductions"),
+    "support-matrix-paged": lambda root: support_matrix("paged"),
+    "measurements-paged": lambda root: measured(root, family="paged"),
     "support-summary": lambda root: short_matrix("flash"),
     "measurements": measured,
     "measurements-summary": lambda root: measured(root, table_only=True),

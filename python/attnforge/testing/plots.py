@@ -54,6 +54,12 @@ def slug(series: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", series.lower().replace("+", " ")).strip("-")
 
 
+def _over(series: str) -> str:
+    """What the x axis of a series is: "decode over requests, ..." says it."""
+    _, found, rest = series.partition(" over ")
+    return rest.partition(",")[0] if found else "sequence length"
+
+
 def _length(x: float, _position: object = None) -> str:
     return f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"
 
@@ -152,13 +158,15 @@ def save_plots(
             axes.set_visible(False)
         for axes, rs in zip(panels, series.values(), strict=False):
             _draw(axes, rs, _peak(rs, peaks))
-        overview.supxlabel(f"sequence length\n{_caption(env)}", fontsize=7)
+        common = {_over(title) for title in series}
+        label = common.pop() if len(common) == 1 else "as the titles say"
+        overview.supxlabel(f"{label}\n{_caption(env)}", fontsize=7)
         written.append(_save(overview, folder / f"{name}.png"))
         for title, rs in series.items():
             figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
             axes = figure.subplots()
             _draw(axes, rs, _peak(rs, peaks))
-            figure.supxlabel(f"sequence length\n{_caption(env)}", fontsize=6)
+            figure.supxlabel(f"{_over(title)}\n{_caption(env)}", fontsize=6)
             written.append(_save(figure, folder / f"{name}-{slug(title)}.png"))
     return written
 

@@ -1,0 +1,433 @@
+// Flash attention, forward, for sequences with many query rows.
+//
+// Algorithm (FlashAttention-2 order, Dao 2023, on CPU tiles): K and V of each (batch, kv head) are
+// widened and packed once into panels, shared by all query tiles of all heads of the group. A task
+// is one tile of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q
+// times packed K), online softmax in base 2, O += P V, everything fp32 and resident in L1/L2.
+//
+//   tile       48 rows x 256 keys: S 51 KiB + Q 12 KiB + O 12 KiB at D 64 beside a K and V block of
+//              128 KiB, inside a 512 KiB L2. Long rows pay for the maximum, the sum and the
+//              rescaling once per 256 keys: 3% over 96 x 128 on Zen 4. 48 is a multiple of every
+//              kMR (4, 6, 12)
+//   tuning     FlashTiles may choose other tiles: query rows up to kMaxBlockM, keys up to kBlockN
+//   heads      short sequences put the rows of several heads of a group into one tile
+//   masks      what a row may see is one interval of keys, of which segments and a mask may hide
+//              single ones. Blocks that all rows see whole take the unmasked path; others, and the
+//              last kMaxSpan keys of a tile at once, go kMR rows at a time, over the columns those
+//              rows see
+//   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
+//   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
+//   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles
+//   first
+//
+// A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch,
+// or the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
+//
+// Where K and V lie is the business of a store (keys.h); codes are decoded as they are packed.
+#pragma once
+
+#include "cpu/flash/keys.h"
+#include "cpu/flash/output.h"
+#include "cpu/flash/score_row.h"
+#include "cpu/micro/pack.h"
+#include "cpu/micro/parallel.h"
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+namespace {
+
+constexpr int64_t kBlockM = 48;
+constexpr int64_t kMaxBlockM = 192;
+constexpr int64_t kRowStep = 12;            // a multiple of every kMR
+constexpr int64_t kBlockN = 256;            // also the most: S has room for it
+constexpr int64_t kMaxSpan = kBlockN + 96;  // a window of kBlockN keys, as a whole tile sees it
+constexpr int64_t kLds = kMaxSpan + 16;     // off the power of two: rows do not share L1 sets
+constexpr int64_t kWaveBytes = 8 << 20;     // a quarter of a 32 MiB L3: packed K and V stay cached
+
+// The packed K and V of one (batch, kv head), block after block.
+struct PackedHead {
+  int64_t first;    // block that stands at the beginning
+  float* k;         // [blocks][block_n / kNR][D][kNR]
+  float* v;         // [blocks][Dv / kNR][block_n][kNR]
+  uint8_t* finite;  // [blocks]: every V element of the block is finite
+};
+
+// One worker's tile.
+struct Tile {
+  float* q;  // row groups, scaled
+  float* s;  // [block_m][kLds]
+  float* o;  // [block_m][ldo]
+  float* m;
+  float* l;
+  Interval* keys;  // what each row sees
+  float* drop;     // [kLds] dropout of one row
+  float* rotated;  // [kNR][D rounded up to a vector], with rotary positions
+};
+
+struct Plan {
+  int64_t block_m, block_n;
+  int64_t blocks;     // key blocks of the longest sequence
+  int64_t max_tiles;  // query tiles of the longest sequence, per (batch, kv head)
+  int64_t slots;      // (batch, kv head) pairs per wave
+  int64_t ldo;
+  int64_t k_floats, v_floats;  // packed floats per key block
+};
+
+AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
+  const FlashProblem& p = params.problem;
+  const FlashTiles& tiles = params.tiles;
+  Plan plan;
+  plan.block_m = chosen(tiles.block_m, kBlockM, kRowStep, kMaxBlockM);
+  plan.block_n = chosen(tiles.block_n, kBlockN, kNR, kBlockN);
+  const int64_t wave_bytes = tiles.wave_bytes > 0 ? tiles.wave_bytes : kWaveBytes;
+  plan.blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
+  int64_t group = group_size(p);
+  plan.max_tiles = max_tiles(p.seqlen_q, group, plan.block_m);
+  plan.ldo = padded_columns(p.v_head_dim);
+  plan.k_floats = plan.block_n * p.head_dim;
+  plan.v_floats = plan.block_n * plan.ldo;
+  int64_t pairs = p.batch * p.heads_k;
+  int64_t bytes = plan.blocks * (plan.k_floats + plan.v_floats) * 4;
+  int64_t enough = ceil_div(4 * threads, max64(1, plan.max_tiles));
+  plan.slots = max64(1, min64(pairs, max64(enough, wave_bytes / bytes)));
+  return plan;
+}
+
+AF_INLINE PackedHead take_head(Arena& arena, const Plan& plan) {
+  PackedHead head;
+  head.first = 0;
+  head.k = arena.take<float>(plan.blocks * plan.k_floats);
+  head.v = arena.take<float>(plan.blocks * plan.v_floats);
+  head.finite = arena.take<uint8_t>(plan.blocks);
+  return head;
+}
+
+AF_INLINE Tile take_tile(Arena& arena, const FlashProblem& p, const Plan& plan) {
+  Tile tile;
+  tile.q = arena.take<float>(plan.block_m * p.head_dim);
+  tile.s = arena.take<float>(plan.block_m * kLds);
+  tile.o = arena.take<float>(plan.block_m * plan.ldo);
+  tile.m = arena.take<float>(plan.block_m);
+  tile.l = arena.take<float>(plan.block_m);
+  tile.keys = arena.take<Interval>(plan.block_m);
+  tile.drop = arena.take<float>(p.mods.dropout ? kLds : 0);
+  tile.rotated = arena.take<float>(p.mods.rope_cos ? kNR * round_up(p.head_dim, kLanes) : 0);
+  return tile;
+}
+
+template <class Store>
+AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const Store& kv,
+                          const Sequence& seq, int64_t kv_head, int64_t block,
+                          const PackedHead& head, float* rotated) {
+  const FlashProblem& p = params.problem;
+  int64_t key0 = block * plan.block_n;
+  int64_t n = min64(plan.block_n, seq.k_len - key0);
+  const int64_t place = block - head.first;
+  float* k_block = head.k + place * plan.k_floats;
+  float* v_block = head.v + place * plan.v_floats;
+  if constexpr (Store::Keys::kPages) {
+    typename Store::Places places;
+    bool finite = true;
+    for (int64_t c = 0; c < n; c += kNR) {
+      const int64_t rows = min64(kNR, n - c);
+      kv.locate(seq, key0 + c, rows, places);
+      const auto keys = kv.keys(seq, key0 + c, kv_head, places);
+      float* panel = k_block + c * p.head_dim;
+      pack_key_rows([&](int64_t j) { return keys.k_row(j); }, rows, p.head_dim, panel);
+      keys.decode_panel(rows, p.head_dim, panel);
+      finite &= pack_value_rows([&](int64_t j) { return keys.v_row(j); },
+                                [&](int64_t j, VecF x) { return keys.decode_value(j, x); }, rows,
+                                p.v_head_dim, v_block + c * kNR, plan.block_n * kNR);
+    }
+    head.finite[place] = finite;
+  } else {
+    const auto keys = kv.keys(seq, key0, kv_head, {});
+    for (int64_t c = 0; c < n; c += kNR) {
+      with_keys(p, seq, kv_head, {key0 + c, min64(key0 + n, key0 + c + kNR)}, keys.k_row(c),
+                keys.k_stride, rotated, [&](auto* rows, int64_t stride) {
+                  pack_key_panel(rows, stride, n - c, p.head_dim, k_block + c * p.head_dim);
+                });
+    }
+    head.finite[place] = pack_column_panels(keys.v, keys.v_stride, n, p.v_head_dim, 1.0f, v_block,
+                                            plan.block_n * kNR);
+  }
+}
+
+// What a tile of rows [row0, row0 + rows) of one band needs to know about itself.
+struct TileRows {
+  const FlashFwdParams& params;
+  const Plan& plan;
+  const Sequence& seq;
+  int64_t kv_head, first, rows;
+
+  AF_INLINE_MEMBER int64_t head(int64_t r) const {
+    return kv_head * group_size(params.problem) + (first + r) / seq.q_len;
+  }
+  AF_INLINE_MEMBER int64_t query(int64_t r) const { return (first + r) % seq.q_len; }
+};
+
+// Scores of row r, columns [c0, c0 + n) of the span at key0, to probabilities; O is rescaled. A
+// call of its own: inlined twice, its loops run out of registers at the baseline level.
+[[gnu::noinline]] static void update_row(const TileRows& t, const Tile& tile, const ScoreMap& map,
+                                         int64_t key0, int64_t r, int64_t c0, int64_t n,
+                                         bool masked) {
+  const FlashProblem& p = t.params.problem;
+  float* s = tile.s + r * kLds + c0;
+  if (map.cap2 > 0.0f) apply_softcap(s, n, map.cap2);
+  if (p.alibi_slopes) {
+    add_alibi(s, n, alibi_slope2(p, t.seq.batch, t.head(r)),
+              t.query(r) + t.seq.offset - (key0 + c0));
+  }
+  Interval seen = {0, n};
+  if (masked) {
+    seen.lo = max64(0, min64(n, tile.keys[r].lo - key0 - c0));
+    seen.hi = max64(seen.lo, min64(n, tile.keys[r].hi - key0 - c0));
+    if (seen.lo == seen.hi) {
+      fill(s, 0, n, 0.0f);
+      return;
+    }
+  }
+  float alpha;
+  if (p.mods.any) {
+    const ScoreRow row = {s, n, key0 + c0, seen, tile.drop};
+    alpha = weigh_score_row(p, t.seq, t.head(r), t.query(r), row, tile.m[r], tile.l[r]);
+  } else {
+    if (masked) mask_row(s, n, seen.lo, seen.hi, -kInf);
+    alpha = softmax_row(s, n, tile.m[r], tile.l[r]);
+  }
+  if (alpha != 1.0f) {
+    float* o = tile.o + r * t.plan.ldo;
+    for (int64_t d = 0; d < t.plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha));
+  }
+}
+
+// Calls f(v, c0, n) for each run of keys [key0 + c0, key0 + c0 + n) of a span that lies in one
+// block; v is the first key's place in the block's first column panel.
+template <class F>
+AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0, Interval span,
+                          const F& f) {
+  for (int64_t c = span.lo; c < span.hi;) {
+    const int64_t block = (key0 + c) / plan.block_n, first = (key0 + c) % plan.block_n;
+    const int64_t n = min64(span.hi - c, plan.block_n - first);
+    f(head.v + (block - head.first) * plan.v_floats + first * kNR, c, n);
+    c += n;
+  }
+}
+
+// O += P V of one row over exactly the keys it sees: for spans whose V is not finite everywhere.
+AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedHead& head,
+                              int64_t key0, int64_t width, int64_t r) {
+  const Interval span = {max64(0, tile.keys[r].lo - key0), min64(width, tile.keys[r].hi - key0)};
+  const FlashProblem& p = t.params.problem;
+  const RowMods mods = row_mods(p, t.seq, t.head(r), t.query(r));
+  for_blocks(t.plan, head, key0, span, [&](const float* panel, int64_t c0, int64_t n) {
+    for (int64_t c = 0; c < n; ++c) {
+      if (!sees(mods, key0 + c0 + c)) continue;
+      VecF weight = splat(tile.s[r * kLds + c0 + c]);
+      for (int64_t d = 0; d < t.plan.ldo; d += kLanes) {
+        const float* v = panel + d / kNR * (t.plan.block_n * kNR) + c * kNR + d % kNR;
+        float* o = tile.o + r * t.plan.ldo + d;
+        store(o, fma(weight, load(v), load(o)));
+      }
+    }
+  });
+}
+
+// Columns [lo, hi) of a span that some row of a kMR group sees; lo is the start of a panel.
+AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key0, int64_t width,
+                                int64_t r0) {
+  int64_t lo = width, hi = 0;
+  for (int64_t r = r0; r < min64(r0 + kMR, t.rows); ++r) {
+    if (tile.keys[r].lo == tile.keys[r].hi) continue;
+    lo = min64(lo, tile.keys[r].lo - key0);
+    hi = max64(hi, tile.keys[r].hi - key0);
+  }
+  lo = max64(0, lo) / kNR * kNR;
+  return {lo, max64(lo, min64(width, hi))};
+}
+
+// A span of at most kMaxSpan keys that some row sees in part: each kMR rows compute the columns
+// that they see. Panels are the outer loop, as in gemm(): one is read from L2 once and serves all
+// row groups from L1. key0 is the start of a panel.
+AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap& map,
+                            const PackedHead& head, int64_t key0, int64_t width) {
+  const FlashProblem& p = t.params.problem;
+  // Panels of all blocks follow each other.
+  const float* k_panels = head.k + (key0 - head.first * t.plan.block_n) * p.head_dim;
+  bool finite = true;
+  for (int64_t b = key0 / t.plan.block_n; b <= (key0 + width - 1) / t.plan.block_n; ++b)
+    finite &= head.finite[b - head.first];
+  Interval columns[kMaxBlockM / kMR];
+  int64_t first = width, last = 0;
+  for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+    const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, width, r0);
+    if (seen.lo == seen.hi) continue;
+    first = min64(first, seen.lo);
+    last = max64(last, seen.hi);
+  }
+  for (int64_t c = first; c < last; c += kNR) {
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+      if (c < columns[r0 / kMR].lo || c >= columns[r0 / kMR].hi) continue;
+      gemm<1, kMR>(min64(kMR, t.rows - r0), 2, p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
+                   k_panels + c * p.head_dim, 0, tile.s + r0 * kLds + c, kLds, false);
+    }
+  }
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const Interval seen = columns[r / kMR];
+    const int64_t n = round_up(seen.hi - seen.lo, kNR);
+    if (n > 0) update_row(t, tile, map, key0, r, seen.lo, n, true);
+    if (n > 0 && !finite) accumulate_row(t, tile, head, key0, width, r);
+  }
+  for (int64_t d = 0; d < p.v_head_dim && finite; d += kNR) {
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
+      for_blocks(t.plan, head, key0, columns[r0 / kMR], [&](const float* v, int64_t c, int64_t n) {
+        gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)), n,
+                      tile.s + r0 * kLds + c, kLds, v + d * t.plan.block_n, 0,
+                      tile.o + r0 * t.plan.ldo + d, t.plan.ldo, true);
+      });
+    }
+  }
+}
+
+// Divides by the sum, adds the sink, rounds and stores O, its rounding residue and the LSE.
+AF_INLINE void finish_tile_row(const TileRows& t, const Tile& tile, int64_t r) {
+  const FlashProblem& p = t.params.problem;
+  const int64_t head = t.head(r);
+  RowEnd end = finish_softmax(tile.m[r], tile.l[r], p.sinks ? p.sinks[head] : -kInf);
+  *stat_ptr(t.params.lse, t.seq, head, t.query(r)) = end.lse;
+  store_row(t.params, t.seq, head, t.query(r), tile.o + r * t.plan.ldo,
+            end.scale * value_scale(p, t.seq, t.kv_head));
+}
+
+// Packs the rows of Q, scaled.
+template <class T>
+[[gnu::noinline]] static void load_queries(const TileRows& t, const Tile& tile, float q_scale) {
+  const FlashProblem& p = t.params.problem;
+  auto q_row = [&](int64_t r) {
+    return row_ptr<const T>(t.params.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+  };
+  for (int64_t r = 0; r < t.rows; ++r) {
+    if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
+    const float scale = q_scale * row_scale(p, t.seq, t.head(r), t.query(r));
+    with_query(p, t.seq, t.head(r), t.query(r), q_row(r), tile.rotated,
+               [&](auto* row) { pack_row(row, p.head_dim, scale, r, tile.q); });
+  }
+}
+
+// Q, what each row sees, and nothing seen yet.
+AF_INLINE void prepare_tile(const TileRows& t, const Tile& tile) {
+  const FlashProblem& p = t.params.problem;
+  dispatch_input(p.q_dtype, [&](auto element) {
+    load_queries<decltype(element)>(t, tile, score_map(p).q_scale);
+  });
+  for (int64_t r = 0; r < t.rows; ++r) {
+    tile.keys[r] = visible_keys(p, t.seq, t.head(r), t.query(r));
+    tile.m[r] = -kInf;
+    tile.l[r] = 0.0f;
+  }
+  int64_t padded_rows = round_up(t.rows, kMR);
+  zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
+  fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
+}
+
+// The tile over keys `span`, whose blocks are packed; it begins at a block.
+AF_INLINE void attend_tile(const TileRows& t, const Tile& tile, const PackedHead& head,
+                           Interval span) {
+  const FlashProblem& p = t.params.problem;
+  const ScoreMap map = score_map(p);
+  // Bounds over the rows: [any_lo, any_hi) is seen by some row, [all_lo, all_hi) by every row.
+  int64_t any_lo = span.hi, any_hi = 0, all_lo = 0, all_hi = span.hi;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const Interval keys = {max64(tile.keys[r].lo, span.lo), min64(tile.keys[r].hi, span.hi)};
+    if (keys.lo < keys.hi) {
+      any_lo = min64(any_lo, keys.lo);
+      any_hi = max64(any_hi, keys.hi);
+    }
+    all_lo = max64(all_lo, keys.lo);
+    all_hi = min64(all_hi, keys.hi);
+  }
+  for (int64_t key0 = any_lo / kNR * kNR; key0 < any_hi;) {
+    const int64_t block = key0 / t.plan.block_n;
+    const int64_t block_end = (block + 1) * t.plan.block_n;
+    const bool whole =
+        key0 % t.plan.block_n == 0 && key0 >= all_lo && block_end <= all_hi && !hides(p.mods);
+    // What is left in one go, if it fits: one softmax and one rescaling where blocks take two.
+    const bool rest = any_hi != block_end && any_hi - key0 <= kMaxSpan;
+    if (!whole || rest) {
+      const int64_t end = rest ? any_hi : min64(any_hi, block_end);
+      partial_span(t, tile, map, head, key0, end - key0);
+      key0 = end;
+      continue;
+    }
+    const float* v_block = head.v + (block - head.first) * t.plan.v_floats;
+    gemm<1, kMR>(t.rows, vectors_of(t.plan.block_n), p.head_dim, tile.q, p.head_dim,
+                 head.k + (block - head.first) * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds,
+                 false);
+    for (int64_t r = 0; r < t.rows; ++r)
+      update_row(t, tile, map, key0, r, 0, t.plan.block_n, false);
+    gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), t.plan.block_n, tile.s, kLds, v_block,
+                  t.plan.block_n * kNR, tile.o, t.plan.ldo, true);
+    key0 = block_end;
+  }
+}
+
+AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& head) {
+  prepare_tile(t, tile);
+  attend_tile(t, tile, head, {0, t.seq.k_len});
+  for (int64_t r = 0; r < t.rows; ++r) finish_tile_row(t, tile, r);
+}
+
+template <class Store>
+AF_INLINE void run_fwd(const FlashFwdParams& params, const Store& kv, const Workers& workers) {
+  const FlashProblem& p = params.problem;
+  const Plan plan = make_plan(params, workers.num_threads);
+  Arena arena{static_cast<char*>(params.workspace)};
+  char* tiles = arena.base;
+  int64_t tile_bytes;
+  {
+    take_tile(arena, p, plan);
+    tile_bytes = arena.used;
+    arena.used *= workers.num_threads;
+  }
+  char* heads = arena.base + arena.used;
+  int64_t head_start = arena.used;
+  take_head(arena, plan);
+  const int64_t head_bytes = arena.used - head_start;
+  auto head_at = [&](int64_t slot) {
+    Arena a{heads + slot * head_bytes};
+    return take_head(a, plan);
+  };
+
+  const int64_t pairs = p.batch * p.heads_k;
+  for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
+    const int64_t slots = min64(plan.slots, pairs - pair0);
+    parallel_tasks(workers, slots * plan.blocks, [&](int64_t task, int64_t worker) {
+      int64_t slot = task / plan.blocks, block = task % plan.blocks, pair = pair0 + slot;
+      Sequence seq = sequence(p, pair / p.heads_k, pair % p.heads_k);
+      if (!served_here(params, seq) || seq.q_len == 0 || block * plan.block_n >= seq.k_len) return;
+      Arena a{tiles + worker * tile_bytes};
+      pack_block(params, plan, kv, seq, pair % p.heads_k, block, head_at(slot),
+                 take_tile(a, p, plan).rotated);
+    });
+    parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
+      // Late tiles see the most keys under a causal mask: they go first.
+      int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots, pair = pair0 + slot;
+      Sequence seq = sequence(p, pair / p.heads_k, pair % p.heads_k);
+      RowTiling tiling = row_tiling(seq.q_len, group_size(p), plan.block_m);
+      if (!served_here(params, seq) || seq.q_len == 0 || index >= tiling.tiles()) return;
+      Arena a{tiles + worker * tile_bytes};
+      TileRows t{params, plan, seq, pair % p.heads_k, tiling.first_row(index), tiling.rows(index)};
+      run_tile(t, take_tile(a, p, plan), head_at(slot));
+    });
+  }
+}
+
+AF_INLINE int64_t fwd_workspace(const FlashFwdParams& params, int64_t num_threads) {
+  const Plan plan = make_plan(params, num_threads);
+  Arena tile{nullptr}, head{nullptr};
+  take_tile(tile, params.problem, plan);
+  take_head(head, plan);
+  return tile.used * num_threads + head.used * plan.slots;
+}
+
+}  // namespace
+}  // namespace attnforge::cpu::ATTNFORGE_ISA
