@@ -1,5 +1,6 @@
-// attnforge._host: host-side facts for Python. No tensor and no torch header comes in here, so this
-// module is bound to a Python version only, never to a torch version. It is optional at run time.
+// attnforge._host: host-side facts and the host runtime of paged caches (host_paged.cpp) for
+// Python. No tensor and no torch header comes in here, so this module is bound to a Python version
+// only, never to a torch version. It is optional at run time.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -12,6 +13,10 @@
 #endif
 
 namespace py = pybind11;
+
+namespace attnforge::host {
+void bind_paged(py::module_& m);
+}
 
 namespace {
 
@@ -113,11 +118,12 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Host-side facts: what the CPU can do and how the native code was built.";
+  m.doc() = "What the CPU can do, how the native code was built, and pools of cache pages.";
   m.def("cpu_features", &cpu_features,
         "Instruction sets that the CPU has and the operating system saves: name -> bool. "
         "Empty on other architectures than x86.");
   m.def("cpu_name", &cpu_name, "The CPU's brand string, or '' where it has none.");
   m.def("build_info", &build_info,
         "Compiler, kernel flags, ISA levels and version of the native build.");
+  attnforge::host::bind_paged(m);
 }
