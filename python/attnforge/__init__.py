@@ -21,6 +21,7 @@ from attnforge.ops.flash import (
 )
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
 from attnforge.ops.tables import rope_tables, t5_rel_bias
+from attnforge.paged_cache import PagedKVCache
 from attnforge.registry import (
     Config,
     KernelSpec,
@@ -39,6 +40,7 @@ _registry.set_table(_tuning.Tables())
 __all__ = [
     "Config",
     "KernelSpec",
+    "PagedKVCache",
     "SearchSpace",
     "__version__",
     "backend",
