@@ -20,15 +20,36 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from attnforge.integrations._mask_plan import Band, MaskSpec, Plan, plan_from_dense
 from attnforge.integrations._mask_run import run_plan, run_spec
+from attnforge.integrations._paged_states import PagedStates, paged_attention_forward
 
-__all__ = ["MIN_VERSION", "Handle", "LazyMask", "attention_forward", "attention_mask", "enable"]
+if TYPE_CHECKING:
+    from attnforge.integrations._paged_cache import PagedCache, PagedStep
+
+__all__ = [
+    "MIN_VERSION",
+    "Handle",
+    "LazyMask",
+    "PagedCache",
+    "PagedStep",
+    "attention_forward",
+    "attention_mask",
+    "enable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PagedCache", "PagedStep"):  # subclasses of transformers' Cache
+        _import_transformers()
+        return getattr(importlib.import_module("attnforge.integrations._paged_cache"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 MIN_VERSION = (4, 56)
 """Oldest transformers whose attention and mask interfaces have the form used here."""
@@ -272,11 +293,14 @@ def attention_forward(
             paged caches; and whatever `attnforge.flash_attention` refuses.
     """
     _refuse(dropout, kwargs)
+    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if isinstance(key, PagedStates):
+        window = -1 if sliding_window is None else sliding_window - 1
+        return paged_attention_forward(query, key, attention_mask, causal, window, options), None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if q.shape[0] != k.shape[0] and q.shape[0] == 1:
         q = q.expand(k.shape[0], -1, -1, -1)  # learned queries shared by the batch
-    options = {"softmax_scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     described = _describe(q, k, attention_mask, bool(causal), sliding_window)
     if isinstance(described, Plan):
         if cu_seq_lens_q is not None:
