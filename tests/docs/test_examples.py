@@ -13,6 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PRINTS = {
     "generate_smollm2.py": "ttention",  # the prompt asks what attention is
+    "serve_paged.py": "prompt tokens were prefix hits",
     "sinks_and_varlen.py": "gradient of the sinks",
     "sliding_window.py": "chosen: cpu.flash.fwd",
     "train_step.py": "recalled 100%",
