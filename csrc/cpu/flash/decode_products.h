@@ -59,7 +59,10 @@ template <int R, class Keys>
     for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
       const int64_t key = min64(c + j, n - 1);
       k[j] = keys.k_row(key);
-      if (prefetch) keys.prefetch(key, dim, v_dim);
+      if (prefetch) {
+        prefetch_row(keys.v_row(key), v_dim);
+        if (keys.next_k) prefetch_row(keys.next_row(key), dim);
+      }
     }
     dot_keys<R>(q, ldq, k, dim, s + c * kRows);
   }
