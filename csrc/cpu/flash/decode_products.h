@@ -60,15 +60,20 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   }
 }
 
+// noclone: GCC's copy for constant arguments keeps pointers in vectors, and those on the stack.
 template <int R, class Keys>
-[[gnu::noinline]] static void scores(const float* q, int64_t ldq, const Keys& keys, int64_t n,
-                                     int64_t dim, int64_t v_dim, bool prefetch, float* s) {
+[[gnu::noinline, gnu::noclone]] static void scores(const float* q, int64_t ldq, const Keys& keys,
+                                                   int64_t n, int64_t dim, int64_t v_dim,
+                                                   bool prefetch, float* s) {
   for (int64_t c = 0; c < n; c += kDotKeys) {
     const typename Keys::Element* k[kDotKeys];
     for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
       const int64_t key = min64(c + j, n - 1);
       k[j] = keys.k_row(key);
-      if (prefetch) keys.prefetch(key, dim, v_dim);
+      if (prefetch) {
+        prefetch_row(keys.v_row(key), v_dim);
+        if (keys.next_k) prefetch_row(keys.next_row(key), dim);
+      }
     }
     dot_keys<R>(q, ldq, k, dim, s + c * kRows);
   }

@@ -223,8 +223,11 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
       const int64_t head = head0 + h;
       const Sequence seq = p.seqused_head ? sequence(p, batch, head) : first;
       auto keys = kv.keys(seq, key0, head, places[here]);
-      const bool more = key_end + plan.chunk <= hi;  // a whole run follows
-      kv.then(keys, seq, {key0, key_end}, more, places[here ^ 1], head, {head0, heads});
+      if (h + 1 < heads) {
+        kv.then(keys, seq, key0, head + 1, places[here]);
+      } else if (key0 + 2 * plan.chunk <= hi) {
+        kv.then(keys, seq, key0 + plan.chunk, head0, places[here ^ 1]);
+      }
       const RowGroup* mine = w.groups + h * groups_of(plan);
       if (w.rotated) {
         if constexpr (!Store::Keys::kPages) {

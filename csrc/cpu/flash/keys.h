@@ -1,24 +1,18 @@
 // Rows of K and V, wherever they lie. Kernels are templates over a store of keys:
 //
-//   Store::Keys            rows of one KV head from some key on: k_row(j), v_row(j)
-//   locate(seq, key0, n)   looks up where keys [key0, key0 + n) lie, for all heads
-//   keys(seq, key0, head)  those rows of one head
-//   then(keys, ...)        which rows will be read next: keys.prefetch(j, ..) asks for some
-//   key_scale(head) ..     of codes with one scale and zero per head; else 1, 1 and 0
+//   Store::Keys                rows of one KV head from some key on: k_row(j), v_row(j),
+//   next_row(j) locate(seq, key0, n, at)   looks up where keys [key0, key0 + n) of a sequence lie,
+//   for all heads keys(seq, key0, head, at)  those rows of one head then(keys, ...)            the
+//   rows that will be read next, prefetched meanwhile key_scale(head) ..         of codes with one
+//   scale and zero per head; else 1, 1 and 0
 //
 // Here is the store of tensors in one piece; the one of pages is in cpu/paged.
 #pragma once
 
 #include "cpu/flash/problem.h"
-#include "cpu/micro/pack.h"
 #include "cpu/simd/codes.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
-
-// KV heads whose keys are walked together, run by run.
-struct HeadRange {
-  int64_t first, count;
-};
 
 template <class T>
 struct DenseKeys {
@@ -30,11 +24,7 @@ struct DenseKeys {
 
   AF_INLINE_MEMBER const T* k_row(int64_t j) const { return k + j * k_stride; }
   AF_INLINE_MEMBER const T* v_row(int64_t j) const { return v + j * v_stride; }
-  // While key j is multiplied: its value, and the key that comes j-th after the run.
-  AF_INLINE_MEMBER void prefetch(int64_t j, int64_t dim, int64_t v_dim) const {
-    prefetch_row(v_row(j), v_dim);
-    if (next_k) prefetch_row(next_k + j * k_stride, dim);
-  }
+  AF_INLINE_MEMBER const T* next_row(int64_t j) const { return next_k + j * k_stride; }
   AF_INLINE_MEMBER void skip(int64_t n) {
     k += n * k_stride;
     v += n * v_stride;
@@ -60,14 +50,9 @@ struct DenseStore {
             row_ptr<const T>(v, seq.batch, seq.k_row + key0, head), k.seq_stride, v.seq_stride,
             nullptr};
   }
-  // The same keys of the next head, or the next keys of the first one.
-  AF_INLINE_MEMBER void then(Keys& keys, const Sequence& seq, Interval run, bool more,
-                             const Places&, int64_t head, HeadRange range) const {
-    if (head + 1 < range.first + range.count) {
-      keys.next_k = keys.k + k.head_stride;
-    } else if (more) {
-      keys.next_k = row_ptr<const T>(k, seq.batch, seq.k_row + run.hi, range.first);
-    }
+  AF_INLINE_MEMBER void then(Keys& keys, const Sequence& seq, int64_t key0, int64_t head,
+                             const Places&) const {
+    keys.next_k = row_ptr<const T>(k, seq.batch, seq.k_row + key0, head);
   }
 };
 

@@ -24,12 +24,8 @@ struct PageKeys {
   static constexpr bool kPages = true, kCodes = kIsCode<E>;
   const E *k, *v;              // of the head
   const int64_t *k_at, *v_at;  // rows from there
-  // What is read after this run: rows of the next run in the order of memory, all heads of a token
-  // together, a share of them with each head. next_k null: nothing.
-  const E *next_k, *next_v;
-  const int64_t *next_k_at, *next_v_at;
-  int64_t k_head, v_head;
-  uint32_t next_first, next_heads;
+  const E* next_k;             // null: nothing
+  const int64_t* next_at;
   // Of the head, at code_at of each key; null: 1 and 0. each: they differ from key to key.
   const float *k_scale, *v_scale, *k_zero, *v_zero;
   const int64_t* code_at;
@@ -37,14 +33,8 @@ struct PageKeys {
 
   AF_INLINE_MEMBER const E* k_row(int64_t j) const { return k + k_at[j]; }
   AF_INLINE_MEMBER const E* v_row(int64_t j) const { return v + v_at[j]; }
-  AF_INLINE_MEMBER void skip(int64_t n) { k_at += n, v_at += n, code_at += n; }
-  AF_INLINE_MEMBER void prefetch(int64_t j, int64_t dim, int64_t v_dim) const {
-    if (!next_k) return;
-    const uint32_t row = next_first + static_cast<uint32_t>(j);
-    const uint32_t token = row / next_heads, head = row % next_heads;
-    prefetch_row(next_k + next_k_at[token] + head * k_head, dim);
-    prefetch_row(next_v + next_v_at[token] + head * v_head, v_dim);
-  }
+  AF_INLINE_MEMBER const E* next_row(int64_t j) const { return next_k + next_at[j]; }
+  AF_INLINE_MEMBER void skip(int64_t n) { k_at += n, v_at += n, next_at += n, code_at += n; }
 
   AF_INLINE_MEMBER float scale_of(const float* scales, int64_t j) const {
     return scales ? scales[code_at[j]] : 1.0f;
@@ -137,25 +127,23 @@ struct PageStore {
   }
   AF_INLINE_MEMBER Keys keys(const Sequence&, int64_t, int64_t head, const Places& at) const {
     auto of = [head](const float* x) { return x ? x + head : nullptr; };
-    Keys keys{};
-    keys.k = static_cast<const E*>(pool.k.data) + head * pool.k.head_stride;
-    keys.v = static_cast<const E*>(pool.v.data) + head * pool.v.head_stride;
-    keys.k_at = at.k, keys.v_at = at.v, keys.code_at = at.code;
-    keys.k_scale = of(pool.k_scale), keys.v_scale = of(pool.v_scale);
-    keys.k_zero = of(pool.k_zero), keys.v_zero = of(pool.v_zero);
-    keys.each = each();
-    return keys;
+    return {static_cast<const E*>(pool.k.data) + head * pool.k.head_stride,
+            static_cast<const E*>(pool.v.data) + head * pool.v.head_stride,
+            at.k,
+            at.v,
+            nullptr,
+            at.k,
+            of(pool.k_scale),
+            of(pool.v_scale),
+            of(pool.k_zero),
+            of(pool.v_zero),
+            at.code,
+            each()};
   }
-  // Pages lie anywhere, so the hardware foresees nothing beyond one: a whole run ahead.
-  AF_INLINE_MEMBER void then(Keys& keys, const Sequence&, Interval run, bool more,
-                             const Places& next, int64_t head, HeadRange range) const {
-    if (!more) return;
-    keys.next_k = static_cast<const E*>(pool.k.data) + range.first * pool.k.head_stride;
-    keys.next_v = static_cast<const E*>(pool.v.data) + range.first * pool.v.head_stride;
-    keys.next_k_at = next.k, keys.next_v_at = next.v;
-    keys.k_head = pool.k.head_stride, keys.v_head = pool.v.head_stride;
-    keys.next_heads = static_cast<uint32_t>(range.count);
-    keys.next_first = static_cast<uint32_t>((head - range.first) * (run.hi - run.lo));
+  AF_INLINE_MEMBER void then(Keys& keys, const Sequence&, int64_t, int64_t head,
+                             const Places& at) const {
+    keys.next_k = static_cast<const E*>(pool.k.data) + head * pool.k.head_stride;
+    keys.next_at = at.k;
   }
 };
 
