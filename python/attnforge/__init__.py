@@ -19,6 +19,14 @@ from attnforge.ops.flash import (
     flash_decode,
     merge_states,
 )
+from attnforge.ops.linear import (
+    gla,
+    lightning_attention,
+    linear_attention,
+    linear_step,
+    retention,
+    simple_gla,
+)
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
@@ -46,11 +54,17 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "gla",
+    "lightning_attention",
+    "linear_attention",
+    "linear_step",
     "list_kernels",
     "merge_states",
     "reductions",
     "register",
+    "retention",
     "rope_tables",
+    "simple_gla",
     "t5_rel_bias",
     "trace_shapes",
     "tune",

@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["SCORE_FNS", "FlashGrads", "FlashMods", "FlashParams", "FlashTape"]
+__all__ = [
+    "SCORE_FNS",
+    "FlashGrads",
+    "FlashMods",
+    "FlashParams",
+    "FlashTape",
+    "LinearGrads",
+    "LinearOutputs",
+    "LinearParams",
+    "LinearTape",
+]
 
 # What turns a logit s into a weight; the names of ``score_fn``.
 SCORE_FNS = ("softmax", "sigmoid", "relu", "softplus", "signed_softmax")
@@ -96,3 +106,50 @@ class FlashGrads(NamedTuple):
     drel_bias: Tensor
     ddecay: Tensor
     drow_scale: Tensor
+
+
+class LinearParams(NamedTuple):
+    """Everything a ``linear_chunk_*`` launcher needs beyond q, k, v and its outputs.
+
+    States, gates and denominators are fp32, or fp64 beside fp64 inputs.
+    """
+
+    gate: Tensor | None  # natural log; None with "none", else shaped as gate_kind says
+    gate_kind: str  # "none", "head" [HV], "scalar" [B,T,HV], "key" [B,T,HV,K], "value" [B,T,HV,V]
+    initial_state: Tensor | None  # [N, HV, K, V]
+    initial_z: Tensor | None  # [N, HV, K], with normalize
+    cu_seqlens: Tensor | None  # [N + 1] int32, with a batch of 1
+    scale: float
+    causal: bool  # False: every row reads the state of the whole sequence; no gate then
+    normalize: str  # "", "sum" (n / (d + eps)) or "abs" (n / max(|d|, eps))
+    eps: float
+
+
+class LinearOutputs(NamedTuple):
+    """Outputs of a forward launcher; [0] where not asked for."""
+
+    out: Tensor  # [B, T, HV, V] of q's dtype; 0 in rows that no sequence has
+    final_state: Tensor  # [N, HV, K, V]
+    final_z: Tensor  # [N, HV, K]
+    den: Tensor  # [B, T, HV]: d before eps
+    out_lo: Tensor  # round16(O_fp32 - out), for a backward of a normalised 16-bit call
+
+
+class LinearTape(NamedTuple):
+    """What a forward leaves for the backward; final_state and final_z only with gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    outputs: LinearOutputs
+
+
+class LinearGrads(NamedTuple):
+    """Outputs of a backward launcher; [0] where there is no such input."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dgate: Tensor  # like gate; [0] also where no gradient is asked for
+    dinitial_state: Tensor
+    dinitial_z: Tensor

@@ -1,0 +1,186 @@
+"""The additive recurrence of linear attention, token by token: the definition of ``linear_*``.
+
+    S_t = decay_t S_{t-1} + k_t v_t^T    z_t = decay_t z_{t-1} + k_t
+    n_t = scale q_t^T S_t                d_t = scale q_t^T z_t          o = n, or n over d
+
+The decay is e^gate: one number per head or per token and head, or a vector over the rows of S
+("key") or its columns ("value"). Without ``causal`` every row reads the state of its whole
+sequence. Accumulation is float64 for float64 inputs and float32 otherwise; the backward is
+autograd through the recurrence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTape
+
+__all__ = ["Result", "backward", "forward", "recurrence", "step"]
+
+
+class Result(NamedTuple):
+    """The recurrence of one call in its accumulator; z and d are None without a denumerator."""
+
+    out: Tensor  # [B, T, HV, V]
+    state: Tensor  # [N, HV, K, V]
+    z: Tensor | None  # [N, HV, K]
+    den: Tensor | None  # [B, T, HV]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _factor(gate: Tensor | None, kind: str, t: int) -> Tensor | None:
+    """What S [.., HV, K, V] is multiplied by before token t."""
+    if gate is None:
+        return None
+    if kind == "head":
+        return torch.exp(gate)[:, None, None]
+    now = torch.exp(gate[:, t])
+    return {"scalar": now[..., None, None], "key": now[..., None], "value": now[..., None, :]}[kind]
+
+
+def _normalized(n: Tensor, d: Tensor, p: LinearParams) -> Tensor:
+    base = d + p.eps if p.normalize == "sum" else d.abs().clamp_min(p.eps)
+    return n / base.unsqueeze(-1)
+
+
+def _one(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, p: LinearParams, s: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of one length: q, k [B, T, HV, K], v [B, T, HV, V] -> n, d, the last S and z."""
+    if not p.causal:
+        s = s + torch.einsum("bthk,bthv->bhkv", k, v)
+        z = z + k.sum(1)
+        n, d = torch.einsum("bthk,bhkv->bthv", q, s), torch.einsum("bthk,bhk->bth", q, z)
+        return p.scale * n, p.scale * d, s, z
+    rows, dens = [], []
+    for t in range(q.shape[1]):
+        factor = _factor(gate, p.gate_kind, t)
+        if factor is not None:
+            s = factor * s
+            z = z if p.gate_kind == "value" else factor[..., 0] * z
+        s, z = s + k[:, t, :, :, None] * v[:, t, :, None, :], z + k[:, t]
+        rows.append(torch.einsum("bhk,bhkv->bhv", q[:, t], s))
+        dens.append((q[:, t] * z).sum(-1))
+    if not rows:
+        return v.new_zeros(v.shape), q.new_zeros(q.shape[:-1]), s, z
+    return p.scale * torch.stack(rows, 1), p.scale * torch.stack(dens, 1), s, z
+
+
+def _spans(q: Tensor, p: LinearParams) -> Iterator[tuple[slice, slice, slice]]:
+    """(batch, time, states) of sequences that are walked together."""
+    if p.cu_seqlens is None:
+        yield slice(None), slice(None), slice(None)
+        return
+    for n, (lo, hi) in enumerate(itertools.pairwise(p.cu_seqlens.tolist())):
+        yield slice(None), slice(lo, hi), slice(n, n + 1)
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, p: LinearParams) -> Result:
+    """The definition, differentiable. Rows that no sequence has are 0."""
+    acc, group = _accumulator(q.dtype), v.shape[2] // q.shape[2]
+    q, k = (x.to(acc).repeat_interleave(group, 2) for x in (q, k))
+    v = v.to(acc)
+    n = q.shape[0] if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
+    shape = (n, v.shape[2], q.shape[3])
+    s0 = q.new_zeros((*shape, v.shape[3])) if p.initial_state is None else p.initial_state.to(acc)
+    z0 = q.new_zeros(shape) if p.initial_z is None else p.initial_z.to(acc)
+    outs, dens, states, zs = [], [], [], []
+    for batch, time, which in _spans(q, p):
+        gate = p.gate
+        if gate is not None and p.gate_kind != "head":
+            gate = gate[batch, time]
+        rows, keys, values = (x[batch, time] for x in (q, k, v))
+        numerator, d, s, z = _one(rows, keys, values, gate, p, s0[which], z0[which])
+        outs.append(_normalized(numerator, d, p) if p.normalize else numerator)
+        dens.append(d)
+        states.append(s)
+        zs.append(z)
+    covered = sum(x.shape[1] for x in outs)
+    outs.append(v[:, covered:] * 0.0)
+    dens.append(q.new_zeros((q.shape[0], q.shape[1] - covered, v.shape[2])))
+    state, z = (torch.cat([*x, y[:0]]) for x, y in ((states, s0), (zs, z0)))
+    if not p.normalize:
+        return Result(torch.cat(outs, 1), state, None, None)
+    return Result(torch.cat(outs, 1), state, z, torch.cat(dens, 1))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOutputs) -> None:
+    """Fill the outputs of ``linear_chunk_fwd``."""
+    found = recurrence(q, k, v, p)
+    outputs.out.copy_(found.out)
+    if outputs.final_state.dim() > 1:
+        outputs.final_state.copy_(found.state)
+    if found.z is not None and found.den is not None:
+        outputs.den.copy_(found.den)
+        if outputs.final_z.dim() > 1:
+            outputs.final_z.copy_(found.z)
+    if outputs.out_lo.dim() > 1:
+        outputs.out_lo.copy_(found.out - outputs.out)
+
+
+def backward(
+    dout: Tensor,
+    dfinal_state: Tensor | None,
+    dfinal_z: Tensor | None,
+    tape: LinearTape,
+    p: LinearParams,
+    grads: LinearGrads,
+) -> None:
+    """Fill the gradients of ``linear_chunk_bwd``: autograd through ``recurrence``."""
+    acc = _accumulator(tape.q.dtype)
+    main = [x.detach().to(acc).requires_grad_() for x in tape[:3]]
+    given = (p.gate, p.initial_state, p.initial_z)
+    rest = [None if x is None else x.detach().to(acc).requires_grad_() for x in given]
+    with torch.enable_grad():
+        p = p._replace(gate=rest[0], initial_state=rest[1], initial_z=rest[2])
+        found = recurrence(main[0], main[1], main[2], p)
+        ends = [(found.out, dout), (found.state, dfinal_state), (found.z, dfinal_z)]
+        outs = [(x, g.to(acc)) for x, g in ends if x is not None and g is not None]
+        leaves = [*main, *rest]
+        results = torch.autograd.grad(
+            [x for x, _ in outs],
+            [x for x in leaves if x is not None],
+            [g for _, g in outs],
+            allow_unused=True,
+        )
+    found_grads = iter(results)
+    for leaf, target in zip(leaves, grads, strict=True):
+        if leaf is None:
+            continue
+        value = next(found_grads)
+        if target.shape == leaf.shape:
+            target.copy_(torch.zeros_like(leaf) if value is None else value)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    indices: Tensor | None,
+    p: LinearParams,
+    out: Tensor,
+) -> None:
+    """One token of the recurrence per row, on a pool of states; see ``linear_step``."""
+    slots = torch.arange(q.shape[0], device=q.device) if indices is None else indices.long()
+    live = slots >= 0
+    own, gate = slots[live], p.gate
+    if gate is not None and p.gate_kind != "head":
+        gate = gate[live].unsqueeze(1)
+    p = p._replace(gate=gate, initial_state=state[own], initial_z=None if z is None else z[own])
+    rows, keys, values = (x[live].unsqueeze(1) for x in (q, k, v))
+    found = recurrence(rows, keys, values, p)
+    state[own] = found.state
+    if z is not None and found.z is not None:
+        z[own] = found.z
+    out.zero_()
+    out[live] = found.out[:, 0].to(out.dtype)
