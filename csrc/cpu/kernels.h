@@ -1,6 +1,7 @@
 // The CPU function table: every ISA level fills one; dispatch.cpp chooses.
 #pragma once
 
+#include "attnforge/delta.h"
 #include "attnforge/params.h"
 
 namespace attnforge::cpu {
@@ -31,6 +32,14 @@ struct KernelTable {
   ATTNFORGE_REDUCTIONS(X)
 #undef X
   void (*head_gradient)(const HeadGradientParams&, const Workers&);
+  int64_t (*delta_chunk_fwd_workspace)(const DeltaChunkFwdParams&, int64_t num_threads);
+  void (*delta_chunk_fwd)(const DeltaChunkFwdParams&, const Workers&);
+  int64_t (*delta_chunk_bwd_workspace)(const DeltaChunkBwdParams&, int64_t num_threads);
+  void (*delta_chunk_bwd)(const DeltaChunkBwdParams&, const Workers&);
+  void (*delta_step)(const DeltaStepParams&, const Workers&);
+  void (*diag_scan_fwd)(const DiagScanParams&, const Workers&);
+  int64_t (*diag_scan_bwd_workspace)(const DiagScanParams&, int64_t num_threads);
+  void (*diag_scan_bwd)(const DiagScanParams&, const Workers&);
   double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
   void (*probe_read)(const Workers&, const void* data, int64_t bytes);  // streams the buffer
 };
@@ -40,19 +49,27 @@ struct KernelTable {
   void NAME(const PARAMS&, const Workers&);
 
 // Declares the functions that one ISA level defines; each lives in namespace attnforge::cpu::<isa>.
-#define ATTNFORGE_DECLARE_ISA(ISA)                                            \
-  namespace ISA {                                                             \
-  int64_t flash_fwd_workspace(const FlashFwdParams&, int64_t num_threads);    \
-  void flash_fwd(const FlashFwdParams&, const Workers&);                      \
-  int64_t flash_decode_workspace(const FlashFwdParams&, int64_t num_threads); \
-  void flash_decode(const FlashFwdParams&, const Workers&);                   \
-  int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);    \
-  void flash_bwd(const FlashBwdParams&, const Workers&);                      \
-  void merge_states(const MergeParams&, const Workers&);                      \
-  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                           \
-  void head_gradient(const HeadGradientParams&, const Workers&);              \
-  double probe_fma(const Workers&, int64_t iterations);                       \
-  void probe_read(const Workers&, const void* data, int64_t bytes);           \
+#define ATTNFORGE_DECLARE_ISA(ISA)                                                    \
+  namespace ISA {                                                                     \
+  int64_t flash_fwd_workspace(const FlashFwdParams&, int64_t num_threads);            \
+  void flash_fwd(const FlashFwdParams&, const Workers&);                              \
+  int64_t flash_decode_workspace(const FlashFwdParams&, int64_t num_threads);         \
+  void flash_decode(const FlashFwdParams&, const Workers&);                           \
+  int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);            \
+  void flash_bwd(const FlashBwdParams&, const Workers&);                              \
+  void merge_states(const MergeParams&, const Workers&);                              \
+  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                                   \
+  void head_gradient(const HeadGradientParams&, const Workers&);                      \
+  int64_t delta_chunk_fwd_workspace(const DeltaChunkFwdParams&, int64_t num_threads); \
+  void delta_chunk_fwd(const DeltaChunkFwdParams&, const Workers&);                   \
+  int64_t delta_chunk_bwd_workspace(const DeltaChunkBwdParams&, int64_t num_threads); \
+  void delta_chunk_bwd(const DeltaChunkBwdParams&, const Workers&);                   \
+  void delta_step(const DeltaStepParams&, const Workers&);                            \
+  void diag_scan_fwd(const DiagScanParams&, const Workers&);                          \
+  int64_t diag_scan_bwd_workspace(const DiagScanParams&, int64_t num_threads);        \
+  void diag_scan_bwd(const DiagScanParams&, const Workers&);                          \
+  double probe_fma(const Workers&, int64_t iterations);                               \
+  void probe_read(const Workers&, const void* data, int64_t bytes);                   \
   }
 
 const KernelTable& kernels();       // the level in force

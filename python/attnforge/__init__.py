@@ -13,12 +13,14 @@ from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
+from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
     flash_decode,
     merge_states,
 )
+from attnforge.ops.gsa import gsa
 from attnforge.ops.linear import (
     gla,
     lightning_attention,
@@ -27,6 +29,7 @@ from attnforge.ops.linear import (
     retention,
     simple_gla,
 )
+from attnforge.ops.scan import hgrn
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
@@ -50,11 +53,17 @@ __all__ = [
     "__version__",
     "backend",
     "debug",
+    "delta_rule",
+    "delta_step",
     "explain",
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "gated_delta_rule",
     "gla",
+    "gsa",
+    "hgrn",
+    "kda",
     "lightning_attention",
     "linear_attention",
     "linear_step",

@@ -11,6 +11,8 @@ from torch import Tensor
 
 __all__ = [
     "SCORE_FNS",
+    "DeltaGrads",
+    "DeltaParams",
     "FlashGrads",
     "FlashMods",
     "FlashParams",
@@ -153,3 +155,27 @@ class LinearGrads(NamedTuple):
     dgate: Tensor  # like gate; [0] also where no gradient is asked for
     dinitial_state: Tensor
     dinitial_z: Tensor
+
+
+class DeltaParams(NamedTuple):
+    """Everything a ``delta_chunk_*`` launcher needs beyond q, k, v and its outputs.
+
+    Gates, beta and states are fp32, or fp64 beside fp64 inputs.
+    """
+
+    g: Tensor | None  # natural-log gates [B, T, HV], or per key channel [B, T, HV, K]
+    beta: Tensor  # [B, T, HV]
+    initial_state: Tensor | None  # [N, HV, K, V]
+    cu_seqlens: Tensor | None  # [N + 1] int32, with a batch of 1
+    scale: float
+
+
+class DeltaGrads(NamedTuple):
+    """Outputs of a backward launcher; [0] where there is no such input."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dbeta: Tensor
+    dinitial_state: Tensor

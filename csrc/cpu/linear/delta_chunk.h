@@ -1,27 +1,9 @@
-// Where sequences and heads lie, and the walk over chunks that forward and backward share.
+// What forward and backward do with one chunk: read, prepare, solve, advance the state.
 #pragma once
 
 #include "cpu/linear/delta_gates.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
-
-struct TokenSpan {
-  int64_t batch, first, rows;  // rows of memory: batch * batch_stride + (first + t) * seq_stride
-};
-
-// Boundaries are data: clamped to the rows that exist.
-AF_INLINE TokenSpan token_span(const int32_t* cu_seqlens, int64_t rows, int64_t sequence) {
-  if (!cu_seqlens) return {sequence, 0, rows};
-  const int64_t first = max64(0, min64(cu_seqlens[sequence], rows));
-  const int64_t end = max64(first, min64(cu_seqlens[sequence + 1], rows));
-  return {0, first, end - first};
-}
-
-template <class T>
-AF_INLINE T* token_row(const TensorRef& x, const TokenSpan& s, int64_t head, int64_t t) {
-  return static_cast<T*>(x.data) + s.batch * x.batch_stride + (s.first + t) * x.seq_stride +
-         head * x.head_stride;
-}
 
 // One head of one sequence: reads a chunk and prepares it for its gate.
 template <class T, class Gate>

@@ -25,13 +25,13 @@ constexpr int64_t kReplay = 8;  // states of 64 x 64 and errors of 8 chunks are 
 
 struct BwdBuffers {
   ChunkGrads grads;
-  float *state, *dstate;            // states
-  float *checkpoints;               // states, one per segment
-  float *states, *errors;           // of a segment: states, panels
-  float *dout, *write, *dwrite, *derror;             // one panel
-  float *dout_tile, *write_tile, *derror_tile;       // its transposes [kNR][kChunk]
-  float *ddecay, *end;                               // [padded dim]
-  float *sum_dq, *sum_dk;           // rows of the whole sequence, with shared heads
+  float *state, *dstate;                        // states
+  float* checkpoints;                           // states, one per segment
+  float *states, *errors;                       // of a segment: states, panels
+  float *dout, *write, *dwrite, *derror;        // one panel
+  float *dout_tile, *write_tile, *derror_tile;  // its transposes [kNR][kChunk]
+  float *ddecay, *end;                          // [padded dim]
+  float *sum_dq, *sum_dk;                       // rows of the whole sequence, with shared heads
   float dbeta[kChunk];
 
   AF_INLINE_MEMBER BwdBuffers(const DeltaProblem& p, Arena& arena) {
@@ -169,8 +169,8 @@ struct HeadBackward {
     transpose(b.derror, kNR, live, kNR, b.derror_tile, kChunk);
     tile_square(live, columns, b.dout_tile, b.write_tile, g.dscores, add);
     tile_square(live, columns, b.derror_tile, b.write_tile, g.derase, add);
-    auto by_state = [&](const float* s, const float* tile, float* out)
-                        __attribute__((always_inline)) {
+    auto by_state = [&](const float* s, const float* tile,
+                        float* out) __attribute__((always_inline)) {
       gemm<kNR, 1, kChunk>(k, vectors, columns, s, kNR, tile, kNR, out, kChunk, add);
     };
     by_state(state, b.dout_tile, g.dqg);

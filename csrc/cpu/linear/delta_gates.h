@@ -23,11 +23,11 @@ struct Chunk {
   int64_t n, live;  // tokens, and those rounded up to kSub
   int64_t dim;      // of keys
   float scale;
-  float *q_rows, *k_rows;        // rows [kChunk][padded dim]
-  float *q, *k;                  // tiles: plain (ScalarGate) or decayed from their sub-chunk's start
-  float *qg, *kg, *kd;           // tiles
-  float *scores, *erase;         // squares, zeros above the diagonal
-  float* decay;                  // [padded dim]
+  float *q_rows, *k_rows;  // rows [kChunk][padded dim]
+  float *q, *k;            // tiles: plain (ScalarGate) or decayed from their sub-chunk's start
+  float *qg, *kg, *kd;     // tiles
+  float *scores, *erase;   // squares, zeros above the diagonal
+  float* decay;            // [padded dim]
   float beta[kChunk];
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t key_dim, float factor) {
@@ -40,14 +40,8 @@ struct Chunk {
   }
 };
 
-// Natural-log gate to base 2, a reset to where exp2 is 0. A NaN stays.
-AF_INLINE VecF gate_log2(VecF g) {
-  VecF l = g * splat(kLog2E);
-  return l < splat(-144.0f) ? splat(-144.0f) : l;
-}
-
 struct ScalarGate {
-  float* ratio;           // square r_ij, zeros above the diagonal
+  float* ratio;                              // square r_ij, zeros above the diagonal
   float from_start[kChunk], to_end[kChunk];  // exp(b), exp(b_end - b)
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t) { ratio = arena.take<float>(kSquare); }
@@ -113,8 +107,8 @@ struct ScalarGate {
 struct ChannelGate {
   int64_t dim;
   float *step, *from_start, *to_end;  // rows: exp(g), and its products within the sub-chunk
-  float *total, *before;              // [sub-chunk][padded dim]: their products, and of those before
-  float *rows, *window;               // scratch: rows [kChunk], [kSub] of padded dim
+  float *total, *before;  // [sub-chunk][padded dim]: their products, and of those before
+  float *rows, *window;   // scratch: rows [kChunk], [kSub] of padded dim
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t key_dim) {
     dim = key_dim;

@@ -10,11 +10,11 @@
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
 struct ChunkGrads {
-  float *dqg, *dkg, *dkd;              // tiles, in
-  float *dscores, *derase;             // squares, in, masked
-  float *dscores_t, *derase_t;         // their transposes, scratch
-  float *dq, *dk_read, *dk_write;      // rows, out
-  float *tile_q, *tile_r, *tile_w;     // scratch
+  float *dqg, *dkg, *dkd;           // tiles, in
+  float *dscores, *derase;          // squares, in, masked
+  float *dscores_t, *derase_t;      // their transposes, scratch
+  float *dq, *dk_read, *dk_write;   // rows, out
+  float *tile_q, *tile_r, *tile_w;  // scratch
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t dim) {
     take_floats(arena, tile_floats(dim), dqg, dkg, dkd, tile_q, tile_r, tile_w);

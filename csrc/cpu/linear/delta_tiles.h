@@ -1,7 +1,8 @@
 // Layouts of a chunk and the products over them, shared by the chunk kernels of the delta rules.
 //
 //   rows     [token][padded dim]         as in memory, widened to fp32
-//   tile     [dim][kChunk]               a chunk transposed: the A operand of a product over channels
+//   tile     [dim][kChunk]               a chunk transposed: the A operand of a product over
+//   channels
 //                                        or over tokens, and the B operand whose columns are tokens
 //   panels   [dim / kNR][kRoom][kNR]     the B operand of products over tokens, and their result
 //   square   [kRoom][kChunk]             token by token
@@ -11,8 +12,7 @@
 // Products may compute up to kMR - 1 rows more than asked for; every buffer has room for them.
 #pragma once
 
-#include "attnforge/delta.h"
-#include "cpu/flash/problem.h"
+#include "cpu/linear/tokens.h"
 #include "cpu/micro/denormals.h"
 #include "cpu/micro/pack.h"
 #include "cpu/micro/parallel.h"
@@ -130,7 +130,8 @@ AF_INLINE void panel_product(int64_t rows, int64_t vectors, int64_t depth, const
 }
 
 template <int MR, int ARow, int AK>
-AF_INLINE void panel_tile(int64_t vectors, int64_t depth, const float* a, const float* b, float* c) {
+AF_INLINE void panel_tile(int64_t vectors, int64_t depth, const float* a, const float* b,
+                          float* c) {
   if (vectors == 2) {
     gemm_tile<MR, 2, ARow, AK>(depth, a, b, c, kNR, true);
   } else {

@@ -1,7 +1,8 @@
 // The register-tiled matrix product that every flash kernel is made of.
 //
 // C[m, n] (+)= A[m, depth] * B[depth, n] with B packed in column panels and A read by broadcasts:
-//   B panel  [depth][kNR]       kNR = two vectors of columns; rows may lie BK apart instead, so that
+//   B panel  [depth][kNR]       kNR = two vectors of columns; rows may lie BK apart instead, so
+//   that
 //            a matrix with that leading dimension serves without packing
 //   A        element (row, k) at a[row * ARow + k * AK], both strides known at compile time, so
 //   that

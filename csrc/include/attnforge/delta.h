@@ -9,10 +9,10 @@ namespace attnforge {
 struct DeltaProblem {
   DType dtype = DType::kFloat32;
   int64_t sequences = 0;
-  int64_t rows = 0;                    // tokens of one sequence; varlen: of all
+  int64_t rows = 0;                     // tokens of one sequence; varlen: of all
   const int32_t* cu_seqlens = nullptr;  // [sequences + 1] of one packed batch, or null
-  int64_t heads = 0;                   // of q and k
-  int64_t value_heads = 0;             // of v, gates, beta and states; a multiple of heads
+  int64_t heads = 0;                    // of q and k
+  int64_t value_heads = 0;              // of v, gates, beta and states; a multiple of heads
   int64_t key_dim = 0, value_dim = 0;
   float scale = 1.0f;
   TensorRef q, k, v;
