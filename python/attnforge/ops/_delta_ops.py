@@ -69,8 +69,10 @@ def _bwd(
     return grads
 
 
-def _bwd_fake(dout: Tensor, dfinal_state: Tensor | None, *rest: Any) -> DeltaGrads:
-    return alloc_bwd(*rest[:3], DeltaParams(*rest[3:-1]))
+def _bwd_fake(
+    dout: Tensor, dfinal_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> DeltaGrads:
+    return alloc_bwd(q, k, v, DeltaParams(*rest[:-1]))
 
 
 def _step(

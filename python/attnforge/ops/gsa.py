@@ -83,7 +83,7 @@ def gsa(
         first, second = (
             None if x is None else x.repeat_interleave(group, 1) for x in (first, second)
         )
-    options = {
+    options: dict[str, Any] = {
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
         "backend": backend,

@@ -50,8 +50,8 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, p: DeltaParams) -> tuple[Tensor,
     outs, states = [v.new_zeros((batch, 0, heads, width))], [s0[:0]]
     for i, (lo, hi) in enumerate(spans):
         own = s0 if p.cu_seqlens is None else s0[i : i + 1]
-        parts = (x[:, lo:hi] for x in (q, k, v))
-        rows, s = _one(*parts, None if g is None else g[:, lo:hi], beta[:, lo:hi], p.scale, own)
+        gate = None if g is None else g[:, lo:hi]
+        rows, s = _one(q[:, lo:hi], k[:, lo:hi], v[:, lo:hi], gate, beta[:, lo:hi], p.scale, own)
         outs += [row.unsqueeze(1) for row in rows]
         states.append(s)
     covered = spans[-1][1] if spans else 0

@@ -80,7 +80,9 @@ class DeltaInputs:
 
     def run(self, backend: str | None = None, grad: bool = True) -> dict[str, Tensor]:
         """out, final_state and, by ``d`` + name, every gradient."""
-        own = {n: x.detach().clone().requires_grad_(grad) for n, x in self.leaves().items()}
+        own: dict[str, Any] = {
+            n: x.detach().clone().requires_grad_(grad) for n, x in self.leaves().items()
+        }
         out, state = replace(self, **own).call(backend)
         found = {"out": out.detach(), "final_state": state.detach()}
         if grad:
@@ -109,10 +111,8 @@ class DeltaInputs:
             size = x
             if name == "g":
                 group = self.v.shape[2] // self.q.shape[2]
-                terms = sum(
-                    (wide[n].detach() * grads[n]).abs().sum(-1).repeat_interleave(group, 2)
-                    for n in ("q", "k")
-                )
+                products = torch.cat([wide[n].detach() * grads[n] for n in ("q", "k")], -1)
+                terms = products.abs().sum(-1).repeat_interleave(group, 2)
                 size = x.abs() + 8 * terms.reshape(*terms.shape, *[1] * (x.dim() - 3))
             dim = 1 if name == "initial_state" else 2
             stored = dtype if name in "qkv" else f32
@@ -121,7 +121,9 @@ class DeltaInputs:
 
     def cut(self, lo: int, hi: int, initial_state: Tensor | None) -> DeltaInputs:
         """Tokens lo .. hi - 1, from a state."""
-        parts = {n: x[:, lo:hi] for n, x in self.leaves().items() if n != "initial_state"}
+        parts: dict[str, Any] = {
+            n: x[:, lo:hi] for n, x in self.leaves().items() if n != "initial_state"
+        }
         return replace(self, **parts, initial_state=initial_state, dout=self.dout[:, lo:hi])
 
 
