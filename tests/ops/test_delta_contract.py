@@ -17,6 +17,7 @@ from attnforge.testing.delta import DeltaCase, DeltaInputs
 from attnforge.testing.oracle import Truth
 
 GATES = ("none", "scalar", "key")
+NAMES = ("q", "k", "v", "dout")
 
 
 def walked(inputs: DeltaInputs, backend: str) -> tuple[Tensor, Tensor]:
@@ -64,8 +65,8 @@ def test_step_skips_rows(backend: str) -> None:
 def test_layouts(layout: Layout) -> None:
     inputs = DeltaCase(time=70, batch=2, heads=2, gate="key", dtype=torch.bfloat16).make()
     if layout == "expanded":
-        inputs = replace(inputs, **{n: getattr(inputs, n)[:1].expand(2, -1, -1, -1) for n in "qkv"})
-    moved = {n: place(getattr(inputs, n), layout) for n in ("q", "k", "v", "dout")}
+        inputs = replace(inputs, **{n: getattr(inputs, n)[:1].expand(2, -1, -1, -1) for n in NAMES})
+    moved = {n: place(getattr(inputs, n), layout) for n in NAMES}
     assert_same(replace(inputs, **moved).run("cpu"), inputs.run("cpu"), layout)
 
 

@@ -26,12 +26,16 @@ struct HeadChunks {
     return (span.batch * p.rows + span.first + t) * p.value_heads + value_head;
   }
 
+  // Reads a chunk; without kQueries only what moves the state is made.
+  template <bool kQueries>
   AF_INLINE_MEMBER void prepare(int64_t index) {
     const int64_t t = index * kChunk, ld = padded_dim(p.key_dim);
     chunk.n = min64(kChunk, span.rows - t);
     chunk.live = round_up(chunk.n, kSub);
-    load_rows(token_row<T>(p.q, span, key_head(), t), p.q.seq_stride, chunk.n, chunk.live,
-              p.key_dim, chunk.q_rows, ld);
+    if (kQueries) {
+      load_rows(token_row<T>(p.q, span, key_head(), t), p.q.seq_stride, chunk.n, chunk.live,
+                p.key_dim, chunk.q_rows, ld);
+    }
     load_rows(token_row<T>(p.k, span, key_head(), t), p.k.seq_stride, chunk.n, chunk.live,
               p.key_dim, chunk.k_rows, ld);
     const int64_t at = scalar_at(t);
@@ -40,7 +44,7 @@ struct HeadChunks {
     }
     const int64_t width = p.channel_gates ? p.key_dim : 1;
     gate.read(p.g ? p.g + at * width : nullptr, p.value_heads * width, chunk.n, chunk.live);
-    gate.prepare(chunk);
+    gate.template prepare<kQueries>(chunk);
   }
 
   // error = v - kg' S solved, write = beta error, for one panel of columns.

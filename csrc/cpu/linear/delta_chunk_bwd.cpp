@@ -67,7 +67,7 @@ struct HeadBackward {
 
   // All panels of one chunk: errors and the state behind it.
   AF_INLINE_MEMBER void walk(int64_t index, float* error) {
-    head.prepare(index);
+    head.template prepare<false>(index);
     for (int64_t n = 0; n < panels; ++n, error += kPanel) {
       float* state = b.state + n * key_rows * kNR;
       const int64_t vectors = panel_vectors(p.value_dim, n * kNR);
@@ -107,7 +107,7 @@ struct HeadBackward {
       }
       for (int64_t n = count - 1; n >= 0; --n) {
         const int64_t index = s * kReplay + n;
-        if (n < count - 1) head.prepare(index);
+        head.template prepare<true>(index);
         backward(index, b.states + n * floats, b.errors + n * panels * kPanel);
         finish(index, first, last);
       }
@@ -204,9 +204,9 @@ struct HeadBackward {
       }
       b.end[d] = c.decay[d] * b.ddecay[d] + reduce_add(sum);
     }
-    g.mask_squares(c.live);
     intra_backward(head.gate, c, g);
-    if (params.dg) gate_gradient(params.dg + at * (p.channel_gates ? p.key_dim : 1));
+    const int64_t gate_at = at * (p.channel_gates ? p.key_dim : 1);
+    if (params.dg) gate_gradient(p.g + gate_at, params.dg + gate_at);
     for (int64_t x = 0; x < c.live * ld; x += kLanes) {
       store(g.dk_read + x, load(g.dk_read + x) + load(g.dk_write + x));
     }
@@ -231,8 +231,9 @@ struct HeadBackward {
                out.seq_stride);
   }
 
-  // dg = reverse sum of q dq + k dk_read - k dk_write, to which the end of the chunk adds `end`.
-  AF_INLINE_MEMBER void gate_gradient(float* dg) {
+  // dg = reverse sum of q dq + k dk_read - k dk_write, to which the end of the chunk adds `end`. A
+  // reset has none: what the sum leaves there is rounding.
+  AF_INLINE_MEMBER void gate_gradient(const float* gates, float* dg) {
     const Chunk& c = head.chunk;
     const ChunkGrads& g = b.grads;
     const int64_t ld = padded_dim(p.key_dim);
@@ -245,9 +246,10 @@ struct HeadBackward {
         VecF sum = load(b.end + d);
         for (int64_t i = c.live - 1; i >= 0; --i) {
           sum += part(i * ld + d);
-          if (i < c.n) {
-            store_partial(dg + i * p.value_heads * p.key_dim + d, sum, p.key_dim - d);
-          }
+          if (i >= c.n) continue;
+          const int64_t at = i * p.value_heads * p.key_dim + d, left = p.key_dim - d;
+          const VecF gate = load_partial(gates + at, left);
+          store_partial(dg + at, gate < splat(kReset) ? VecF{} : sum, left);
         }
       }
       return;
@@ -258,7 +260,9 @@ struct HeadBackward {
       VecF row{};
       for (int64_t d = 0; d < ld; d += kLanes) row += part(i * ld + d);
       sum += reduce_add(row);
-      if (i < c.n) dg[i * p.value_heads] = static_cast<float>(sum);
+      if (i >= c.n) continue;
+      const int64_t at = i * p.value_heads;
+      dg[at] = gates[at] < kReset ? 0.0f : static_cast<float>(sum);
     }
   }
 };

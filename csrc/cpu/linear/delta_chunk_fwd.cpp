@@ -66,7 +66,7 @@ void run_head(const DeltaChunkFwdParams& params, const FwdPlan& plan, int64_t ta
   load_state(p.initial_state ? p.initial_state + state_at : nullptr, p.key_dim, p.value_dim, first,
              end, b.state);
   for (int64_t i = 0; i < head.chunks(); ++i) {
-    head.prepare(i);
+    head.template prepare<true>(i);
     const Chunk& c = head.chunk;
     float* state = b.state;
     for (int64_t column = first; column < end; column += kNR) {

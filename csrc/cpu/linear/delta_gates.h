@@ -68,27 +68,33 @@ struct ScalarGate {
     }
   }
 
+  // Everything of the chunk, or without kQueries what moves its state alone.
+  template <bool kQueries>
   AF_INLINE_MEMBER void prepare(Chunk& c) {
     const int64_t padded = padded_dim(c.dim);
-    transpose(c.q_rows, padded, c.live, padded, c.q, kChunk);
     transpose(c.k_rows, padded, c.live, padded, c.k, kChunk);
-    tile_square(c.live, c.dim, c.q, c.k, c.scores);
     tile_square(c.live, c.dim, c.k, c.k, c.erase);
-    for (int64_t i = 0; i < c.live; ++i) {
-      for (int64_t j = 0; j < c.live; j += kLanes) {
-        const int64_t at = i * kChunk + j;
-        VecF r = load(ratio + at);
-        VecF s = load(c.scores + at);
-        VecF e = load(c.erase + at);
-        store(c.scores + at, keep_up_to(i, j, s * r * splat(c.scale)));
-        store(c.erase + at, keep_up_to(i - 1, j, e * r * splat(-1.0f)));
-      }
-    }
-    scale_tile(c, c.q, from_start, c.scale, c.qg);
+    weigh(c, -1.0f, 1, c.erase);
     scale_tile(c, c.k, from_start, -1.0f, c.kg);
     scale_tile(c, c.k, to_end, 1.0f, c.kd);
     const VecF end = splat(from_start[c.live - 1]);
     for (int64_t d = 0; d < padded; d += kLanes) store(c.decay + d, end);
+    if (!kQueries) return;
+    transpose(c.q_rows, padded, c.live, padded, c.q, kChunk);
+    tile_square(c.live, c.dim, c.q, c.k, c.scores);
+    weigh(c, c.scale, 0, c.scores);
+    scale_tile(c, c.q, from_start, c.scale, c.qg);
+  }
+
+  // square_ij *= factor r_ij for j <= i - below, the others become zeros.
+  AF_INLINE_MEMBER void weigh(const Chunk& c, float factor, int64_t below, float* square) const {
+    for (int64_t i = 0; i < c.live; ++i) {
+      for (int64_t j = 0; j < c.live; j += kLanes) {
+        const int64_t at = i * kChunk + j;
+        VecF x = load(square + at) * load(ratio + at) * splat(factor);
+        store(square + at, keep_up_to(i - below, j, x));
+      }
+    }
   }
 
   // out[d][i] = in[d][i] factor[i] sign
@@ -142,23 +148,17 @@ struct ChannelGate {
     }
   }
 
+  template <bool kQueries>
   AF_INLINE_MEMBER void prepare(Chunk& c) {
     const int64_t ld = padded_dim(dim), subs = c.live / kSub;
-    decayed_tile(c, c.q_rows, from_start, c.scale, c.q);
-    decayed_tile(c, c.k_rows, from_start, -1.0f, c.k);
-    decayed_tile(c, c.k_rows, to_end, 1.0f, c.kd);
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t i = 0; i < c.live; i += kLanes) {
-        const VecF past = splat(before[i / kSub * ld + d]);
-        store(c.qg + d * kChunk + i, load(c.q + d * kChunk + i) * past);
-        store(c.kg + d * kChunk + i, load(c.k + d * kChunk + i) * past);
-      }
-    }
+    if (kQueries) decayed_tile(c, c.q_rows, from_start, c.scale, c.q, c.qg);
+    decayed_tile(c, c.k_rows, from_start, -1.0f, c.k, c.kg);
+    decayed_tile(c, c.k_rows, to_end, 1.0f, c.kd, nullptr);
     for (int64_t s = 0; s < subs; ++s) {
       carry_keys(c.kd, s);
-      sub_rows(c, s, c.q, c.scores);
+      if (kQueries) sub_rows(c, s, c.q, c.scores);
       sub_rows(c, s, c.k, c.erase);
-      inside(c, s);
+      inside<kQueries>(c, s);
     }
     carry_keys(c.kd, subs);
     const int64_t last = subs - 1;
@@ -179,14 +179,25 @@ struct ChannelGate {
     }
   }
 
-  // tile = (rows * factor * sign)^T
+  // tile = (in * factor * sign)^T; if asked for, `whole` is the same from the start of the chunk.
   AF_INLINE_MEMBER void decayed_tile(const Chunk& c, const float* in, const float* factor,
-                                     float sign, float* tile) {
+                                     float sign, float* tile, float* whole) {
     const int64_t ld = padded_dim(dim);
     for (int64_t at = 0; at < c.live * ld; at += kLanes) {
       store(rows + at, load(in + at) * load(factor + at) * splat(sign));
     }
     transpose(rows, ld, c.live, ld, tile, kChunk);
+    if (whole) from_chunk_start(c, tile, whole);
+  }
+
+  AF_INLINE_MEMBER void from_chunk_start(const Chunk& c, const float* tile, float* whole) const {
+    const int64_t ld = padded_dim(dim);
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t i = 0; i < c.live; i += kLanes) {
+        const int64_t at = d * kChunk + i;
+        store(whole + at, load(tile + at) * splat(before[i / kSub * ld + d]));
+      }
+    }
   }
 
   // Keys of the sub-chunks before s - 1, which stand at the end of s - 2, go to the end of s - 1.
@@ -202,6 +213,7 @@ struct ChannelGate {
   }
 
   // The diagonal blocks of sub-chunk s: keys decay along with the rows that read them.
+  template <bool kQueries>
   AF_INLINE_MEMBER void inside(Chunk& c, int64_t s) {
     const int64_t ld = padded_dim(dim), first = s * kSub;
     for (int64_t i = 0; i < kSub; ++i) {
@@ -213,14 +225,14 @@ struct ChannelGate {
         VecF x{}, y{};
         for (int64_t d = 0; d < ld; d += kLanes) {
           VecF w = load(window + j * ld + d);
-          x = fma(w, load(q + d), x);
+          if (kQueries) x = fma(w, load(q + d), x);
           y = fma(w, load(k + d), y);
         }
         read[j] = x, erased[j] = y;
       }
       for (int64_t j = 0; j < kSub; j += kLanes) {
         const int64_t at = (first + i) * kChunk + first + j;
-        store(c.scores + at, sum_each(read + j) * splat(c.scale));
+        if (kQueries) store(c.scores + at, sum_each(read + j) * splat(c.scale));
         store(c.erase + at, keep_up_to(i - 1, j, sum_each(erased + j) * splat(-1.0f)));
       }
     }

@@ -11,7 +11,7 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 struct ChunkGrads {
   float *dqg, *dkg, *dkd;           // tiles, in
-  float *dscores, *derase;          // squares, in, masked
+  float *dscores, *derase;          // squares, in; what is above the diagonal is not read
   float *dscores_t, *derase_t;      // their transposes, scratch
   float *dq, *dk_read, *dk_write;   // rows, out
   float *tile_q, *tile_r, *tile_w;  // scratch
@@ -51,14 +51,8 @@ AF_INLINE void tile_to_rows(float* tile, int64_t dim, int64_t live, float* rows)
 }
 
 AF_INLINE void intra_backward(ScalarGate& gate, const Chunk& c, ChunkGrads& g) {
-  for (int64_t i = 0; i < c.live; ++i) {
-    for (int64_t j = 0; j < c.live; j += kLanes) {
-      const int64_t at = i * kChunk + j;
-      const VecF r = load(gate.ratio + at);
-      store(g.dscores + at, load(g.dscores + at) * r * splat(c.scale));
-      store(g.derase + at, load(g.derase + at) * r * splat(-1.0f));
-    }
-  }
+  gate.weigh(c, c.scale, 0, g.dscores);
+  gate.weigh(c, -1.0f, 1, g.derase);
   g.transpose_squares(c.live);
   ScalarGate::scale_tile(c, g.dqg, gate.from_start, c.scale, g.tile_q);
   ScalarGate::scale_tile(c, g.dkg, gate.from_start, -1.0f, g.tile_r);
@@ -111,16 +105,12 @@ AF_INLINE void inside_backward(ChannelGate& gate, const Chunk& c, ChunkGrads& g,
 
 AF_INLINE void intra_backward(ChannelGate& gate, const Chunk& c, ChunkGrads& g) {
   const int64_t ld = padded_dim(c.dim), subs = c.live / kSub;
+  g.mask_squares(c.live);
   g.transpose_squares(c.live);
   // Rows that read: keys stand at the end of the sub-chunk before.
-  gate.decayed_tile(c, c.k_rows, gate.to_end, 1.0f, g.tile_w);
-  for (int64_t d = 0; d < c.dim; ++d) {
-    for (int64_t i = 0; i < c.live; i += kLanes) {
-      const VecF past = splat(gate.before[i / kSub * ld + d]);
-      store(g.tile_q + d * kChunk + i, load(g.dqg + d * kChunk + i) * past);
-      store(g.tile_r + d * kChunk + i, load(g.dkg + d * kChunk + i) * past);
-    }
-  }
+  gate.decayed_tile(c, c.k_rows, gate.to_end, 1.0f, g.tile_w, nullptr);
+  gate.from_chunk_start(c, g.dqg, g.tile_q);
+  gate.from_chunk_start(c, g.dkg, g.tile_r);
   for (int64_t s = 1; s < subs; ++s) {
     gate.carry_keys(g.tile_w, s);
     const int64_t at = s * kSub;

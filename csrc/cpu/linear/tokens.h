@@ -25,10 +25,11 @@ AF_INLINE T* token_row(const TensorRef& x, const TokenSpan& s, int64_t head, int
          head * x.head_stride;
 }
 
-// Natural-log gate to base 2, a reset to where exp2 is 0. A NaN stays.
+// Natural-log gate to base 2; one below kReset goes to where exp2 is 0. A NaN stays.
+constexpr float kReset = -100.0f;
 AF_INLINE VecF gate_log2(VecF g) {
   VecF l = g * splat(kLog2E);
-  return l < splat(-144.0f) ? splat(-144.0f) : l;
+  return l < splat(kReset * kLog2E) ? splat(kReset * kLog2E) : l;
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -4,14 +4,16 @@
     e  = v_t - S~^T k_t                       what it lacks of the value
     S_t = S~ + k_t (beta_t e)^T               o_t = scale S_t^T q_t
 
-Accumulation is float64 for float64 inputs and float32 otherwise; the backward is autograd through
-the recurrence. Without gates this is DeltaNet, with one per head Gated DeltaNet, with one per
-channel Kimi Delta Attention.
+Without gates this is DeltaNet, with one per head Gated DeltaNet, with one per channel Kimi Delta
+Attention. Accumulation is float64 for float64 inputs and float32 otherwise. The backward writes the
+formulas out, since an operator may run where autograd records nothing, and is checked against it.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,41 +23,79 @@ from attnforge._params import DeltaGrads, DeltaParams
 __all__ = ["backward", "forward", "recurrence", "step"]
 
 
-def _one(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, scale: float, s: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Sequences of one length, all [B, T, HV, ..] -> rows of o and the last state."""
-    rows = []
-    for t in range(q.shape[1]):
-        if g is not None:
-            factor = torch.exp(g[:, t])
-            s = (factor[..., None, None] if factor.dim() == 2 else factor[..., None]) * s
-        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", s, k[:, t])
-        s = s + k[:, t, :, :, None] * (beta[:, t, :, None] * error)[:, :, None, :]
-        rows.append(scale * torch.einsum("bhkv,bhk->bhv", s, q[:, t]))
-    return rows, s
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _decay(g: Tensor | None, t: int) -> Tensor | float:
+    """What S [B, HV, K, V] is multiplied by before token t."""
+    if g is None:
+        return 1.0
+    factor = torch.exp(g[:, t])
+    return factor[..., None, None] if factor.dim() == 2 else factor[..., None]
+
+
+class _Step(NamedTuple):
+    """What one token leaves behind."""
+
+    kept: Tensor  # S~ [B, HV, K, V]
+    error: Tensor  # e [B, HV, V]
+    state: Tensor  # S_t
+
+
+def _walk(k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, s: Tensor) -> Iterator[_Step]:
+    """The recurrence over sequences of one length, all operands [B, T, HV, ..]."""
+    for t in range(k.shape[1]):
+        kept = _decay(g, t) * s
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", kept, k[:, t])
+        s = kept + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
+        yield _Step(kept, error, s)
+
+
+class _Span(NamedTuple):
+    """Sequences of one length in the accumulator, heads of q and k repeated over the group."""
+
+    rows: slice
+    states: slice
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    beta: Tensor
+    initial: Tensor  # [N, HV, K, V]
+
+
+def _spans(q: Tensor, k: Tensor, v: Tensor, p: DeltaParams) -> Iterator[_Span]:
+    acc, heads = _accumulator(q.dtype), v.shape[2]
+    q, k = (x.to(acc).repeat_interleave(heads // q.shape[2], 2) for x in (q, k))
+    ends = [0, q.shape[1]] if p.cu_seqlens is None else p.cu_seqlens.tolist()
+    n = q.shape[0] if p.cu_seqlens is None else len(ends) - 1
+    initial = p.initial_state
+    if initial is None:
+        initial = q.new_zeros((n, heads, q.shape[3], v.shape[3]))
+    for i, (lo, hi) in enumerate(itertools.pairwise(ends)):
+        rows = slice(lo, hi)
+        own = slice(None) if p.cu_seqlens is None else slice(i, i + 1)
+        g = None if p.g is None else p.g[:, rows].to(acc)
+        beta, state = p.beta[:, rows].to(acc), initial[own].to(acc)
+        yield _Span(rows, own, q[:, rows], k[:, rows], v[:, rows].to(acc), g, beta, state)
 
 
 def recurrence(q: Tensor, k: Tensor, v: Tensor, p: DeltaParams) -> tuple[Tensor, Tensor]:
     """The definition, differentiable: o and final states. Rows that no sequence has are 0."""
-    acc = torch.float64 if q.dtype is torch.float64 else torch.float32
-    batch, time, heads, width = v.shape
-    q, k = (x.to(acc).repeat_interleave(heads // q.shape[2], 2) for x in (q, k))
-    v, beta = v.to(acc), p.beta.to(acc)
-    g = None if p.g is None else p.g.to(acc)
-    spans = [(0, time)] if p.cu_seqlens is None else list(itertools.pairwise(p.cu_seqlens.tolist()))
-    n = batch if p.cu_seqlens is None else len(spans)
-    s0 = p.initial_state
-    s0 = q.new_zeros((n, heads, q.shape[3], width)) if s0 is None else s0.to(acc)
-    outs, states = [v.new_zeros((batch, 0, heads, width))], [s0[:0]]
-    for i, (lo, hi) in enumerate(spans):
-        own = s0 if p.cu_seqlens is None else s0[i : i + 1]
-        gate = None if g is None else g[:, lo:hi]
-        rows, s = _one(q[:, lo:hi], k[:, lo:hi], v[:, lo:hi], gate, beta[:, lo:hi], p.scale, own)
-        outs += [row.unsqueeze(1) for row in rows]
-        states.append(s)
-    covered = spans[-1][1] if spans else 0
-    outs.append(v.new_zeros((batch, time - covered, heads, width)))
+    acc = _accumulator(q.dtype)
+    outs, states, covered = [v[:, :0].to(acc)], [], 0
+    for span in _spans(q, k, v, p):
+        state = span.initial
+        for t, step in enumerate(_walk(span.k, span.v, span.g, span.beta, state)):
+            state = step.state
+            out = p.scale * torch.einsum("bhkv,bhk->bhv", state, span.q[:, t])
+            outs.append(out.unsqueeze(1))
+        states.append(state)
+        covered = span.rows.stop
+    outs.append(v.new_zeros(v[:, covered:].shape, dtype=acc))
+    if not states:
+        states.append(q.new_zeros((0, v.shape[2], q.shape[3], v.shape[3]), dtype=acc))
     return torch.cat(outs, 1), torch.cat(states)
 
 
@@ -78,30 +118,37 @@ def backward(
     p: DeltaParams,
     grads: DeltaGrads,
 ) -> None:
-    """Fill the gradients of ``delta_chunk_bwd``: autograd through ``recurrence``."""
-    acc = torch.float64 if q.dtype is torch.float64 else torch.float32
-    given = (q, k, v, p.g, p.beta, p.initial_state)
-    leaves = [None if x is None else x.detach().to(acc).requires_grad_() for x in given]
-    with torch.enable_grad():
-        q, k, v, g, beta, state = leaves  # type: ignore[assignment]
-        assert beta is not None
-        out, final = recurrence(q, k, v, p._replace(g=g, beta=beta, initial_state=state))
-        outs, douts = [out], [dout.to(acc)]
+    """Fill the gradients of ``delta_chunk_bwd``, token by token from the end."""
+    acc = _accumulator(q.dtype)
+    for x in grads:
+        x.zero_()
+    for span in _spans(q, k, v, p):
+        ds = torch.zeros_like(span.initial)
         if dfinal_state is not None:
-            outs, douts = [out, final], [*douts, dfinal_state.to(acc)]
-        inputs = [x for x in leaves if x is not None]
-        some = [(x, d) for x, d in zip(outs, douts, strict=True) if x.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [x for x, _ in some], inputs, [d for _, d in some], allow_unused=True
-            )
-            if some
-            else [None] * len(inputs)
-        )
-    for leaf, target in zip(leaves, grads, strict=True):
-        if leaf is not None:
-            value = next(found)
-            target.copy_(torch.zeros_like(leaf) if value is None else value)
+            ds = dfinal_state[span.states].to(acc)
+        steps = list(_walk(span.k, span.v, span.g, span.beta, span.initial))
+        for t in range(len(steps) - 1, -1, -1):
+            kept, error, state = steps[t]
+            row = span.rows.start + t
+            key, beta = span.k[:, t], span.beta[:, t, :, None]
+            do = p.scale * dout[:, row].to(acc)
+            ds = ds + torch.einsum("bhk,bhv->bhkv", span.q[:, t], do)
+            dwrite = torch.einsum("bhkv,bhk->bhv", ds, key)
+            derror = beta * dwrite
+            dkept = ds - torch.einsum("bhk,bhv->bhkv", key, derror)
+            dq = torch.einsum("bhkv,bhv->bhk", state, do)
+            dk = torch.einsum("bhkv,bhv->bhk", ds, beta * error)
+            dk = dk - torch.einsum("bhkv,bhv->bhk", kept, derror)
+            for target, x in ((grads.dq, dq), (grads.dk, dk)):  # over the heads that share one
+                target[:, row] = x.unflatten(1, (q.shape[2], -1)).sum(2).to(target.dtype)
+            grads.dv[:, row] = derror.to(v.dtype)
+            grads.dbeta[:, row] = (dwrite * error).sum(-1)
+            if span.g is not None:
+                along = (kept * dkept).sum(-1)
+                grads.dg[:, row] = along if span.g.dim() == 4 else along.sum(-1)
+            ds = _decay(span.g, t) * dkept
+        if p.initial_state is not None:
+            grads.dinitial_state[span.states] = ds
 
 
 def step(

@@ -2,13 +2,14 @@
 
     h_t = e^{g_t} h_{t-1} + x_t               channel by channel, [B, T, D]
 
-Accumulation is float64 for float64 inputs and float32 otherwise; the backward is autograd through
-the recurrence.
+Accumulation is float64 for float64 inputs and float32 otherwise. The backward writes the formulas
+out, since an operator may run where autograd records nothing, and is checked against it.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,25 +17,35 @@ from torch import Tensor
 __all__ = ["backward", "forward", "recurrence"]
 
 
+Span = tuple[slice, slice, Tensor]  # rows, states, initial states [N, D]
+
+
+def _spans(x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[Span]:
+    """Sequences that are walked together."""
+    acc = torch.float64 if x.dtype is torch.float64 else torch.float32
+    ends = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    n = x.shape[0] if cu_seqlens is None else len(ends) - 1
+    h0 = x.new_zeros((n, x.shape[2])) if initial_state is None else initial_state
+    for i, (lo, hi) in enumerate(itertools.pairwise(ends)):
+        own = slice(None) if cu_seqlens is None else slice(i, i + 1)
+        yield slice(lo, hi), own, h0[own].to(acc)
+
+
 def recurrence(
     x: Tensor, g: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The definition, differentiable: h and final states. Rows that no sequence has are 0."""
     acc = torch.float64 if x.dtype is torch.float64 else torch.float32
-    x, g = x.to(acc), g.to(acc)
-    batch, time, dim = x.shape
-    spans = [(0, time)] if cu_seqlens is None else list(itertools.pairwise(cu_seqlens.tolist()))
-    n = batch if cu_seqlens is None else len(spans)
-    h0 = x.new_zeros((n, dim)) if initial_state is None else initial_state.to(acc)
-    outs, states = [x.new_zeros((batch, 0, dim))], [h0[:0]]
-    for i, (lo, hi) in enumerate(spans):
-        h = h0 if cu_seqlens is None else h0[i : i + 1]
-        for t in range(lo, hi):
-            h = torch.exp(g[:, t]) * h + x[:, t]
+    outs, states, covered = [x[:, :0].to(acc)], [], 0
+    for rows, _, h in _spans(x, initial_state, cu_seqlens):
+        for t in range(rows.start, rows.stop):
+            h = torch.exp(g[:, t].to(acc)) * h + x[:, t].to(acc)
             outs.append(h.unsqueeze(1))
         states.append(h)
-    covered = spans[-1][1] if spans else 0
-    outs.append(x.new_zeros((batch, time - covered, dim)))
+        covered = rows.stop
+    outs.append(x.new_zeros(x[:, covered:].shape, dtype=acc))
+    if not states:
+        states.append(x.new_zeros((0, x.shape[2]), dtype=acc))
     return torch.cat(outs, 1), torch.cat(states)
 
 
@@ -62,26 +73,20 @@ def backward(
     cu_seqlens: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Fill the gradients of ``diag_scan_bwd``: autograd through ``recurrence``."""
-    acc = torch.float64 if x.dtype is torch.float64 else torch.float32
-    given = (x, g, initial_state)
-    leaves = [None if y is None else y.detach().to(acc).requires_grad_() for y in given]
-    with torch.enable_grad():
-        x, g, state = leaves  # type: ignore[assignment]
-        out, final = recurrence(x, g, state, cu_seqlens)
-        outs, douts = [out], [dout.to(acc)]
-        if dfinal_state is not None:
-            outs, douts = [out, final], [*douts, dfinal_state.to(acc)]
-        some = [(y, d) for y, d in zip(outs, douts, strict=True) if y.requires_grad]
-        inputs = [y for y in leaves if y is not None]
-        found = iter(
-            torch.autograd.grad(
-                [y for y, _ in some], inputs, [d for _, d in some], allow_unused=True
-            )
-            if some
-            else [None] * len(inputs)
-        )
-    for leaf, target in zip(leaves, grads, strict=True):
-        if leaf is not None:
-            value = next(found)
-            target.copy_(torch.zeros_like(leaf) if value is None else value)
+    """Fill the gradients of ``diag_scan_bwd``, token by token from the end."""
+    dx, dg, dinitial = grads
+    dx.zero_()
+    dg.zero_()
+    for rows, own, h in _spans(x, initial_state, cu_seqlens):
+        carried = torch.zeros_like(h) if dfinal_state is None else dfinal_state[own].to(h.dtype)
+        before = []
+        for t in range(rows.start, rows.stop):
+            before.append(h)
+            h = torch.exp(g[:, t].to(h.dtype)) * h + x[:, t].to(h.dtype)
+        for t in range(rows.stop - 1, rows.start - 1, -1):
+            own_dx = dout[:, t].to(h.dtype) + carried
+            carried = torch.exp(g[:, t].to(h.dtype)) * own_dx
+            dx[:, t] = own_dx.to(x.dtype)
+            dg[:, t] = before[t - rows.start] * carried
+        if initial_state is not None:
+            dinitial[own] = carried

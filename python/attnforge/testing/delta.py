@@ -40,6 +40,20 @@ def _bound(x: Tensor, dtype: torch.dtype, heads: int | None, size: Tensor, growt
     return 1.05 * unit_roundoff(dtype) * x.abs() + growth * _U32 * top + 1e-37
 
 
+def _grads(outs: list[Tensor], leaves: dict[str, Tensor], tops: list[Tensor]) -> dict[str, Tensor]:
+    """Gradients by name, zeros where nothing depends on a leaf (no tokens)."""
+    some = [(x, top) for x, top in zip(outs, tops, strict=True) if x.requires_grad]
+    if not some:
+        return {n: torch.zeros_like(x) for n, x in leaves.items()}
+    found = torch.autograd.grad(
+        [x for x, _ in some], list(leaves.values()), [top for _, top in some], allow_unused=True
+    )
+    return {
+        n: torch.zeros_like(x) if y is None else y
+        for (n, x), y in zip(leaves.items(), found, strict=True)
+    }
+
+
 @dataclass(frozen=True)
 class DeltaInputs:
     """Operands of one call, with the gradients that come back to it."""
@@ -105,8 +119,7 @@ class DeltaInputs:
         if not grad:
             return truth
         tops = [self.dout.double(), self.dstate.double()]
-        grads = dict(zip(wide, torch.autograd.grad([out, state], list(wide.values()), tops),
-                         strict=True))  # fmt: skip
+        grads = _grads([out, state], wide, tops)
         for name, x in grads.items():
             size = x
             if name == "g":
@@ -223,9 +236,8 @@ class ScanInputs:
             wide["x"], wide["g"], wide.get("initial_state"), self.cu_seqlens
         )
         tops = [self.dout.double(), self.dstate.double()]
-        grads = torch.autograd.grad([out, state], list(wide.values()), tops)
         values = {"out": out.detach(), "final_state": state.detach()}
-        values |= {f"d{n}": x for n, x in zip(wide, grads, strict=True)}
+        values |= {f"d{n}": x for n, x in _grads([out, state], wide, tops).items()}
         truth = Truth()
         for name, x in values.items():
             stored = self.x.dtype if name in ("out", "dx") else torch.float32

@@ -49,6 +49,6 @@ def _spec(op: str, notes: str) -> KernelSpec:
 
 SPECS = (
     _spec("delta_chunk_fwd", "token recurrence in plain PyTorch, the definition; float64-capable"),
-    _spec("delta_chunk_bwd", "autograd through the token recurrence"),
+    _spec("delta_chunk_bwd", "token recurrence from the end, formulas written out"),
     _spec("delta_step", "one token of the recurrence"),
 )

@@ -41,5 +41,5 @@ def _spec(op: str, notes: str) -> KernelSpec:
 
 SPECS = (
     _spec("diag_scan_fwd", "token recurrence in plain PyTorch, the definition; float64-capable"),
-    _spec("diag_scan_bwd", "autograd through the token recurrence"),
+    _spec("diag_scan_bwd", "token recurrence from the end, formulas written out"),
 )
