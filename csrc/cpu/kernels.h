@@ -1,6 +1,7 @@
 // The CPU function table: every ISA level fills one; dispatch.cpp chooses.
 #pragma once
 
+#include "attnforge/linear.h"
 #include "attnforge/params.h"
 
 namespace attnforge::cpu {
@@ -14,6 +15,11 @@ namespace attnforge::cpu {
   X(row_entropy, RowEntropyParams) \
   X(topk_keys, TopKParams)         \
   X(edges, EdgesParams)
+
+// Additive recurrence: X(name, params struct).
+#define ATTNFORGE_LINEAR(X)            \
+  X(linear_chunk_fwd, LinearFwdParams) \
+  X(linear_chunk_bwd, LinearBwdParams)
 
 struct KernelTable {
   const char* isa;
@@ -29,13 +35,15 @@ struct KernelTable {
   int64_t (*NAME##_workspace)(const PARAMS&, int64_t num_threads); \
   void (*NAME)(const PARAMS&, const Workers&);
   ATTNFORGE_REDUCTIONS(X)
+  ATTNFORGE_LINEAR(X)
 #undef X
+  void (*linear_step)(const LinearStepParams&, const Workers&);
   void (*head_gradient)(const HeadGradientParams&, const Workers&);
   double (*probe_fma)(const Workers&, int64_t iterations);              // flops done
   void (*probe_read)(const Workers&, const void* data, int64_t bytes);  // streams the buffer
 };
 
-#define ATTNFORGE_DECLARE_REDUCTION(NAME, PARAMS)               \
+#define ATTNFORGE_DECLARE_KERNEL(NAME, PARAMS)                  \
   int64_t NAME##_workspace(const PARAMS&, int64_t num_threads); \
   void NAME(const PARAMS&, const Workers&);
 
@@ -49,7 +57,9 @@ struct KernelTable {
   int64_t flash_bwd_workspace(const FlashBwdParams&, int64_t num_threads);    \
   void flash_bwd(const FlashBwdParams&, const Workers&);                      \
   void merge_states(const MergeParams&, const Workers&);                      \
-  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_REDUCTION)                           \
+  ATTNFORGE_REDUCTIONS(ATTNFORGE_DECLARE_KERNEL)                              \
+  ATTNFORGE_LINEAR(ATTNFORGE_DECLARE_KERNEL)                                  \
+  void linear_step(const LinearStepParams&, const Workers&);                  \
   void head_gradient(const HeadGradientParams&, const Workers&);              \
   double probe_fma(const Workers&, int64_t iterations);                       \
   void probe_read(const Workers&, const void* data, int64_t bytes);           \
