@@ -32,39 +32,44 @@ bool runs_here(const char* isa) {
 }
 
 const KernelTable kTables[] = {
-#define X(ISA)                     \
-  {#ISA,                           \
-   ISA::flash_fwd_workspace,       \
-   ISA::flash_fwd,                 \
-   ISA::flash_decode_workspace,    \
-   ISA::flash_decode,              \
-   ISA::flash_bwd_workspace,       \
-   ISA::flash_bwd,                 \
-   ISA::merge_states,              \
-   ISA::column_sums_workspace,     \
-   ISA::column_sums,               \
-   ISA::span_mass_workspace,       \
-   ISA::span_mass,                 \
-   ISA::span_grad_workspace,       \
-   ISA::span_grad,                 \
-   ISA::block_max_workspace,       \
-   ISA::block_max,                 \
-   ISA::row_entropy_workspace,     \
-   ISA::row_entropy,               \
-   ISA::topk_keys_workspace,       \
-   ISA::topk_keys,                 \
-   ISA::edges_workspace,           \
-   ISA::edges,                     \
-   ISA::head_gradient,             \
-   ISA::delta_chunk_fwd_workspace, \
-   ISA::delta_chunk_fwd,           \
-   ISA::delta_chunk_bwd_workspace, \
-   ISA::delta_chunk_bwd,           \
-   ISA::delta_step,                \
-   ISA::diag_scan_fwd,             \
-   ISA::diag_scan_bwd_workspace,   \
-   ISA::diag_scan_bwd,             \
-   ISA::probe_fma,                 \
+#define X(ISA)                      \
+  {#ISA,                            \
+   ISA::flash_fwd_workspace,        \
+   ISA::flash_fwd,                  \
+   ISA::flash_decode_workspace,     \
+   ISA::flash_decode,               \
+   ISA::flash_bwd_workspace,        \
+   ISA::flash_bwd,                  \
+   ISA::merge_states,               \
+   ISA::column_sums_workspace,      \
+   ISA::column_sums,                \
+   ISA::span_mass_workspace,        \
+   ISA::span_mass,                  \
+   ISA::span_grad_workspace,        \
+   ISA::span_grad,                  \
+   ISA::block_max_workspace,        \
+   ISA::block_max,                  \
+   ISA::row_entropy_workspace,      \
+   ISA::row_entropy,                \
+   ISA::topk_keys_workspace,        \
+   ISA::topk_keys,                  \
+   ISA::edges_workspace,            \
+   ISA::edges,                      \
+   ISA::linear_chunk_fwd_workspace, \
+   ISA::linear_chunk_fwd,           \
+   ISA::linear_chunk_bwd_workspace, \
+   ISA::linear_chunk_bwd,           \
+   ISA::delta_chunk_fwd_workspace,  \
+   ISA::delta_chunk_fwd,            \
+   ISA::delta_chunk_bwd_workspace,  \
+   ISA::delta_chunk_bwd,            \
+   ISA::diag_scan_bwd_workspace,    \
+   ISA::diag_scan_bwd,              \
+   ISA::delta_step,                 \
+   ISA::diag_scan_fwd,              \
+   ISA::linear_step,                \
+   ISA::head_gradient,              \
+   ISA::probe_fma,                  \
    ISA::probe_read},
     ATTNFORGE_ISA_LIST
 #undef X

@@ -1,0 +1,88 @@
+// One token of the additive recurrence per sequence, on a pool of states in fp32, in place.
+//
+// Per value head one pass over the state: S <- decay S + k v^T and o += q S while a row is in
+// registers, so 4 K V bytes are read and 4 K V written: the kernel runs at memory speed.
+//   tasks   (sequence, value head); rows of the state are streamed, o stays in L1
+#include "cpu/kernels.h"
+#include "cpu/linear/scan.h"
+#include "cpu/micro/denormals.h"
+
+namespace attnforge::cpu {
+ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+}
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+namespace {
+
+constexpr int64_t kMaxDim = 1024;  // of K and V, as the registry says
+
+template <class T>
+AF_INLINE void widen_row(const T* src, int64_t dim, float scale, float* dst) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    store_partial(dst + d, load_partial(src + d, dim - d) * splat(scale), dim - d);
+  }
+}
+
+template <class T>
+AF_INLINE void step_head(const LinearStepParams& params, int64_t sequence, int64_t head) {
+  const LinearProblem& p = params.problem;
+  const int64_t n = p.value_dim, shared = head / (p.value_heads / p.heads);
+  T* out = row_ptr<T>(params.out, sequence, 0, head);
+  const int64_t slot = params.state_indices ? params.state_indices[sequence] : sequence;
+  if (slot < 0 || slot >= params.slots) {
+    for (int64_t d = 0; d < n; d += kLanes) store_partial(out + d, VecF{}, n - d);
+    return;
+  }
+  alignas(64) float q[kMaxDim], k[kMaxDim], v[kMaxDim], o[kMaxDim], decay[kMaxDim];
+  widen_row(row_ptr<const T>(p.q, sequence, 0, shared), p.key_dim, p.scale, q);
+  widen_row(row_ptr<const T>(p.k, sequence, 0, shared), p.key_dim, 1.0f, k);
+  widen_row(row_ptr<const T>(p.v, sequence, 0, head), n, 1.0f, v);
+  const Decay gate = decay_of_head(p, {sequence, 0, 1}, head, false);
+  const bool columns = p.gate_kind == LinearGate::kValue;
+  for (int64_t d = 0; d < (columns ? n : p.key_dim); d += kLanes) {
+    const VecF factor = p.gate_kind == LinearGate::kNone ? splat(1.0f)
+                        : gate.dim > 1 || gate.kind == LinearGate::kKey || columns
+                            ? gate.vector(0, d)
+                            : splat(gate.number(0));
+    store_partial(decay + d, factor, (columns ? n : p.key_dim) - d);
+  }
+  for (int64_t d = 0; d < n; d += kLanes) store_partial(o + d, VecF{}, n - d);
+
+  const int64_t base = slot * p.value_heads + head;
+  float* state = params.states + base * p.key_dim * n;
+  float den = 0.0f;
+  for (int64_t i = 0; i < p.key_dim; ++i, state += n) {
+    const VecF keep = splat(columns ? 1.0f : decay[i]), key = splat(k[i]), query = splat(q[i]);
+    for (int64_t d = 0; d < n; d += kLanes) {
+      VecF s = load_partial(state + d, n - d);
+      s *= columns ? load_partial(decay + d, n - d) : keep;
+      s = fma(key, load_partial(v + d, n - d), s);
+      store_partial(state + d, s, n - d);
+      store_partial(o + d, fma(query, s, load_partial(o + d, n - d)), n - d);
+    }
+    if (!params.zs) continue;
+    float& z = params.zs[base * p.key_dim + i];
+    z = z * decay[i] + k[i];
+    den += q[i] * z;
+  }
+  const Denominator norm = {nullptr, nullptr, 0, p.normalize, p.eps};
+  const float factor = params.zs ? norm.inverse(den) : 1.0f;
+  for (int64_t d = 0; d < n; d += kLanes) {
+    store_partial(out + d, load_partial(o + d, n - d) * splat(factor), n - d);
+  }
+}
+
+}  // namespace
+
+void linear_step(const LinearStepParams& params, const Workers& workers) {
+  const LinearProblem& p = params.problem;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    parallel_tasks(workers, p.sequences * p.value_heads, [&](int64_t task, int64_t) {
+      const FlushDenormals guard;
+      step_head<T>(params, task / p.value_heads, task % p.value_heads);
+    });
+  });
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA
