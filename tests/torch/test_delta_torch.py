@@ -15,35 +15,35 @@ OPS = torch.ops.attnforge
 
 
 def operands(dtype: torch.dtype = torch.float32, gate: str = "scalar") -> dict[str, Tensor]:
-    shape = (1, 7, 4) if gate == "scalar" else (1, 7, 4, 8)
+    shape = (1, 5, 2) if gate == "scalar" else (1, 5, 2, 4)
     acc = torch.float64 if dtype is torch.float64 else torch.float32
     return {
-        "q": torch.randn(1, 7, 2, 8).to(dtype),
-        "k": torch.nn.functional.normalize(torch.randn(1, 7, 2, 8), dim=-1).to(dtype),
-        "v": torch.randn(1, 7, 4, 5).to(dtype),
+        "q": torch.randn(1, 5, 1, 4).to(dtype),
+        "k": torch.nn.functional.normalize(torch.randn(1, 5, 1, 4), dim=-1).to(dtype),
+        "v": torch.randn(1, 5, 2, 3).to(dtype),
         "g": -torch.rand(shape, dtype=acc),
-        "beta": torch.rand(1, 7, 4, dtype=acc),
-        "initial_state": torch.randn(2, 4, 8, 5, dtype=acc),
+        "beta": torch.rand(1, 5, 2, dtype=acc),
+        "initial_state": torch.randn(2, 2, 4, 3, dtype=acc),
     }
 
 
 def calls(backend: str, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
     """Every operator with arguments."""
-    ends = torch.tensor([0, 4, 7], dtype=torch.int32)
+    ends = torch.tensor([0, 4, 5], dtype=torch.int32)
     found = []
     for gate in ("scalar", "key"):
         x = operands(dtype, gate)
         inputs = (*x.values(), ends, 0.5)
         found.append((OPS.delta_chunk_fwd.default, (*inputs, True, backend)))
         top = torch.randn_like(x["v"])
-        states = torch.randn(2, 4, 8, 5)
+        states = torch.randn(2, 2, 4, 3)
         found.append((OPS.delta_chunk_bwd.default, (top, states, *inputs, backend)))
     plain = (*(operands(dtype)[n] for n in "qkv"), None, operands(dtype)["beta"], None, None, 1.0)
     found.append((OPS.delta_chunk_fwd.default, (*plain, False, backend)))
     q, k, v, g, beta, _ = (x[:, 0] for x in operands(dtype).values())
-    step = (q, k, v, g, beta, torch.randn(3, 4, 8, 5), torch.tensor([1], dtype=torch.int32), 0.5)
+    step = (q, k, v, g, beta, torch.randn(3, 2, 4, 3), torch.tensor([1], dtype=torch.int32), 0.5)
     found.append((OPS.delta_step.default, (*step, backend)))
-    x, g = torch.randn(1, 7, 6).to(dtype), -torch.rand(1, 7, 6)
+    x, g = torch.randn(1, 5, 6).to(dtype), -torch.rand(1, 5, 6)
     scan = (x, g, torch.randn(2, 6), ends)
     found.append((OPS.diag_scan_fwd.default, (*scan, True, backend)))
     found.append((OPS.diag_scan_bwd.default, (torch.randn_like(x), None, *scan, backend)))
@@ -65,13 +65,12 @@ def test_compile(backend: str) -> None:
         k = torch.nn.functional.normalize(q, dim=-1)
         out, state = attnforge.gated_delta_rule(q, k, v, g, beta, **o)
         scanned, last = attnforge.hgrn(out.flatten(2), v.flatten(2).abs().neg(), **o)
-        slots, _ = attnforge.gsa(q, k, v, q.sigmoid(), q.abs().neg(), backend=backend)
-        return out * 2.0, state, scanned, last, slots
+        return out * 2.0, state, scanned, last
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     fn = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    for b, t in ((2, 9), (3, 14)):
+    for b, t in ((3, 9), (7, 14)):  # no size equal to another: torch guards those
         args = [torch.randn(b, t, 2, 8), torch.randn(b, t, 2, 5), -torch.rand(b, t, 2),
                 torch.rand(b, t, 2)]  # fmt: skip
         args = [x.requires_grad_() for x in args]
@@ -85,10 +84,23 @@ def test_compile(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.plain_memory
+def test_compile_of_slots(cpu: str) -> None:
+    torch._dynamo.reset()
+    fn = torch.compile(attnforge.gsa, fullgraph=True, backend="aot_eager")
+    args = [torch.randn(1, 9, h, 8) for h in (4, 2, 2, 2)]
+    args.append(-torch.rand(1, 9, 2, 8))
+    own = [x.requires_grad_() for x in args]
+    outs = [f(*own, backend=cpu)[0] for f in (fn, attnforge.gsa)]
+    grads = [torch.autograd.grad(x.square().sum(), own) for x in outs]
+    for x, y in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("gate", ["none", "scalar", "key"])
 def test_gradcheck(gate: str) -> None:
     leaves = {n: x.requires_grad_() for n, x in operands(torch.float64, gate).items()}
-    ends = torch.tensor([0, 3, 7])
+    ends = torch.tensor([0, 3, 5])
     if gate == "none":
         del leaves["g"]
     names = list(leaves)
@@ -117,7 +129,7 @@ def test_gradcheck_of_scan_and_slots() -> None:
 
 def test_vmap(backend: str) -> None:
     x = operands()
-    q, g = torch.randn(3, 1, 7, 2, 8), -torch.rand(3, 1, 7, 4)
+    q, g = torch.randn(3, 1, 5, 1, 4), -torch.rand(3, 1, 5, 2)
 
     def function(q: Tensor, g: Tensor) -> Tensor:
         return attnforge.gated_delta_rule(q, x["k"], x["v"], g, x["beta"], backend=backend)[0]
@@ -128,7 +140,7 @@ def test_vmap(backend: str) -> None:
 
 def test_some_gradients_are_those_of_all(backend: str) -> None:
     x = operands()
-    ends = torch.tensor([0, 4, 7])
+    ends = torch.tensor([0, 4, 5])
     top = torch.randn_like(x["v"])
 
     def grads(names: list[str]) -> list[Tensor]:

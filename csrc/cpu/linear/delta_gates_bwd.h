@@ -43,6 +43,17 @@ AF_INLINE void tile_product(int64_t dim, int64_t columns, int64_t depth, const f
   gemm<kChunk, 1, kChunk>(dim, vectors_of(columns), depth, a, kChunk, b, kNR, c, kChunk, true);
 }
 
+// The same over all tokens with b triangular: of each panel of columns only the depth that is not
+// zero, where kUpper means that rows j <= column hold something.
+template <bool kUpper>
+AF_INLINE void tile_triangle(int64_t dim, int64_t live, const float* a, const float* b, float* c) {
+  for (int64_t column = 0; column < live; column += kNR) {
+    const int64_t columns = min64(kNR, live - column);
+    const int64_t first = kUpper ? 0 : column, end = kUpper ? column + columns : live;
+    tile_product(dim, columns, end - first, a + first, b + first * kChunk + column, c + column);
+  }
+}
+
 // A tile into rows; channels past dim hold what products left there.
 AF_INLINE void tile_to_rows(float* tile, int64_t dim, int64_t live, float* rows) {
   const int64_t ld = padded_dim(dim);
@@ -57,10 +68,10 @@ AF_INLINE void intra_backward(ScalarGate& gate, const Chunk& c, ChunkGrads& g) {
   ScalarGate::scale_tile(c, g.dqg, gate.from_start, c.scale, g.tile_q);
   ScalarGate::scale_tile(c, g.dkg, gate.from_start, -1.0f, g.tile_r);
   ScalarGate::scale_tile(c, g.dkd, gate.to_end, 1.0f, g.tile_w);
-  tile_product(c.dim, c.live, c.live, c.k, g.dscores_t, g.tile_q);
-  tile_product(c.dim, c.live, c.live, c.k, g.derase_t, g.tile_r);
-  tile_product(c.dim, c.live, c.live, c.q, g.dscores, g.tile_w);
-  tile_product(c.dim, c.live, c.live, c.k, g.derase, g.tile_w);
+  tile_triangle<true>(c.dim, c.live, c.k, g.dscores_t, g.tile_q);
+  tile_triangle<true>(c.dim, c.live, c.k, g.derase_t, g.tile_r);
+  tile_triangle<false>(c.dim, c.live, c.q, g.dscores, g.tile_w);
+  tile_triangle<false>(c.dim, c.live, c.k, g.derase, g.tile_w);
   tile_to_rows(g.tile_q, c.dim, c.live, g.dq);
   tile_to_rows(g.tile_r, c.dim, c.live, g.dk_read);
   tile_to_rows(g.tile_w, c.dim, c.live, g.dk_write);

@@ -140,7 +140,8 @@ def backward(
             dk = torch.einsum("bhkv,bhv->bhk", ds, beta * error)
             dk = dk - torch.einsum("bhkv,bhv->bhk", kept, derror)
             for target, x in ((grads.dq, dq), (grads.dk, dk)):  # over the heads that share one
-                target[:, row] = x.unflatten(1, (q.shape[2], -1)).sum(2).to(target.dtype)
+                shared = x.reshape(x.shape[0], q.shape[2], -1, x.shape[2])
+                target[:, row] = shared.sum(2).to(target.dtype)
             grads.dv[:, row] = derror.to(v.dtype)
             grads.dbeta[:, row] = (dwrite * error).sum(-1)
             if span.g is not None:

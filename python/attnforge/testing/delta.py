@@ -126,7 +126,7 @@ class DeltaInputs:
                 group = self.v.shape[2] // self.q.shape[2]
                 products = torch.cat([wide[n].detach() * grads[n] for n in ("q", "k")], -1)
                 terms = products.abs().sum(-1).repeat_interleave(group, 2)
-                size = x.abs() + 8 * terms.reshape(*terms.shape, *[1] * (x.dim() - 3))
+                size = x.abs() + 0.5 * terms.reshape(*terms.shape, *[1] * (x.dim() - 3))
             dim = 1 if name == "initial_state" else 2
             stored = dtype if name in "qkv" else f32
             truth.put(f"d{name}", x, _bound(x, stored, dim, size, growth))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,24 +9,11 @@ from torch import Tensor
 
 from attnforge import _native
 from attnforge._params import DeltaGrads, DeltaParams
+from attnforge.backends.cpu.linear import _dense, _native_op, _unit
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.spec import KernelSpec
 
-__all__ = ["SPECS"]
-
-
-@cache  # overloads of a loaded library never change
-def _native_op(name: str) -> Any:
-    return _native.operator(name)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """``x`` itself if its last stride is 1, else a copy: the one layout kernels ask for."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+__all__ = ["SPECS", "clear_rest"]
 
 
 def clear_rest(cu_seqlens: Tensor | None, *outputs: Tensor) -> None:
