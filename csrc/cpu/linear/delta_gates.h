@@ -54,12 +54,12 @@ struct ScalarGate {
       b[i] = sum;
     }
     for (int64_t i = 0; i < live; ++i) {
-      float difference[kChunk];
-      for (int64_t j = 0; j < live; ++j) difference[j] = static_cast<float>(b[i] - b[j]);
+      float* row = ratio + i * kChunk;
+      for (int64_t j = 0; j < live; ++j) row[j] = static_cast<float>(b[i] - b[j]);
       for (int64_t j = 0; j < live; j += kLanes) {
         // Masked before exp2: above the diagonal the difference is positive.
-        VecF r = exp2(keep_up_to(i, j, load(difference + j)));
-        store(ratio + i * kChunk + j, keep_up_to(i, j, r));
+        VecF r = exp2(keep_up_to(i, j, load(row + j)));
+        store(row + j, keep_up_to(i, j, r));
       }
     }
     for (int64_t i = 0; i < live; ++i) {
