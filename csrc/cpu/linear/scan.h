@@ -130,14 +130,14 @@ template <DecayOn kOn, class T>
   const int64_t vectors = min64(kTileVecs, ceil_div(scan.lane.dim - first, kLanes));
   const int64_t positions = positions_of(scan.read.rows());
   alignas(64) float x[kGroup * kTile], y[kGroup * kTile], own[kGroup * kTile];
-  alignas(64) float prefix[kGroup * kTile], lanes[kTile];
+  alignas(64) float prefix[kGroup * kTile], lanes[2 * kTile];
   for (int64_t group = 0; group < kGroups; ++group) {
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
     const Coefficients c = c0.at(group);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t column = first + v * kLanes, at = v * kLanes;
-      VecF xs[kGroup] = {}, a[kGroup];
+      VecF xs[kGroup] = {}, a[kGroup], log{};
       for (int u = 0; u < kGroup; ++u) {
         a[u] = splat(1.0f);
         if (u >= n) continue;
@@ -145,7 +145,9 @@ template <DecayOn kOn, class T>
         xs[u] =
             load_partial(scan.lane.data + t * scan.lane.stride + column, scan.lane.dim - column) *
             splat(scan.lane.scale_at(t));
-        if (kByLane) a[u] = scan.decay.vector(scan.decay.token(t), column);
+        if (!kByLane) continue;
+        const VecF gate = scan.decay.log_vector(scan.decay.token(t), column);
+        a[u] = decay_of(gate), log += gate;
       }
       VecF sums[kGroup] = {};
       for (int j = 0; j < kGroup; ++j) {
@@ -165,8 +167,11 @@ template <DecayOn kOn, class T>
         store(own + u * kTile + at, sums[u]);
         store(prefix + u * kTile + at, product);
       }
-      if (kByLane) store(lanes + at, product);
-      if (kOn == DecayOn::kNumber) store(lanes + at, splat(*c.number));
+      if (kOn == DecayOn::kNumber || kByLane) {
+        const Kept kept = kept_of(kByLane ? log : splat(*c.number));
+        store(lanes + at, kept.whole);
+        store(lanes + kTile + at, kept.part);
+      }
     }
     run_tile<kOn>(scan.walk, vectors, positions, c, lanes, x, y, state);
     if (scan.walk == Walk::kWrite) continue;
@@ -193,8 +198,9 @@ struct StateRef {
 };
 
 // Columns of tile `tile` of a state with `rows` rows, `dim` of them in ref.data.
-[[gnu::noinline, maybe_unused]] static void load_state(const StateRef& ref, int64_t rows, int64_t dim,
-                                         int64_t columns, int64_t tile, float* state) {
+[[gnu::noinline, maybe_unused]] static void load_state(const StateRef& ref, int64_t rows,
+                                                       int64_t dim, int64_t columns, int64_t tile,
+                                                       float* state) {
   const int64_t positions = round_up(rows, kLanes);
   for (int64_t i = 0; i < positions * kTile; ++i) state[i] = 0.0f;
   const int64_t n = min64(kTile, columns - tile * kTile);
@@ -207,9 +213,10 @@ struct StateRef {
 }
 
 // The way back, times row_factor and column_factor where they are not null.
-[[gnu::noinline, maybe_unused]] static void store_state(const StateRef& ref, int64_t rows, int64_t dim,
-                                          int64_t columns, int64_t tile, const float* state,
-                                          const float* row_factor, const float* column_factor) {
+[[gnu::noinline, maybe_unused]] static void store_state(const StateRef& ref, int64_t rows,
+                                                        int64_t dim, int64_t columns, int64_t tile,
+                                                        const float* state, const float* row_factor,
+                                                        const float* column_factor) {
   const int64_t n = min64(kTile, columns - tile * kTile);
   for (int64_t row = 0; row < rows; ++row) {
     if (!(row < dim ? ref.data : ref.extra)) continue;

@@ -6,7 +6,8 @@
 //   S_r <- P_3 S_r + sum_j (write_j R_j)_r x_j
 // so a row of S is loaded, read four times, updated once by four products, and stored. All decays
 // are products of numbers at most 1, never differences of sums of logs: nothing overflows, a reset
-// (decay 0) is exact, and the last bit does not depend on how far back a gate lies.
+// (decay 0) is exact, and the last bit does not depend on how far back a gate lies. P_3 S, which
+// rounds once per group for as long as the sequence is, is taken as in `Kept`.
 //
 // Here: read_u P_u and write_j R_j in the order the update wants them, A, and the denominator.
 // The state keeps its rows in positions: those of a block of kLanes in the order in which
@@ -72,6 +73,32 @@ AF_INLINE VecF decay_of(VecF log_gate) {
   return exp2(x > splat(127.0f) ? splat(127.0f) : x);
 }
 
+// A decay as whole + part: 0 + d, or near 1 as 1 + (d - 1), whose second term keeps its digits. In
+// fp32 1 - 1e-6 is 5% off as far as forgetting goes, and that error would add up over all tokens.
+struct Kept {
+  VecF whole, part;
+
+  AF_INLINE_MEMBER VecF operator()(VecF s, VecF more) const {
+    return fma(part, s, fma(whole, s, more));
+  }
+};
+
+AF_INLINE Kept kept_of(VecF log_gate) {
+  // exp(x) - 1 as a series for |x| < 0.7: what is left out is 1.1e-8 of it.
+  const VecF x = log_gate;
+  VecF p = splat(1.0f / 362880);
+  p = fma(p, x, splat(1.0f / 40320));
+  p = fma(p, x, splat(1.0f / 5040));
+  p = fma(p, x, splat(1.0f / 720));
+  p = fma(p, x, splat(1.0f / 120));
+  p = fma(p, x, splat(1.0f / 24));
+  p = fma(p, x, splat(1.0f / 6));
+  p = fma(p, x, splat(1.0f / 2));
+  p = fma(p, x, splat(1.0f));
+  const VecI near = vabs(x) < splat(0.7f);
+  return {near ? splat(1.0f) : splat(0.0f), near ? p * x : decay_of(x)};
+}
+
 // The decays of one head. Backwards in time a state decays by the gate of the token it has just
 // left, one later than the token it comes to.
 struct Decay {
@@ -85,14 +112,14 @@ struct Decay {
   AF_INLINE_MEMBER int64_t token(int64_t t) const {
     return !backward ? t : t + 1 < end ? t + 1 : -1;
   }
-  AF_INLINE_MEMBER float number(int64_t t) const {
-    if (t < 0) return 1.0f;
-    return decay_of(splat(kind == LinearGate::kHead ? *log : log[t * stride]))[0];
+  AF_INLINE_MEMBER float log_number(int64_t t) const {
+    return t < 0 ? 0.0f : kind == LinearGate::kHead ? *log : log[t * stride];
   }
-  AF_INLINE_MEMBER VecF vector(int64_t t, int64_t d) const {
-    if (t < 0 || d >= dim) return splat(1.0f);
-    return decay_of(load_partial(log + t * stride + d, dim - d));
+  AF_INLINE_MEMBER VecF log_vector(int64_t t, int64_t d) const {
+    return t < 0 || d >= dim ? VecF{} : load_partial(log + t * stride + d, dim - d);
   }
+  AF_INLINE_MEMBER float number(int64_t t) const { return decay_of(splat(log_number(t)))[0]; }
+  AF_INLINE_MEMBER VecF vector(int64_t t, int64_t d) const { return decay_of(log_vector(t, d)); }
 };
 
 enum class DecayOn { kNothing, kNumber, kRows, kLanesOf };
@@ -100,16 +127,16 @@ enum class DecayOn { kNothing, kNumber, kRows, kLanesOf };
 // What a block of tokens needs, [kGroups] of each; `positions` is padded to whole vectors.
 struct Coefficients {
   float *read, *write;  // [positions][4]
-  float* decay;         // [positions]: P_3, if it is one per row
+  float* decay;         // [2][positions]: whole and part of P_3, if it is one per row
   float* pairs;         // [16]: A
-  float* number;        // P_3 as one number
+  float* number;        // log P_3 as one number
   float* inverse;       // [4]: 1 / denominator
   int64_t positions;
 
   AF_INLINE_MEMBER Coefficients at(int64_t group) const {
     return {read + group * positions * kGroup,
             write + group * positions * kGroup,
-            decay + group * positions,
+            decay + group * 2 * positions,
             pairs + group * 16,
             number + group,
             inverse + group * kGroup,
@@ -122,7 +149,7 @@ AF_INLINE Coefficients take_coefficients(Arena& arena, int64_t rows) {
   Coefficients c;
   c.read = arena.take<float>(kGroups * n * kGroup);
   c.write = arena.take<float>(kGroups * n * kGroup);
-  c.decay = arena.take<float>(kGroups * n);
+  c.decay = arena.take<float>(kGroups * 2 * n);
   c.pairs = arena.take<float>(kGroups * 16);
   c.number = arena.take<float>(kGroups);
   c.inverse = arena.take<float>(kBlock);
@@ -155,33 +182,37 @@ AF_INLINE void prepare_group(const Rows<T>& read, const Rows<T>& write, const De
                              const Denominator& norm, Walk walk, const int64_t* tokens, int64_t n,
                              const Coefficients& out) {
   constexpr bool kByRow = kOn == DecayOn::kRows;
-  float number[kGroup] = {1.0f, 1.0f, 1.0f, 1.0f};
-  if (kOn == DecayOn::kNumber) {
-    for (int64_t u = 0; u < n; ++u) number[u] = decay.number(decay.token(tokens[u]));
+  float number[kGroup] = {1.0f, 1.0f, 1.0f, 1.0f}, logs[kGroup] = {};
+  for (int64_t u = 0; kOn == DecayOn::kNumber && u < n; ++u) {
+    logs[u] = decay.log_number(decay.token(tokens[u]));
+    number[u] = decay_of(splat(logs[u]))[0];
   }
   float before[kGroup], after[kGroup];
   before[0] = number[0], after[3] = 1.0f;
   for (int u = 1; u < 4; ++u) before[u] = before[u - 1] * number[u];
   for (int u = 2; u >= 0; --u) after[u] = after[u + 1] * number[u + 1];
-  *out.number = before[3];
+  *out.number = (logs[0] + logs[1]) + (logs[2] + logs[3]);
 
   VecI order;
   for (int i = 0; i < kLanes; ++i) order[i] = i % (kLanes / 4) * 4 + i / (kLanes / 4);
   VecF sums[16] = {};  // A, then d of each token
   const int64_t rows = read.rows();
   for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
-    VecF r[4] = {}, w[4] = {}, a[4];
+    VecF r[4] = {}, w[4] = {}, a[4], log[4] = {};
     for (int u = 0; u < 4; ++u) {
       a[u] = splat(1.0f);
+      if (kOn == DecayOn::kNumber) log[u] = splat(logs[u]);
       if (u >= n) continue;
       r[u] = read.block(tokens[u], r0);
       w[u] = write.block(tokens[u], r0);
-      if (kByRow) a[u] = decay.vector(decay.token(tokens[u]), r0);
+      if (!kByRow) continue;
+      log[u] = decay.log_vector(decay.token(tokens[u]), r0);
+      a[u] = decay_of(log[u]);
     }
     if (norm.z) {
       VecF z = load(norm.z + r0);
       for (int u = 0; u < 4; ++u) {
-        if (walk != Walk::kRead) z = fma(z, kByRow ? a[u] : splat(number[u]), w[u]);
+        if (walk != Walk::kRead) z = kept_of(log[u])(z, w[u]);
         sums[kPairs + u] = fma(r[u], z, sums[kPairs + u]);
       }
       store(norm.z + r0, z);
@@ -199,7 +230,11 @@ AF_INLINE void prepare_group(const Rows<T>& read, const Rows<T>& write, const De
       if (u > 0) product = kByRow ? product * a[u] : splat(before[u]);
       r[u] *= product;
     }
-    if (kByRow) store(out.decay + r0, __builtin_shuffle(product, order));
+    if (kByRow) {
+      const Kept kept = kept_of((log[0] + log[1]) + (log[2] + log[3]));
+      store(out.decay + r0, __builtin_shuffle(kept.whole, order));
+      store(out.decay + out.positions + r0, __builtin_shuffle(kept.part, order));
+    }
     transpose4_parts(r[0], r[1], r[2], r[3]);
     transpose4_parts(w[0], w[1], w[2], w[3]);
     for (int i = 0; i < 4; ++i) {

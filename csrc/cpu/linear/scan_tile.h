@@ -2,7 +2,8 @@
 // columns it holds. See scan_group.h for the algebra.
 //
 // Registers: 4 outputs and 4 operands of kTileVecs vectors, a row of S, a broadcast. Per row and
-// vector 1 load, 1 store and 9 multiply-adds (8 without a decay, and an addition): 8 of 9 count.
+// vector 1 load, 1 store and 10 multiply-adds (8 without a decay, and an addition), of which 8
+// count.
 #pragma once
 
 #include "cpu/linear/scan_group.h"
@@ -16,7 +17,8 @@ constexpr int kTileVecs = 1;  // 4 + 4 + 1 + 2 of 16
 #endif
 constexpr int64_t kTile = kTileVecs * kLanes;
 
-// x and y are [4][kTile] (y comes in with what it starts from), lanes [kTile] the decay of columns.
+// x and y are [4][kTile] (y comes in with what it starts from), lanes [2][kTile] the
+// decay of columns, whole and part.
 template <int NV, DecayOn kOn, bool kRead, bool kWrite>
 [[gnu::noinline]] static void scan_tile(int64_t positions, const Coefficients& c,
                                         const float* lanes, const float* x, float* y,
@@ -31,12 +33,12 @@ template <int NV, DecayOn kOn, bool kRead, bool kWrite>
   AF_EACH(AF_LOAD)
 #undef AF_LOAD
   constexpr bool kLane = kOn == DecayOn::kNumber || kOn == DecayOn::kLanesOf;
-  VecF decay_a{}, decay_b{};
+  Kept kept_a{}, kept_b{};
   if constexpr (kLane) {
-    decay_a = load(lanes);
-    if constexpr (NV == 2) decay_b = load(lanes + kLanes);
+    kept_a = {load(lanes), load(lanes + kTile)};
+    if constexpr (NV == 2) kept_b = {load(lanes + kLanes), load(lanes + kTile + kLanes)};
   }
-  const float *read = c.read, *write = c.write, *decay = c.decay;
+  const float *read = c.read, *write = c.write, *whole = c.decay, *part = c.decay + c.positions;
   for (int64_t p = 0; p < positions; ++p, read += kGroup, write += kGroup, state += kTile) {
     VecF sa = load(state), sb{};
     if constexpr (NV == 2) sb = load(state + kLanes);
@@ -60,10 +62,10 @@ template <int NV, DecayOn kOn, bool kRead, bool kWrite>
   }
       AF_EACH(AF_WRITE)
 #undef AF_WRITE
-      if constexpr (kOn == DecayOn::kRows) decay_a = decay_b = splat(decay[p]);
-      store(state, kOn == DecayOn::kNothing ? sa + da : fma(decay_a, sa, da));
+      if constexpr (kOn == DecayOn::kRows) kept_a = kept_b = {splat(whole[p]), splat(part[p])};
+      store(state, kOn == DecayOn::kNothing ? sa + da : kept_a(sa, da));
       if constexpr (NV == 2) {
-        store(state + kLanes, kOn == DecayOn::kNothing ? sb + db : fma(decay_b, sb, db));
+        store(state + kLanes, kOn == DecayOn::kNothing ? sb + db : kept_b(sb, db));
       }
     }
   }

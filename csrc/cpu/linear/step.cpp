@@ -33,18 +33,23 @@ AF_INLINE void step_head(const LinearStepParams& params, int64_t sequence, int64
     for (int64_t d = 0; d < n; d += kLanes) store_partial(out + d, VecF{}, n - d);
     return;
   }
-  alignas(64) float q[kMaxDim], k[kMaxDim], v[kMaxDim], o[kMaxDim], decay[kMaxDim];
+  alignas(64) float q[kMaxDim], k[kMaxDim], v[kMaxDim], o[kMaxDim];
+  alignas(64) float whole[kMaxDim], part[kMaxDim];
   widen_row(row_ptr<const T>(p.q, sequence, 0, shared), p.key_dim, p.scale, q);
   widen_row(row_ptr<const T>(p.k, sequence, 0, shared), p.key_dim, 1.0f, k);
   widen_row(row_ptr<const T>(p.v, sequence, 0, head), n, 1.0f, v);
   const Decay gate = decay_of_head(p, {sequence, 0, 1}, head, false);
   const bool columns = p.gate_kind == LinearGate::kValue;
-  for (int64_t d = 0; d < (columns ? n : p.key_dim); d += kLanes) {
-    const VecF factor = p.gate_kind == LinearGate::kNone ? splat(1.0f)
-                        : gate.dim > 1 || gate.kind == LinearGate::kKey || columns
-                            ? gate.vector(0, d)
-                            : splat(gate.number(0));
-    store_partial(decay + d, factor, (columns ? n : p.key_dim) - d);
+  const bool vector = columns || p.gate_kind == LinearGate::kKey;
+  const int64_t gates = columns ? n : p.key_dim;
+  for (int64_t d = 0; d < gates; d += kLanes) {
+    VecF log{};
+    if (p.gate_kind != LinearGate::kNone) {
+      log = vector ? gate.log_vector(0, d) : splat(gate.log_number(0));
+    }
+    const Kept kept = kept_of(log);
+    store_partial(whole + d, kept.whole, gates - d);
+    store_partial(part + d, kept.part, gates - d);
   }
   for (int64_t d = 0; d < n; d += kLanes) store_partial(o + d, VecF{}, n - d);
 
@@ -52,17 +57,17 @@ AF_INLINE void step_head(const LinearStepParams& params, int64_t sequence, int64
   float* state = params.states + base * p.key_dim * n;
   float den = 0.0f;
   for (int64_t i = 0; i < p.key_dim; ++i, state += n) {
-    const VecF keep = splat(columns ? 1.0f : decay[i]), key = splat(k[i]), query = splat(q[i]);
+    const VecF key = splat(k[i]), query = splat(q[i]);
+    Kept kept = {splat(columns ? 1.0f : whole[i]), splat(columns ? 0.0f : part[i])};
     for (int64_t d = 0; d < n; d += kLanes) {
-      VecF s = load_partial(state + d, n - d);
-      s *= columns ? load_partial(decay + d, n - d) : keep;
-      s = fma(key, load_partial(v + d, n - d), s);
+      if (columns) kept = {load_partial(whole + d, n - d), load_partial(part + d, n - d)};
+      const VecF s = kept(load_partial(state + d, n - d), key * load_partial(v + d, n - d));
       store_partial(state + d, s, n - d);
       store_partial(o + d, fma(query, s, load_partial(o + d, n - d)), n - d);
     }
     if (!params.zs) continue;
     float& z = params.zs[base * p.key_dim + i];
-    z = z * decay[i] + k[i];
+    z = part[i] * z + (whole[i] * z + k[i]);
     den += q[i] * z;
   }
   const Denominator norm = {nullptr, nullptr, 0, p.normalize, p.eps};

@@ -91,7 +91,7 @@ def alloc_bwd(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, gate_grad: bool)
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        like(p.gate if gate_grad else None),
+        like(p.gate if gate_grad and p.gate_kind != "head" else None),
         like(p.initial_state),
         like(p.initial_z),
     )

@@ -5,8 +5,12 @@
 
 The decay is e^gate: one number per head or per token and head, or a vector over the rows of S
 ("key") or its columns ("value"). Without ``causal`` every row reads the state of its whole
-sequence. Accumulation is float64 for float64 inputs and float32 otherwise; the backward is
-autograd through the recurrence.
+sequence. Accumulation is float64 for float64 inputs and float32 otherwise. The backward keeps the
+state of every token and walks from the last one,
+
+    dS_t = decay_{t+1} dS_{t+1} + scale q_t dn_t^T    dgate_t = sum decay_t S_{t-1} dS_t
+
+and the like for z, whose gradient comes from dd.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ __all__ = ["Result", "backward", "forward", "recurrence", "step"]
 
 
 class Result(NamedTuple):
-    """The recurrence of one call in its accumulator; z and d are None without a denumerator."""
+    """The recurrence of one call in its accumulator; z and d are None without a denominator."""
 
     out: Tensor  # [B, T, HV, V]
     state: Tensor  # [N, HV, K, V]
@@ -126,6 +130,89 @@ def forward(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOut
         outputs.out_lo.copy_(found.out - outputs.out)
 
 
+class _Ends(NamedTuple):
+    """Of sequences walked together: operands [B, T, HV, .], gradients of n and d, end states."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    dn: Tensor
+    dd: Tensor
+    s: Tensor  # initial
+    z: Tensor
+    ds: Tensor  # gradients of the final ones
+    dz: Tensor
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def _all_at_once(x: _Ends, p: LinearParams) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, the gate (none), S and z of a bidirectional call."""
+    s = x.s + torch.einsum("bthk,bthv->bhkv", x.k, x.v)
+    z, dz = x.z + x.k.sum(1), x.dz + p.scale * (x.q * x.dd.unsqueeze(-1)).sum(1)
+    ds = x.ds + p.scale * torch.einsum("bthk,bthv->bhkv", x.q, x.dn)
+    dq = torch.einsum("bthv,bhkv->bthk", x.dn, s) + x.dd.unsqueeze(-1) * z.unsqueeze(1)
+    dk = torch.einsum("bthv,bhkv->bthk", x.v, ds) + dz.unsqueeze(1)
+    return p.scale * dq, dk, torch.einsum("bthk,bhkv->bthv", x.k, ds), x.q[..., 0], ds, dz
+
+
+def _backwards(x: _Ends, p: LinearParams) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, the gate (or of nothing), S and z of a causal call."""
+    states, s, z = [], x.s, x.z
+    for t in range(x.q.shape[1]):
+        factor = _factor(x.gate, p.gate_kind, t)
+        states.append((s, z))
+        if factor is not None:
+            s, z = factor * s, z if p.gate_kind == "value" else factor[..., 0] * z
+        s, z = s + _outer(x.k[:, t], x.v[:, t]), z + x.k[:, t]
+    grads = [torch.zeros_like(t) for t in (x.q, x.k, x.v)]
+    dgate = torch.zeros_like(x.q[..., 0] if x.gate is None or x.gate.dim() == 1 else x.gate)
+    ds, dz = x.ds, x.dz
+    for t in reversed(range(x.q.shape[1])):
+        ds = ds + p.scale * _outer(x.q[:, t], x.dn[:, t])
+        dz = dz + p.scale * x.q[:, t] * x.dd[:, t, :, None]
+        grads[0][:, t] = p.scale * (
+            (s @ x.dn[:, t].unsqueeze(-1))[..., 0] + z * x.dd[:, t, :, None]
+        )
+        grads[1][:, t] = (ds @ x.v[:, t].unsqueeze(-1))[..., 0] + dz
+        grads[2][:, t] = (ds * x.k[:, t].unsqueeze(-1)).sum(-2)
+        s, z = states[t]
+        factor = _factor(x.gate, p.gate_kind, t)
+        if factor is None:
+            continue
+        if p.gate_kind != "head":
+            dgate[:, t] = _gate_grad(factor * s * ds, factor, z * dz, p.gate_kind)
+        ds, dz = factor * ds, dz if p.gate_kind == "value" else factor[..., 0] * dz
+    return (*grads, dgate, ds, dz)
+
+
+def _gate_grad(through: Tensor, factor: Tensor, through_z: Tensor, kind: str) -> Tensor:
+    if kind == "value":
+        return through.sum(-2)
+    by_row = through.sum(-1) + factor[..., 0] * through_z
+    return by_row if kind == "key" else by_row.sum(-1)
+
+
+def _numerators(
+    dout: Tensor, outputs: LinearOutputs, p: LinearParams, acc: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of n and d."""
+    dn = dout.to(acc)
+    if not p.normalize:
+        return dn, torch.zeros_like(dn[..., 0])
+    d, out = outputs.den.to(acc), outputs.out.to(acc)
+    if outputs.out_lo.dim() > 1:
+        out = out + outputs.out_lo.to(acc)
+    one = torch.ones_like(d)
+    base, slope = (d + p.eps, one) if p.normalize == "sum" else (
+        d.abs().clamp_min(p.eps), torch.where(d.abs() > p.eps, d.sign(), 0.0 * one)
+    )  # fmt: skip
+    return dn / base.unsqueeze(-1), -(dn * out).sum(-1) / base * slope
+
+
 def backward(
     dout: Tensor,
     dfinal_state: Tensor | None,
@@ -134,30 +221,36 @@ def backward(
     p: LinearParams,
     grads: LinearGrads,
 ) -> None:
-    """Fill the gradients of ``linear_chunk_bwd``: autograd through ``recurrence``."""
-    acc = _accumulator(tape.q.dtype)
-    main = [x.detach().to(acc).requires_grad_() for x in tape[:3]]
-    given = (p.gate, p.initial_state, p.initial_z)
-    rest = [None if x is None else x.detach().to(acc).requires_grad_() for x in given]
-    with torch.enable_grad():
-        p = p._replace(gate=rest[0], initial_state=rest[1], initial_z=rest[2])
-        found = recurrence(main[0], main[1], main[2], p)
-        ends = [(found.out, dout), (found.state, dfinal_state), (found.z, dfinal_z)]
-        outs = [(x, g.to(acc)) for x, g in ends if x is not None and g is not None]
-        leaves = [*main, *rest]
-        results = torch.autograd.grad(
-            [x for x, _ in outs],
-            [x for x in leaves if x is not None],
-            [g for _, g in outs],
-            allow_unused=True,
-        )
-    found_grads = iter(results)
-    for leaf, target in zip(leaves, grads, strict=True):
-        if leaf is None:
-            continue
-        value = next(found_grads)
-        if target.shape == leaf.shape:
-            target.copy_(torch.zeros_like(leaf) if value is None else value)
+    """Fill the gradients of ``linear_chunk_bwd``."""
+    acc, heads = _accumulator(tape.q.dtype), tape.q.shape[2]
+    group = tape.v.shape[2] // heads
+    q, k = (x.to(acc).repeat_interleave(group, 2) for x in (tape.q, tape.k))
+    v = tape.v.to(acc)
+    dn, dd = _numerators(dout, tape.outputs, p, acc)
+    n = q.shape[0] if p.cu_seqlens is None else p.cu_seqlens.shape[0] - 1
+    shape = (n, v.shape[2], q.shape[3])
+
+    def whole(x: Tensor | None, *more: int) -> Tensor:
+        return q.new_zeros((*shape, *more)) if x is None else x.to(acc)
+
+    s, ds = whole(p.initial_state, v.shape[3]), whole(dfinal_state, v.shape[3])
+    z, dz = whole(p.initial_z), whole(dfinal_z)
+    for x in grads:
+        x.zero_()
+    for batch, time, which in _spans(q, p):
+        at = (batch, time)
+        gate = p.gate if p.gate is None or p.gate_kind == "head" else p.gate[at]
+        ends = _Ends(q[at], k[at], v[at], gate, dn[at], dd[at], s[which], z[which], ds[which],
+                     dz[which])  # fmt: skip
+        dq, dk, dv, dgate, ds0, dz0 = (_backwards if p.causal else _all_at_once)(ends, p)
+        for target, found in ((grads.dq, dq), (grads.dk, dk)):
+            target[at] = found.unflatten(2, (heads, group)).sum(3).to(target.dtype)
+        grads.dv[at] = dv.to(v.dtype)
+        if grads.dgate.dim() > 1:
+            grads.dgate[at] = dgate
+        for target, found in ((grads.dinitial_state, ds0), (grads.dinitial_z, dz0)):
+            if target.dim() > 1:
+                target[which] = found
 
 
 def step(

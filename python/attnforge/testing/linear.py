@@ -239,12 +239,13 @@ def _differentiate(case: LinearCase, x: _Leaves, dn: Tensor, dstates: Tensor) ->
 
 def _gate_sizes(case: LinearCase, size: _Run, dn: Tensor, dstates: Tensor) -> Tensor:
     """For every token, the sum over later ones of the sizes that its gate's gradient cancels."""
-    x, g, group = size.leaves, size.grads, case.value_heads // case.heads
+    g, group = size.grads, case.value_heads // case.heads
+    q, k, v = (x.detach() for x in size.leaves[:3])
     if case.gate == "value":
-        terms = size.numerators[..., :-1] * dn[..., :-1] + x.v * g["v"]
+        terms = size.numerators[..., :-1] * dn[..., :-1] + v * g["v"]
         last = (dstates * size.states).sum(2)[..., :-1]
     else:
-        terms = (x.q * g["q"] + x.k * g["k"]).repeat_interleave(group, 2)
+        terms = (q * g["q"] + k * g["k"]).repeat_interleave(group, 2)
         last = (dstates * size.states).sum(3)
     if case.gate == "scalar":
         terms, last = terms.sum(-1), last.sum(-1)

@@ -55,6 +55,6 @@ def _spec(kind: str, notes: str) -> KernelSpec:
 
 SPECS = (
     _spec("chunk_fwd", "token recurrence in plain PyTorch, the definition; float64-capable"),
-    _spec("chunk_bwd", "autograd through the token recurrence"),
+    _spec("chunk_bwd", "plain PyTorch, explicit formulas from the last token"),
     _spec("step", "one token of the recurrence"),
 )
