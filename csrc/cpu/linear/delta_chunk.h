@@ -56,13 +56,19 @@ struct HeadChunks {
     solve_forward(chunk.live, vectors, chunk.erase, chunk.beta, error, write);
   }
 
+  // state = decay state, of one panel.
+  AF_INLINE_MEMBER void decay(float* state) const {
+    for (int64_t k = 0; k < p.key_dim; ++k) {
+      const Kept kept = {splat(chunk.whole[k]), splat(chunk.part[k])};
+      float* row = state + k * kNR;
+      store(row, kept(load(row), VecF{}));
+      store(row + kLanes, kept(load(row + kLanes), VecF{}));
+    }
+  }
+
   // state = decay state + kd write
   AF_INLINE_MEMBER void advance(int64_t vectors, const float* write, float* state) const {
-    for (int64_t k = 0; k < p.key_dim; ++k) {
-      const VecF factor = splat(chunk.decay[k]);
-      float* row = state + k * kNR;
-      store(row, load(row) * factor), store(row + kLanes, load(row + kLanes) * factor);
-    }
+    decay(state);
     panel_product<kChunk, 1>(p.key_dim, vectors, chunk.live, chunk.kd, write, state);
   }
 };

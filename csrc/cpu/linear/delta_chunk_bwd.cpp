@@ -181,11 +181,7 @@ struct HeadBackward {
   // dS of the chunk's end becomes that of its start.
   AF_INLINE_MEMBER void decay_state(int64_t vectors, float* dstate) {
     const Chunk& c = head.chunk;
-    for (int64_t k = 0; k < p.key_dim; ++k) {
-      const VecF factor = splat(c.decay[k]);
-      float* row = dstate + k * kNR;
-      store(row, load(row) * factor), store(row + kLanes, load(row + kLanes) * factor);
-    }
+    head.decay(dstate);
     panel_product<kChunk, 1>(p.key_dim, vectors, c.live, c.qg, b.dout, dstate);
     panel_product<kChunk, 1>(p.key_dim, vectors, c.live, c.kg, b.derror, dstate);
   }
@@ -202,7 +198,7 @@ struct HeadBackward {
       for (int64_t i = 0; i < c.live; i += kLanes) {
         sum = fma(load(c.kd + d * kChunk + i), load(g.dkd + d * kChunk + i), sum);
       }
-      b.end[d] = c.decay[d] * b.ddecay[d] + reduce_add(sum);
+      b.end[d] = (c.whole[d] + c.part[d]) * b.ddecay[d] + reduce_add(sum);
     }
     intra_backward(head.gate, c, g);
     const int64_t gate_at = at * (p.channel_gates ? p.key_dim : 1);

@@ -11,7 +11,7 @@
 // the start of the query's, inside a sub-chunk row by row; all are products of factors exp(g), so
 // nothing overflows and no difference of large sums is taken.
 //
-// A gate below -100 resets: exp2 gives exactly 0.
+// A gate below kReset resets: its factor is exactly 0.
 #pragma once
 
 #include "cpu/linear/delta_tiles.h"
@@ -27,7 +27,7 @@ struct Chunk {
   float *q, *k;            // tiles: plain (ScalarGate) or decayed from their sub-chunk's start
   float *qg, *kg, *kd;     // tiles
   float *scores, *erase;   // squares, zeros above the diagonal
-  float* decay;            // [padded dim]
+  float *whole, *part;     // [padded dim]: what the state keeps, as in `Kept`
   float beta[kChunk];
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t key_dim, float factor) {
@@ -36,13 +36,19 @@ struct Chunk {
     take_floats(arena, kChunk * padded_dim(dim), q_rows, k_rows);
     take_floats(arena, tile_floats(dim), q, k, qg, kg, kd);
     take_floats(arena, kSquare, scores, erase);
-    decay = arena.take<float>(padded_dim(dim));
+    take_floats(arena, padded_dim(dim), whole, part);
+  }
+
+  AF_INLINE_MEMBER void keep(int64_t d, VecF log_decay) {
+    const Kept kept = kept_of(log_decay);
+    store(whole + d, kept.whole), store(part + d, kept.part);
   }
 };
 
 struct ScalarGate {
   float* ratio;                              // square r_ij, zeros above the diagonal
   float from_start[kChunk], to_end[kChunk];  // exp(b), exp(b_end - b)
+  float log_decay;                           // b_end
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t) { ratio = arena.take<float>(kSquare); }
 
@@ -50,12 +56,13 @@ struct ScalarGate {
   AF_INLINE_MEMBER void read(const float* g, int64_t stride, int64_t n, int64_t live) {
     double b[kChunk], sum = 0.0;
     for (int64_t i = 0; i < live; ++i) {
-      if (g && i < n) sum += gate_log2(splat(g[i * stride]))[0];
+      if (g && i < n) sum += g[i * stride] < kReset ? kReset : g[i * stride];
       b[i] = sum;
     }
+    log_decay = static_cast<float>(sum);
     for (int64_t i = 0; i < live; ++i) {
       float* row = ratio + i * kChunk;
-      for (int64_t j = 0; j < live; ++j) row[j] = static_cast<float>(b[i] - b[j]);
+      for (int64_t j = 0; j < live; ++j) row[j] = static_cast<float>(kLog2E * (b[i] - b[j]));
       for (int64_t j = 0; j < live; j += kLanes) {
         // Masked before exp2: above the diagonal the difference is positive.
         VecF r = exp2(keep_up_to(i, j, load(row + j)));
@@ -63,7 +70,7 @@ struct ScalarGate {
       }
     }
     for (int64_t i = 0; i < live; ++i) {
-      from_start[i] = exp2(splat(static_cast<float>(b[i])))[0];
+      from_start[i] = decay_of(splat(static_cast<float>(b[i])))[0];
       to_end[i] = ratio[(live - 1) * kChunk + i];
     }
   }
@@ -77,8 +84,7 @@ struct ScalarGate {
     weigh(c, -1.0f, 1, c.erase);
     scale_tile(c, c.k, from_start, -1.0f, c.kg);
     scale_tile(c, c.k, to_end, 1.0f, c.kd);
-    const VecF end = splat(from_start[c.live - 1]);
-    for (int64_t d = 0; d < padded; d += kLanes) store(c.decay + d, end);
+    for (int64_t d = 0; d < padded; d += kLanes) c.keep(d, splat(log_decay));
     if (!kQueries) return;
     transpose(c.q_rows, padded, c.live, padded, c.q, kChunk);
     tile_square(c.live, c.dim, c.q, c.k, c.scores);
@@ -114,6 +120,7 @@ struct ChannelGate {
   int64_t dim;
   float *step, *from_start, *to_end;  // rows: exp(g), and its products within the sub-chunk
   float *total, *before;  // [sub-chunk][padded dim]: their products, and of those before
+  float* log_decay;       // [padded dim]: sum of the gates
   float *rows, *window;   // scratch: rows [kChunk], [kSub] of padded dim
 
   AF_INLINE_MEMBER void take(Arena& arena, int64_t key_dim) {
@@ -121,6 +128,7 @@ struct ChannelGate {
     const int64_t ld = padded_dim(dim);
     take_floats(arena, kChunk * ld, step, from_start, to_end, rows);
     take_floats(arena, kSub * ld, total, before, window);
+    log_decay = arena.take<float>(ld);
   }
 
   // g: gates [dim] of the first token, rows `stride` apart.
@@ -128,11 +136,12 @@ struct ChannelGate {
     const int64_t ld = padded_dim(dim);
     load_rows(g, stride, n, live, dim, step, ld);
     for (int64_t d = 0; d < ld; d += kLanes) {
-      VecF all = splat(1.0f);
+      VecF all = splat(1.0f), sum{};
       for (int64_t first = 0; first < live; first += kSub) {
         VecF product = splat(1.0f), rest = splat(1.0f);
         for (int64_t i = first; i < first + kSub; ++i) {
-          VecF factor = exp2(gate_log2(load(step + i * ld + d)));
+          const VecF gate = load(step + i * ld + d), factor = decay_of(gate);
+          sum += gate;
           store(step + i * ld + d, factor);
           product *= factor;
           store(from_start + i * ld + d, product);
@@ -145,6 +154,7 @@ struct ChannelGate {
         store(before + first / kSub * ld + d, all);
         all *= product;
       }
+      store(log_decay + d, sum);
     }
   }
 
@@ -161,10 +171,7 @@ struct ChannelGate {
       inside<kQueries>(c, s);
     }
     carry_keys(c.kd, subs);
-    const int64_t last = subs - 1;
-    for (int64_t d = 0; d < ld; d += kLanes) {
-      store(c.decay + d, load(before + last * ld + d) * load(total + last * ld + d));
-    }
+    for (int64_t d = 0; d < ld; d += kLanes) c.keep(d, load(log_decay + d));
   }
 
   // Rows of sub-chunk s of a square: products with earlier sub-chunks, then zeros.

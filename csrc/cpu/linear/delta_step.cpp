@@ -22,7 +22,7 @@ constexpr int kWide = kLanes == 16 ? 8 : 4;
 struct Token {
   int64_t key_dim, value_dim;
   const float* next;  // the state of the next head, or null
-  float q[kMaxDim], k[kMaxDim], decay[kMaxDim];
+  float q[kMaxDim], k[kMaxDim], whole[kMaxDim], part[kMaxDim];  // decays as in `Kept`
   float qk, beta, scale;
 };
 
@@ -37,7 +37,8 @@ AF_INLINE void strip(const Token& t, int64_t column, const T* v, float* state, T
     return kVectors == 1 ? load_partial(row, width) : load(row + n * kLanes);
   };
   for (int64_t k = 0; k < t.key_dim; ++k) {
-    const VecF to_y = splat(t.k[k] * t.decay[k]), to_z = splat(t.q[k] * t.decay[k]);
+    const float decay = t.whole[k] + t.part[k];
+    const VecF to_y = splat(t.k[k] * decay), to_z = splat(t.q[k] * decay);
     for (int n = 0; n < kVectors; ++n) {
       VecF s = in(state + k * t.value_dim, n);
       y[n] = fma(s, to_y, y[n]);
@@ -55,14 +56,15 @@ AF_INLINE void strip(const Token& t, int64_t column, const T* v, float* state, T
     }
   }
   for (int64_t k = 0; k < t.key_dim; ++k) {
-    const VecF key = splat(t.k[k]), decay = splat(t.decay[k]);
+    const VecF key = splat(t.k[k]);
+    const Kept kept = {splat(t.whole[k]), splat(t.part[k])};
     float* row = state + k * t.value_dim;
     if (t.next) {
       const float* ahead = t.next + k * t.value_dim + column;
       for (int64_t d = 0; d < kVectors * kLanes; d += 16) __builtin_prefetch(ahead + d, 1, 2);
     }
     for (int n = 0; n < kVectors; ++n) {
-      VecF s = fma(key, y[n], in(row, n) * decay);
+      VecF s = kept(in(row, n), key * y[n]);
       if (kVectors == 1) {
         store_partial(row, s, width);
       } else {
@@ -110,7 +112,8 @@ void step_head(const DeltaStepParams& params, int64_t index, const float* next) 
       gate = p.channel_gates ? load_partial(p.g + index * p.key_dim + d, p.key_dim - d)
                              : splat(p.g[index]);
     }
-    store(t.decay + d, exp2(gate_log2(gate)));
+    const Kept kept = kept_of(gate);
+    store(t.whole + d, kept.whole), store(t.part + d, kept.part);
   }
   t.qk = reduce_add(qk);
   int64_t c = 0;

@@ -5,7 +5,8 @@
 // lanes), long enough for the hardware to fetch ahead. Backward, with c_t = exp(g_t) dx_t:
 //   dx_t = dout_t + c_{t+1},   dg_t = h_{t-1} c_t,   dh_0 = c_1,   dh_T enters as c_{T+1}
 // It keeps h before every kSegment-th token and makes the others again, segment by segment from the
-// right: x and g are read three times and no h is taken from a rounded output.
+// right: x and g are read three times and no h is taken from a rounded output. Factors near 1 keep
+// the digits of their distance from 1 (`Kept`): they multiply once per token.
 #include "cpu/kernels.h"
 #include "cpu/linear/tokens.h"
 #include "cpu/micro/denormals.h"
@@ -17,7 +18,7 @@ namespace {
 
 constexpr int64_t kWide = 16;  // vectors; fewer where there are not tasks enough for the threads
 constexpr int64_t kTile = kWide * kLanes;
-constexpr int64_t kSegment = 16;  // h and exp(g) of a segment are 32 KiB on 16 lanes
+constexpr int64_t kSegment = 32;  // the h of a segment are 32 KiB on 16 lanes
 
 struct Lane {
   TokenSpan span;
@@ -75,7 +76,7 @@ AF_INLINE void write_state(const float* h, const DiagScanParams& p, const Lane& 
                               __attribute__((always_inline)) { put(own, load(h + d)); });
 }
 
-// h = exp(g) h + x for tokens [t, end); each(t, d, put, decay, before, after) sees every vector.
+// h = exp(g) h + x for tokens [t, end); each(t, d, put, before, after) sees every vector.
 template <class T, class F>
 AF_INLINE void walk(const DiagScanParams& p, const Lane& lane, int64_t t, int64_t end, float* h,
                     const F& each) {
@@ -88,10 +89,10 @@ AF_INLINE void walk(const DiagScanParams& p, const Lane& lane, int64_t t, int64_
     }
     each_vector(lane.width,
                 [&](int64_t d, const auto& get, const auto& put) __attribute__((always_inline)) {
-                  const VecF decay = exp2(gate_log2(get(g))), before = load(h + d);
-                  const VecF after = fma(decay, before, get(x));
+                  const VecF before = load(h + d);
+                  const VecF after = kept_of(get(g))(before, get(x));
                   store(h + d, after);
-                  each(t, d, put, decay, before, after);
+                  each(t, d, put, before, after);
                 });
   }
 }
@@ -102,7 +103,7 @@ void forward(const DiagScanParams& p, const Lane& lane) {
   read_state(p.initial_state, p, lane, h);
   T* out = row_of(p, static_cast<T*>(p.out), lane, 0);
   walk<T>(p, lane, 0, lane.span.rows, h,
-          [&](int64_t t, int64_t, const auto& put, VecF, VecF, VecF after)
+          [&](int64_t t, int64_t, const auto& put, VecF, VecF after)
               __attribute__((always_inline)) { put(out + t * p.dim, after); });
   write_state(h, p, lane, p.final_state);
 }
@@ -110,7 +111,7 @@ void forward(const DiagScanParams& p, const Lane& lane) {
 template <class T>
 void backward(const DiagScanParams& p, const Lane& lane, float* scratch) {
   const int64_t rows = lane.span.rows, segments = ceil_div(rows, kSegment);
-  float *hs = scratch, *decays = hs + kSegment * kTile, *starts = decays + kSegment * kTile;
+  float *hs = scratch, *starts = hs + kSegment * kTile;
   alignas(64) float h[kTile], carried[kTile];
   read_state(p.initial_state, p, lane, h);
   read_state(p.dfinal_state, p, lane, carried);
@@ -118,26 +119,24 @@ void backward(const DiagScanParams& p, const Lane& lane, float* scratch) {
     __builtin_memcpy(starts + s * kTile, h, sizeof(h));
     if (s + 1 == segments) break;
     walk<T>(p, lane, s * kSegment, (s + 1) * kSegment, h,
-            [](int64_t, int64_t, const auto&, VecF, VecF, VecF) __attribute__((always_inline)) {});
+            [](int64_t, int64_t, const auto&, VecF, VecF) __attribute__((always_inline)) {});
   }
   for (int64_t s = segments - 1; s >= 0; --s) {
     const int64_t first = s * kSegment, end = min64(rows, first + kSegment);
     __builtin_memcpy(h, starts + s * kTile, sizeof(h));
     walk<T>(p, lane, first, end, h,
-            [&](int64_t t, int64_t d, const auto&, VecF decay, VecF before, VecF)
-                __attribute__((always_inline)) {
-                  store(hs + (t - first) * kTile + d, before);
-                  store(decays + (t - first) * kTile + d, decay);
-                });
+            [&](int64_t t, int64_t d, const auto&, VecF before, VecF)
+                __attribute__((always_inline)) { store(hs + (t - first) * kTile + d, before); });
     for (int64_t t = end - 1; t >= first; --t) {
       const T* dout = row_of(p, static_cast<const T*>(p.dout), lane, t);
       T* dx = row_of(p, static_cast<T*>(p.dx), lane, t);
+      const float* g = row_of(p, p.g, lane, t);
       float* dg = row_of(p, p.dg, lane, t);
       each_vector(lane.width,
                   [&](int64_t d, const auto& get, const auto& put) __attribute__((always_inline)) {
                     const int64_t at = (t - first) * kTile + d;
                     const VecF x = get(dout) + load(carried + d);
-                    const VecF c = load(decays + at) * x;
+                    const VecF c = kept_of(get(g))(x, VecF{});
                     store(carried + d, c);
                     put(dx, x);
                     put(dg, load(hs + at) * c);
@@ -148,7 +147,7 @@ void backward(const DiagScanParams& p, const Lane& lane, float* scratch) {
 }
 
 AF_INLINE int64_t worker_floats(const DiagScanParams& p) {
-  return (ceil_div(p.rows, kSegment) + 2 * kSegment) * kTile;
+  return (ceil_div(p.rows, kSegment) + kSegment) * kTile;
 }
 
 // run(element, lane, worker) for every task.

@@ -4,6 +4,7 @@
 
 #include "attnforge/delta.h"
 #include "cpu/flash/problem.h"
+#include "cpu/linear/decay.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -25,11 +26,6 @@ AF_INLINE T* token_row(const TensorRef& x, const TokenSpan& s, int64_t head, int
          head * x.head_stride;
 }
 
-// Natural-log gate to base 2; one below kReset goes to where exp2 is 0. A NaN stays.
-constexpr float kReset = -100.0f;
-AF_INLINE VecF gate_log2(VecF g) {
-  VecF l = g * splat(kLog2E);
-  return l < splat(kReset * kLog2E) ? splat(kReset * kLog2E) : l;
-}
+constexpr float kReset = -100.0f;  // a gate below it is a reset: exp2 of it is exactly 0
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA
