@@ -27,6 +27,7 @@ from attnforge.ops.linear import (
     retention,
     simple_gla,
 )
+from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
@@ -48,6 +49,7 @@ __all__ = [
     "KernelSpec",
     "SearchSpace",
     "__version__",
+    "additive_gla",
     "backend",
     "debug",
     "explain",
@@ -59,6 +61,7 @@ __all__ = [
     "linear_attention",
     "linear_step",
     "list_kernels",
+    "mamba2_ssd",
     "merge_states",
     "reductions",
     "register",
