@@ -29,6 +29,7 @@ from attnforge.ops.linear import (
     retention,
     simple_gla,
 )
+from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.scan import hgrn
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
@@ -51,6 +52,7 @@ __all__ = [
     "KernelSpec",
     "SearchSpace",
     "__version__",
+    "additive_gla",
     "backend",
     "debug",
     "delta_rule",
@@ -68,6 +70,7 @@ __all__ = [
     "linear_attention",
     "linear_step",
     "list_kernels",
+    "mamba2_ssd",
     "merge_states",
     "reductions",
     "register",

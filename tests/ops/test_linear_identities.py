@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge.ops._linear_maps import additive_gates
 from attnforge.testing.compare import assert_same, same_bits
 from attnforge.testing.linear import LinearCase, LinearInputs, linear_inputs
 
@@ -162,19 +161,44 @@ def test_decayed_states_take_no_longer(cpu: str) -> None:
     assert same_bits(state, torch.zeros_like(state))
 
 
-def test_additive_gates_are_a_softmax_over_the_past(backend: str) -> None:
+def test_additive_gla_is_a_softmax_over_the_past(backend: str) -> None:
     logits, v = 3 * torch.randn(1, 12, 2, 4), torch.randn(1, 12, 2, 5)
     logits[:, :3, 0] = -float("inf")
+    logits[:, 4] *= 20
     q = torch.rand(1, 12, 2, 4)
     logits.requires_grad_()
     for ends in (None, torch.tensor([0, 5, 12])):
-        keys, gates, last = additive_gates(logits, cu_seqlens=ends)
-        out, _ = attnforge.gla(q, keys, v, gates, scale=1.0, cu_seqlens=ends, backend=backend)
+        out, state = attnforge.additive_gla(
+            q, logits, v, scale=1.0, output_final_state=True, cu_seqlens=ends, backend=backend
+        )
         starts = [0] * 12 if ends is None else [0] * 5 + [5] * 7
         for t in range(12):
             past = slice(starts[t], t + 1)
             weights = logits[0, past].double().softmax(0).nan_to_num(0.0)
             want = torch.einsum("hk,shk,shv->hv", q[0, t].double(), weights, v[0, past].double())
             torch.testing.assert_close(out[0, t].double(), want, rtol=1e-5, atol=1e-5)
-        (grad,) = torch.autograd.grad(out.sum() + last.clamp_min(-80).sum(), logits)
+        assert state is not None
+        (grad,) = torch.autograd.grad(out.sum() + state[1].clamp_min(-80).sum(), logits)
         assert bool(grad.isfinite().all())
+    whole, _ = attnforge.additive_gla(q, logits, v, backend=backend)
+    head = [x[:, :7] for x in (q, logits, v)]
+    tail = [x[:, 7:] for x in (q, logits, v)]
+    _, middle = attnforge.additive_gla(*head, output_final_state=True, backend=backend)
+    rest, _ = attnforge.additive_gla(*tail, initial_state=middle, backend=backend)
+    torch.testing.assert_close(rest, whole[:, 7:], rtol=1e-5, atol=1e-5)
+
+
+def test_mamba2_is_its_recurrence(backend: str) -> None:
+    x, dt = torch.randn(2, 9, 4, 3), torch.rand(2, 9, 4)
+    b, c = torch.randn(2, 9, 2, 5), torch.randn(2, 9, 2, 5)
+    a, d, h = -torch.rand(4) - 0.1, torch.randn(4), torch.randn(2, 4, 5, 3)
+    y, last = attnforge.mamba2_ssd(
+        x, dt, a, b, c, d=d, initial_state=h, output_final_state=True, backend=backend
+    )
+    for t in range(9):
+        wide_b, wide_c = (m[:, t].repeat_interleave(2, 1) for m in (b, c))
+        h = h * (dt[:, t] * a).exp()[..., None, None]
+        h = h + wide_b.unsqueeze(-1) * (dt[:, t, :, None] * x[:, t]).unsqueeze(-2)
+        want = torch.einsum("bhn,bhnp->bhp", wide_c, h) + d[:, None] * x[:, t]
+        torch.testing.assert_close(y[:, t], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, h, rtol=1e-4, atol=1e-5)

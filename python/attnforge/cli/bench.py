@@ -61,7 +61,7 @@ def _check_device(device: str, isa: str | None) -> None:
 
 
 def _bench(
-    family: Annotated[str, typer.Argument(help="Family to measure: flash, reductions.")],
+    family: Annotated[str, typer.Argument(help="Family to measure: flash, linear, reductions.")],
     quick: Annotated[bool, typer.Option("--quick", help="5 repeats instead of 15.")] = False,
     isa: Annotated[
         str | None,

@@ -244,7 +244,8 @@ def backward(
                      dz[which])  # fmt: skip
         dq, dk, dv, dgate, ds0, dz0 = (_backwards if p.causal else _all_at_once)(ends, p)
         for target, found in ((grads.dq, dq), (grads.dk, dk)):
-            target[at] = found.unflatten(2, (heads, group)).sum(3).to(target.dtype)
+            by_head = found.reshape(*found.shape[:2], heads, group, found.shape[3])
+            target[at] = by_head.sum(3).to(target.dtype)
         grads.dv[at] = dv.to(v.dtype)
         if grads.dgate.dim() > 1:
             grads.dgate[at] = dgate

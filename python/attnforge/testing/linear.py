@@ -15,7 +15,7 @@ where u16 counts for 16-bit dtypes only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +57,10 @@ class _Leaves(NamedTuple):
     z: Tensor | None
 
 
+def _each(x: _Leaves, f: Callable[[Tensor], Tensor]) -> _Leaves:
+    return x._replace(**{n: f(t) for n, t in x._asdict().items() if t is not None})
+
+
 @dataclass
 class LinearInputs:
     """Tensors of a case as they were rounded, and gradients of its results."""
@@ -83,12 +87,12 @@ class LinearInputs:
             return attnforge.retention(q, k, v, decay=gate, **options)
         if c.gate == "scalar":
             return attnforge.simple_gla(q, k, v, gate, **options)
-        name = {"key": "gk", "value": "gv"}[c.gate]
-        return attnforge.gla(q, k, v, **{name: gate}, **options)
+        options["gk" if c.gate == "key" else "gv"] = gate
+        return attnforge.gla(q, k, v, **options)
 
     def run(self, backend: str) -> dict[str, Tensor]:
         """Results and gradients by name."""
-        leaves = _Leaves(*(None if x is None else x.detach().clone() for x in self.leaves))
+        leaves = _each(self.leaves, lambda x: x.detach().clone())
         wanted = {n: x for n, x in leaves._asdict().items() if x is not None}
         if self.case.gate == "head":
             wanted.pop("gate")  # a constant
@@ -197,8 +201,8 @@ def _every(case: LinearCase, x: _Leaves) -> tuple[Tensor, Tensor]:
                    if case.gate == "scalar" else gate) + key  # fmt: skip
     outs, states = [], []
     for time, which in _sequences(case):
-        parts = (t[:, :, time] for t in (q, k, v, key, value))
-        out, state = _whole(*parts, s0[which], case.causal)  # type: ignore[misc]
+        a, b, c, by_key, by_value = (t[:, :, time] for t in (q, k, v, key, value))
+        out, state = _whole(a, b, c, by_key, by_value, s0[which], case.causal)
         outs.append(scale * out)
         states.append(state)
     covered = sum(t.shape[2] for t in outs)
@@ -224,7 +228,7 @@ class _Run(NamedTuple):
 
 
 def _differentiate(case: LinearCase, x: _Leaves, dn: Tensor, dstates: Tensor) -> _Run:
-    leaves = _Leaves(*(None if t is None else t.detach().double().requires_grad_() for t in x))
+    leaves = _each(x, lambda t: t.detach().double().requires_grad_())
     numerators, states = _every(case, leaves)
     given = {n: t for n, t in leaves._asdict().items() if t is not None}
     found = torch.autograd.grad(
@@ -257,13 +261,13 @@ def _gate_sizes(case: LinearCase, size: _Run, dn: Tensor, dstates: Tensor) -> Te
 
 def _truth(inputs: LinearInputs) -> Truth:
     case, found = inputs.case, Truth()
-    x = _Leaves(*(None if t is None else t.detach().double() for t in inputs.leaves))
+    x = _each(inputs.leaves, lambda t: t.detach().double())
     dout = inputs.dout.double() * _covered(case)
     ends = torch.cat([inputs.dstate.double(), inputs.dz.double().unsqueeze(-1)], -1)
     ends = ends * float(case.states)
     if not case.normalize:
         ends[..., -1] = 0.0
-    absolute = _Leaves(*(None if t is None else t.abs() for t in x))._replace(gate=x.gate)
+    absolute = _each(x, torch.abs)._replace(gate=x.gate)
     unit = unit_roundoff(case.dtype)
     half = 2 * unit if case.dtype.itemsize == 2 else 0.0
     fine = unit_roundoff(torch.float64 if case.dtype is torch.float64 else torch.float32)
