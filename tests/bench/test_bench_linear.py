@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnforge.testing import bench, bench_linear
+from attnforge.testing import bench, bench_delta, bench_linear
 from attnforge.testing.bench_linear import FUNCTIONS, Shape
 
 
@@ -38,6 +38,17 @@ def test_step_sides_agree(cpu: str) -> None:
 def test_cases() -> None:
     cases = bench.family_cases("linear", quick=True)
     names = [case.name for case in cases]
-    assert len(set(names)) == len(names) == 2 * len(FUNCTIONS) + 2
+    assert len(set(names)) == len(names) == 2 * len(FUNCTIONS) + 2 + len(bench_delta.cases(1))
     assert cases[0].work == 4 * 64 * 64 * 8 * 8192
-    assert len({case.series for case in bench.family_cases("linear", sweep=True)}) == 1
+    assert len({case.series for case in bench.family_cases("linear", sweep=True)}) == 2
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "key"])
+def test_delta_case_runs(cpu: str, gate: str) -> None:
+    shape = bench_delta.Shape(gate, 70, backward=True, heads=2, dim=16)
+    work = bench_delta.build(shape, cpu)
+    assert shape.flops == 3.5 * 6 * 70 * 2 * 16 * 16
+    assert len(work.candidate()) == len(work.peers["sdpa"]()) + (1 if gate == "none" else 2)
+    bound = work.errors()["attnforge"].bound
+    assert bound is not None
+    assert bound < 1
