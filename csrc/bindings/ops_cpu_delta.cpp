@@ -20,6 +20,12 @@ float* wanted(const Tensor& t, int64_t numel) {
   return t.numel() == 0 ? nullptr : floats(t, numel);
 }
 
+// Outputs are large and new.
+template <class... Tensors>
+void large(const Tensors&... outputs) {
+  (prefer_huge_pages(outputs.const_data_ptr(), outputs.numel() * outputs.element_size()), ...);
+}
+
 // q, k [B, T, H, K] and v [B, T, HV, V].
 DeltaProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                         const Tensor& beta, const OptionalTensor& initial_state,
@@ -68,6 +74,7 @@ void delta_chunk_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Op
   const Workers threads = workers();
   Tensor scratch = workspace(kernels().delta_chunk_fwd_workspace(params, threads.num_threads));
   params.workspace = scratch.mutable_data_ptr();
+  large(out);
   kernels().delta_chunk_fwd(params, threads);
 }
 
@@ -90,6 +97,7 @@ void delta_chunk_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, con
   const Workers threads = workers();
   Tensor scratch = workspace(kernels().delta_chunk_bwd_workspace(params, threads.num_threads));
   params.workspace = scratch.mutable_data_ptr();
+  large(dq, dk, dv, dg);
   kernels().delta_chunk_bwd(params, threads);
 }
 
@@ -138,6 +146,7 @@ void diag_scan_fwd(const Tensor& x, const Tensor& g, const OptionalTensor& initi
   DiagScanParams params = scan_of(x, g, initial_state, cu_seqlens);
   params.out = like(out, x);
   params.final_state = wanted(final_state, params.sequences * params.dim);
+  large(out);
   kernels().diag_scan_fwd(params, workers());
 }
 
@@ -154,6 +163,7 @@ void diag_scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, const
   const Workers threads = workers();
   Tensor scratch = workspace(kernels().diag_scan_bwd_workspace(params, threads.num_threads));
   params.workspace = scratch.mutable_data_ptr();
+  large(dx, dg);
   kernels().diag_scan_bwd(params, threads);
 }
 

@@ -197,9 +197,9 @@ def test_slow_decays_keep_their_rate(gate: str) -> None:
 
 
 def test_slow_scans_keep_their_rate() -> None:
-    # Rounding e^-1e-6 to fp32 forgets 1.3% too much: 4e-4 of h after 32768 tokens.
+    # Rounding e^-1e-6 to fp32 forgets 1.3% too much: 4.5e-4 in the end, against 0.9e-4.
     g = torch.full((1, 32768, 3), -1e-6)
     x, first = torch.randn_like(g) * 1e-2, torch.ones(1, 3)
     out, _ = attnforge.hgrn(x, g, initial_state=first, backend="cpu")
     want, _ = attnforge.hgrn(x.double(), g.double(), initial_state=first)
-    torch.testing.assert_close(out.double(), want, rtol=0, atol=5e-5)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=2e-4)
