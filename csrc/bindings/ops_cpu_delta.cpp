@@ -23,7 +23,7 @@ float* wanted(const Tensor& t, int64_t numel) {
 // Outputs are large and new.
 template <class... Tensors>
 void large(const Tensors&... outputs) {
-  (prefer_huge_pages(outputs.const_data_ptr(), outputs.numel() * outputs.element_size()), ...);
+  (advise_huge_pages(outputs, outputs.numel() * outputs.element_size()), ...);
 }
 
 // q, k [B, T, H, K] and v [B, T, HV, V].

@@ -78,6 +78,12 @@ LinearProblem linear_problem(const Tensor& q, const Tensor& k, const Tensor& v,
   return p;
 }
 
+// An output of q's dtype: its rows are written in the order of heads, 4 KiB pages apart.
+TensorRef output(const Tensor& t, DType dtype) {
+  advise_huge_pages(t, t.numel() * (dtype == DType::kFloat32 ? 4 : 2));
+  return ref(t, dtype);
+}
+
 int64_t state_size(const LinearProblem& p) {
   return p.sequences * p.value_heads * p.key_dim * p.value_dim;
 }
@@ -96,7 +102,7 @@ void linear_chunk_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const O
   p = linear_problem(q, k, v, gate, cu_seqlens, {gate_kind, normalize, scale, eps, causal});
   p.initial_state = floats(initial_state, state_size(p));
   p.initial_z = floats(initial_z, z_size(p));
-  params.out = ref(out, p.dtype);
+  params.out = output(out, p.dtype);
   if (out_lo.dim() == 4) params.out_lo = ref(out_lo, p.dtype);
   params.final_state = floats(final_state, state_size(p));
   params.final_z = floats(final_z, z_size(p));
@@ -129,7 +135,8 @@ void linear_chunk_bwd(const Tensor& dout, const OptionalTensor& dfinal_state,
   params.den = floats(den, q.size(0) * p.rows * p.value_heads);
   params.dfinal_state = floats(dfinal_state, states), params.dfinal_z = floats(dfinal_z, zs);
   params.final_state = floats(final_state, states), params.final_z = floats(final_z, zs);
-  params.dq = ref(dq, p.dtype), params.dk = ref(dk, p.dtype), params.dv = ref(dv, p.dtype);
+  params.dq = output(dq, p.dtype), params.dk = output(dk, p.dtype);
+  params.dv = output(dv, p.dtype);
   params.dgate = floats(dgate, gate_size(p, q.size(0), p.rows));
   if (p.gate_kind == LinearGate::kNone) params.dgate = nullptr;
   params.dinitial_state = floats(dinitial_state, states);

@@ -41,12 +41,12 @@ inline Workers workers() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
-// Asks for huge pages: panels are walked in an order that costs a TLB entry per few KiB otherwise,
-// and a large output that the allocator has just mapped costs a fault per page at its first touch.
-inline void prefer_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
+// Asks for huge pages for what lies in a large new tensor: panels are walked in an order that costs
+// a TLB entry per few KiB otherwise, and first touches of small pages take longer than the writes.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
   begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -56,7 +56,7 @@ inline void prefer_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]
 // Scratch memory from torch's allocator.
 inline Tensor workspace(int64_t bytes) {
   Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
-  prefer_huge_pages(scratch.const_data_ptr(), bytes);
+  advise_huge_pages(scratch, bytes);
   return scratch;
 }
 

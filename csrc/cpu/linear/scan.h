@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/linear/scan_tile.h"
+#include "cpu/micro/pack.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -120,10 +121,22 @@ template <DecayOn kOn, class T>
   }
 }
 
-// The block's tokens on one tile of the state.
+// Rows of a head lie a whole token apart, where the hardware foresees nothing: those of the next
+// block are fetched while this one is computed. The operands of all tiles.
+template <class T>
+AF_INLINE void fetch_ahead(const Scan<T>& scan, int64_t step) {
+  for (int64_t s = step + kBlock; s < min64(step + kBlock + kGroup, scan.length()); ++s) {
+    const int64_t t = scan.token(s);
+    prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
+    prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
+    prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
+  }
+}
+
+// The block's tokens on one tile of the state; `ahead` on the first of a task's tiles.
 template <DecayOn kOn, class T>
 [[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, int64_t tile,
-                                         const Coefficients& c0, float* state,
+                                         bool ahead, const Coefficients& c0, float* state,
                                          const Sink<T>& sink) {
   constexpr bool kByLane = kOn == DecayOn::kLanesOf;
   const int64_t first = tile * kTile;
@@ -135,6 +148,7 @@ template <DecayOn kOn, class T>
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
     const Coefficients c = c0.at(group);
+    if (ahead) fetch_ahead(scan, step);
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t column = first + v * kLanes, at = v * kLanes;
       VecF xs[kGroup] = {}, a[kGroup], log{};

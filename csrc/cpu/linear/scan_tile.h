@@ -1,9 +1,9 @@
 // Four tokens of the recurrence at once: one tile of the state, [positions][kTile], for the
 // columns it holds. See scan_group.h for the algebra.
 //
-// Registers: 4 outputs and 4 operands of kTileVecs vectors, a row of S, a broadcast. Per row and
-// vector 1 load, 1 store and 10 multiply-adds (8 without a decay, and an addition), of which 8
-// count.
+// Registers: 4 outputs and 4 operands of kTileVecs vectors, a row of S, its decay, temporaries.
+// Per row and vector 1 load, 1 store and 10 multiply-adds (8 without a decay, and an addition), of
+// which 8 count.
 #pragma once
 
 #include "cpu/linear/scan_group.h"
@@ -11,9 +11,9 @@
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
 #if ATTNFORGE_LANES == 16
-constexpr int kTileVecs = 2;  // 8 + 8 + 2 + 2 of 32 registers
+constexpr int kTileVecs = 2;  // 8 + 8 + 2 + 4 + 2 of 32 registers
 #else
-constexpr int kTileVecs = 1;  // 4 + 4 + 1 + 2 of 16
+constexpr int kTileVecs = 1;  // 4 + 4 + 1 + 2 + 2 of 16
 #endif
 constexpr int64_t kTile = kTileVecs * kLanes;
 

@@ -2,7 +2,7 @@
 //
 // Per value head one pass over the state: S <- decay S + k v^T and o += q S while a row is in
 // registers, so 4 K V bytes are read and 4 K V written: the kernel runs at memory speed.
-//   tasks   (sequence, value head); rows of the state are streamed, o stays in L1
+//   tasks   a few heads in a row, whose states follow one another; o stays in L1
 #include "cpu/kernels.h"
 #include "cpu/linear/scan.h"
 #include "cpu/micro/denormals.h"
@@ -15,6 +15,9 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kMaxDim = 1024;  // of K and V, as the registry says
+constexpr int64_t kHeads = 8;      // of a task
+// Floats: memory is asked for this far ahead, beyond the 4 KiB at which the hardware stops.
+constexpr int64_t kAhead = 2048;
 
 template <class T>
 AF_INLINE void widen_row(const T* src, int64_t dim, float scale, float* dst) {
@@ -60,6 +63,7 @@ AF_INLINE void step_head(const LinearStepParams& params, int64_t sequence, int64
     const VecF key = splat(k[i]), query = splat(q[i]);
     Kept kept = {splat(columns ? 1.0f : whole[i]), splat(columns ? 0.0f : part[i])};
     for (int64_t d = 0; d < n; d += kLanes) {
+      __builtin_prefetch(state + d + kAhead, 1, 2);
       if (columns) kept = {load_partial(whole + d, n - d), load_partial(part + d, n - d)};
       const VecF s = kept(load_partial(state + d, n - d), key * load_partial(v + d, n - d));
       store_partial(state + d, s, n - d);
@@ -83,9 +87,12 @@ void linear_step(const LinearStepParams& params, const Workers& workers) {
   const LinearProblem& p = params.problem;
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    parallel_tasks(workers, p.sequences * p.value_heads, [&](int64_t task, int64_t) {
+    const int64_t heads = p.sequences * p.value_heads;
+    parallel_tasks(workers, ceil_div(heads, kHeads), [&](int64_t task, int64_t) {
       const FlushDenormals guard;
-      step_head<T>(params, task / p.value_heads, task % p.value_heads);
+      for (int64_t i = task * kHeads; i < min64(heads, (task + 1) * kHeads); ++i) {
+        step_head<T>(params, i / p.value_heads, i % p.value_heads);
+      }
     });
   });
 }
