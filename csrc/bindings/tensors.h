@@ -41,17 +41,22 @@ inline Workers workers() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
-// Scratch memory from torch's allocator. Large pieces ask for huge pages: packed panels are walked
-// in an order that costs a TLB entry per few KiB otherwise.
-inline Tensor workspace(int64_t bytes) {
-  Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
+// Asks for huge pages for what lies in a large new tensor: panels are walked in an order that costs
+// a TLB entry per few KiB otherwise, and first touches of small pages take longer than the writes.
+inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(scratch.const_data_ptr());
+  uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
   begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Scratch memory from torch's allocator.
+inline Tensor workspace(int64_t bytes) {
+  Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);
+  advise_huge_pages(scratch, bytes);
   return scratch;
 }
 

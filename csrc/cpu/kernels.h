@@ -4,6 +4,8 @@
 
 #include "attnforge/block_sparse.h"
 #include "attnforge/cope.h"
+#include "attnforge/delta.h"
+#include "attnforge/linear.h"
 #include "attnforge/paged.h"
 #include "attnforge/params.h"
 
@@ -28,13 +30,21 @@ namespace attnforge::cpu {
   X(block_sparse_bwd, BlockSparseBwdParams) \
   X(paged_decode, PagedFwdParams)           \
   X(paged_middle, PagedFwdParams)           \
-  X(paged_prefill, PagedFwdParams)
+  X(paged_prefill, PagedFwdParams)          \
+  X(linear_chunk_fwd, LinearFwdParams)      \
+  X(linear_chunk_bwd, LinearBwdParams)      \
+  X(delta_chunk_fwd, DeltaChunkFwdParams)   \
+  X(delta_chunk_bwd, DeltaChunkBwdParams)   \
+  X(diag_scan_bwd, DiagScanParams)
 
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \
   X(merge_states, MergeParams)         \
   X(head_gradient, HeadGradientParams) \
-  X(paged_append, PagedAppendParams)
+  X(paged_append, PagedAppendParams)   \
+  X(linear_step, LinearStepParams)     \
+  X(delta_step, DeltaStepParams)       \
+  X(diag_scan_fwd, DiagScanParams)
 
 struct KernelTable {
   const char* isa;

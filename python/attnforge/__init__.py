@@ -15,14 +15,26 @@ from attnforge._version import __version__
 from attnforge.ops import reductions
 from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.cope import cope_attention
+from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
     flash_attention,
     flash_attention_varlen,
     flash_decode,
     merge_states,
 )
+from attnforge.ops.gsa import gsa
+from attnforge.ops.linear import (
+    gla,
+    lightning_attention,
+    linear_attention,
+    linear_step,
+    retention,
+    simple_gla,
+)
+from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.moba import moba_attention, moba_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
+from attnforge.ops.scan import hgrn
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.paged_cache import PagedKVCache
@@ -48,16 +60,28 @@ __all__ = [
     "PagedKVCache",
     "SearchSpace",
     "__version__",
+    "additive_gla",
     "backend",
     "block_sparse_attention",
     "cascade_attention",
     "cope_attention",
     "debug",
+    "delta_rule",
+    "delta_step",
     "explain",
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "gated_delta_rule",
+    "gla",
+    "gsa",
+    "hgrn",
+    "kda",
+    "lightning_attention",
+    "linear_attention",
+    "linear_step",
     "list_kernels",
+    "mamba2_ssd",
     "merge_states",
     "moba_attention",
     "moba_select",
@@ -65,7 +89,9 @@ __all__ = [
     "paged_attention",
     "reductions",
     "register",
+    "retention",
     "rope_tables",
+    "simple_gla",
     "t5_rel_bias",
     "trace_shapes",
     "tune",

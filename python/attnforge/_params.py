@@ -15,10 +15,16 @@ __all__ = [
     "KV_CODES",
     "SCORE_FNS",
     "BlockLists",
+    "DeltaGrads",
+    "DeltaParams",
     "FlashGrads",
     "FlashMods",
     "FlashParams",
     "FlashTape",
+    "LinearGrads",
+    "LinearOutputs",
+    "LinearParams",
+    "LinearTape",
     "PagedCache",
     "PagedParams",
     "PagedWrite",
@@ -189,3 +195,74 @@ class PagedWrite(NamedTuple):
     rope_interleaved: bool
     page_min: Tensor | None  # [P, Hk, D] of k's dtype or fp32: least stored value per channel
     page_max: Tensor | None
+
+
+class LinearParams(NamedTuple):
+    """Everything a ``linear_chunk_*`` launcher needs beyond q, k, v and its outputs.
+
+    States, gates and denominators are fp32, or fp64 beside fp64 inputs.
+    """
+
+    gate: Tensor | None  # natural log; None with "none", else shaped as gate_kind says
+    gate_kind: str  # "none", "head" [HV], "scalar" [B,T,HV], "key" [B,T,HV,K], "value" [B,T,HV,V]
+    initial_state: Tensor | None  # [N, HV, K, V]
+    initial_z: Tensor | None  # [N, HV, K], with normalize
+    cu_seqlens: Tensor | None  # [N + 1] int32, with a batch of 1
+    scale: float
+    causal: bool  # False: every row reads the state of the whole sequence; no gate then
+    normalize: str  # "", "sum" (n / (d + eps)) or "abs" (n / max(|d|, eps))
+    eps: float
+
+
+class LinearOutputs(NamedTuple):
+    """Outputs of a forward launcher; [0] where not asked for."""
+
+    out: Tensor  # [B, T, HV, V] of q's dtype; 0 in rows that no sequence has
+    final_state: Tensor  # [N, HV, K, V]
+    final_z: Tensor  # [N, HV, K]
+    den: Tensor  # [B, T, HV]: d before eps
+    out_lo: Tensor  # round16(O_fp32 - out), for a backward of a normalised 16-bit call
+
+
+class LinearTape(NamedTuple):
+    """What a forward leaves for the backward; final_state and final_z only with gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    outputs: LinearOutputs
+
+
+class LinearGrads(NamedTuple):
+    """Outputs of a backward launcher; [0] where there is no such input."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dgate: Tensor  # like gate; [0] also where no gradient is asked for
+    dinitial_state: Tensor
+    dinitial_z: Tensor
+
+
+class DeltaParams(NamedTuple):
+    """Everything a ``delta_chunk_*`` launcher needs beyond q, k, v and its outputs.
+
+    Gates, beta and states are fp32, or fp64 beside fp64 inputs.
+    """
+
+    g: Tensor | None  # natural-log gates [B, T, HV], or per key channel [B, T, HV, K]
+    beta: Tensor  # [B, T, HV]
+    initial_state: Tensor | None  # [N, HV, K, V]
+    cu_seqlens: Tensor | None  # [N + 1] int32, with a batch of 1
+    scale: float
+
+
+class DeltaGrads(NamedTuple):
+    """Outputs of a backward launcher; [0] where there is no such input."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor
+    dbeta: Tensor
+    dinitial_state: Tensor

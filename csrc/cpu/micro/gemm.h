@@ -1,7 +1,9 @@
 // The register-tiled matrix product that every flash kernel is made of.
 //
 // C[m, n] (+)= A[m, depth] * B[depth, n] with B packed in column panels and A read by broadcasts:
-//   B panel  [depth][kNR]       kNR = two vectors of columns
+//   B panel  [depth][kNR]       kNR = two vectors of columns; rows may lie BK apart instead, so
+//   that
+//            a matrix with that leading dimension serves without packing
 //   A        element (row, k) at a[row * ARow + k * AK], both strides known at compile time, so
 //   that
 //            packed Q groups, a score tile and its transpose all use the same code
@@ -30,7 +32,7 @@ constexpr int kNR = 2 * kLanes;
 
 #define AF_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
-template <int MR, int NV, int ARow, int AK>
+template <int MR, int NV, int ARow, int AK, int BK = kNR>
 [[gnu::noinline]] static void gemm_tile(int64_t depth, const float* a, const float* b, float* c,
                                         int64_t ldc, bool accumulate) {
   static_assert(MR <= 12 && (NV == 1 || NV == 2));
@@ -58,7 +60,7 @@ template <int MR, int NV, int ARow, int AK>
     AF_ROWS(AF_STEP)
 #undef AF_STEP
     a += AK;
-    b += kNR;
+    b += BK;
   } while (--depth > 0);
 #define AF_STORE(r)                                           \
   if constexpr (MR > r) {                                     \
@@ -72,7 +74,7 @@ template <int MR, int NV, int ARow, int AK>
 // Rows are computed in steps of kMR, then once kHalfMR or kMR for what is left: A and C must have
 // room for round_up(rows, kHalfMR) rows. `vectors` is the number of column vectors wanted.
 // a_row_stride: distance of consecutive rows that start a kMR group (depth for packed groups).
-template <int ARow, int AK>
+template <int ARow, int AK, int BK = kNR>
 AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a,
                     int64_t a_row_stride, const float* b, int64_t panel_stride, float* c,
                     int64_t ldc, bool accumulate) {
@@ -83,18 +85,18 @@ AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a
       const float* a_group = a + row * a_row_stride;
       float* c_group = c + row * ldc;
       if (pair) {
-        gemm_tile<kMR, 2, ARow, AK>(depth, a_group, b, c_group, ldc, accumulate);
+        gemm_tile<kMR, 2, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
       } else {
-        gemm_tile<kMR, 1, ARow, AK>(depth, a_group, b, c_group, ldc, accumulate);
+        gemm_tile<kMR, 1, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
       }
     }
     if (row < rows) {
       const float* a_group = a + row * a_row_stride;
       float* c_group = c + row * ldc;
       if (pair) {
-        gemm_tile<kHalfMR, 2, ARow, AK>(depth, a_group, b, c_group, ldc, accumulate);
+        gemm_tile<kHalfMR, 2, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
       } else {
-        gemm_tile<kHalfMR, 1, ARow, AK>(depth, a_group, b, c_group, ldc, accumulate);
+        gemm_tile<kHalfMR, 1, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
       }
     }
   }

@@ -293,6 +293,22 @@ AF_INLINE void transpose4(Vec4& a, Vec4& b, Vec4& c, Vec4& d) {
 #endif
 }
 
+// transpose4 in every four lanes at once: part p of row i of the result is element 4 p + i of each
+// of the four.
+AF_INLINE void transpose4_parts(VecF& a, VecF& b, VecF& c, VecF& d) {
+  VecI low1, high1, low2, high2;
+  for (int i = 0; i < kLanes; ++i) {
+    low1[i] = i / 4 * 4 + i % 4 / 2 + i % 2 * kLanes;  // unpcklps
+    high1[i] = low1[i] + 2;
+    low2[i] = i / 4 * 4 + i % 2 + i % 4 / 2 * kLanes;  // unpcklpd
+    high2[i] = low2[i] + 2;
+  }
+  VecF ab = __builtin_shuffle(a, b, low1), ab2 = __builtin_shuffle(a, b, high1);
+  VecF cd = __builtin_shuffle(c, d, low1), cd2 = __builtin_shuffle(c, d, high1);
+  a = __builtin_shuffle(ab, cd, low2), b = __builtin_shuffle(ab, cd, high2);
+  c = __builtin_shuffle(ab2, cd2, low2), d = __builtin_shuffle(ab2, cd2, high2);
+}
+
 template <class T>
 AF_INLINE float to_float(T x) {
   T lanes[kLanes] = {x};

@@ -86,6 +86,12 @@ _NOT_ASKED = {
     **dict.fromkeys(
         ("cope_fwd", "cope_bwd"), _PAGED | {"alibi", "sinks", "softcap", *_MODS.values()}
     ),
+    # No scores, no mask: what its functions take, all of its kernels have.
+    **{
+        name: frozenset(_FEATURES.values())
+        for name in ("linear_chunk_fwd", "linear_chunk_bwd", "linear_step", "delta_chunk_fwd",
+                     "delta_chunk_bwd", "delta_step", "diag_scan_fwd", "diag_scan_bwd")
+    },
     **{
         f"reductions_{name}": _OF_THE_MATRIX | _PAGED
         for name in ("block_max", "column_sums", "edges", "row_entropy", "span_bwd", "span_mass",
@@ -147,9 +153,9 @@ def support_matrix(family: str = "flash") -> str:
             "–" if name in _NOT_ASKED.get(s.op, ()) else "yes" if _serves(s, name) else "no"
             for s in asked
         ]
-        if set(cells) != {"–"}:
+        if not set(cells) <= {"–"}:
             features.append([label, *cells])
-    return _table(needs) + "\n" + _table(features)
+    return _table(needs) + ("\n" + _table(features) if len(features) > 1 else "")
 
 
 def short_matrix(family: str = "flash") -> str:
@@ -233,6 +239,8 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "measurements-reductions": lambda root: measured(root, family="reductions"),
     "support-matrix-paged": lambda root: support_matrix("paged"),
     "measurements-paged": lambda root: measured(root, family="paged"),
+    "support-matrix-linear": lambda root: support_matrix("linear"),
+    "measurements-linear": lambda root: measured(root, family="linear"),
     "support-summary": lambda root: short_matrix("flash"),
     "measurements": measured,
     "measurements-summary": lambda root: measured(root, table_only=True),

@@ -1,0 +1,320 @@
+// The recurrence over one sequence of one head, block by block: y_t = S_t^T read_t with
+// S_t = decay_t S_{t-1} + write_t x_t^T, forwards or backwards in time.
+//
+// One walk serves the forward and all of the backward, since gradients of the recurrence are such
+// recurrences with exchanged roles (scan_group.h has the arithmetic):
+//   o   read q,   write k,   columns x = v    forwards
+//   dq  read dO,  write v,   columns x = k    forwards, on S^T
+//   dv  read k,   write q,   columns x = dO   backwards
+//   dk  read v,   write dO,  columns x = q    backwards, on dS^T
+// The state of a task stays in L1 or L2 and no state of a chunk goes to memory, forward or
+// backward.
+#pragma once
+
+#include "cpu/linear/scan_tile.h"
+#include "cpu/micro/pack.h"
+
+namespace attnforge::cpu::ATTNFORGE_ISA {
+
+template <class T>
+struct Scan {
+  Rows<T> read, write, lane;  // lane: x, [time, columns]
+  Decay decay;
+  Denominator norm = {};
+  Walk walk = Walk::kBoth;
+  int64_t begin = 0, end = 0;  // tokens
+  bool backward = false;
+
+  AF_INLINE_MEMBER int64_t length() const { return end - begin; }
+  AF_INLINE_MEMBER int64_t token(int64_t step) const {
+    return backward ? end - 1 - step : begin + step;
+  }
+};
+
+// What is done with <other, y> beside y itself, for gradients of gates: its sum over the columns
+// of a tile, its elements, or elements that become the sum of (stored - <other, y>) so far.
+enum class Side { kNothing, kTileSum, kElements, kRunning };
+
+template <class T>
+struct Sink {
+  T *out = nullptr, *lo = nullptr;  // token t at t * stride; lo: what rounding dropped, or null
+  int64_t stride = 0, lo_stride = 0, dim = 0;
+  // Sums over a group of heads: [kBlock][sums_stride] by step and column, null for one head.
+  float* sums = nullptr;
+  int64_t sums_stride = 0, first_column = 0;
+  bool first = true, last = true;  // of the group
+  Side side = Side::kNothing;
+  const T* other = nullptr;
+  int64_t other_stride = 0;
+  float* side_out = nullptr;  // elements: token t at t * side_stride; sums: of one tile
+  int64_t side_stride = 0;
+  int64_t side_tile_stride = 0;
+  const float* own_gate = nullptr;  // kRunning: log gates, laid out as side_out
+  float* running = nullptr;         // kRunning: [2][columns] sum and what it lacks
+  int64_t running_stride = 0;
+};
+
+// The gradient of a gate is the sum of q.dq - k.dk over all later tokens: compensated, and begun
+// anew at a reset, which no gradient passes.
+template <class T>
+AF_INLINE void add_running(const Sink<T>& sink, int64_t t, int64_t column, int64_t n,
+                           VecF product) {
+  float* element = sink.side_out + t * sink.side_stride + column;
+  float* sum = sink.running + column - sink.first_column;
+  float* lack = sum + sink.running_stride;
+  const VecF term = load_partial(element, n) - product - load(lack), before = load(sum);
+  VecF now = before + term;
+  VecF lost = (now - before) - term;
+  const VecF gate = load_partial(sink.own_gate + t * sink.side_stride + column, n);
+  const VecI reset = decay_of(gate) == splat(0.0f);
+  now = reset ? splat(0.0f) : now;
+  lost = reset ? splat(0.0f) : lost;
+  store(sum, now);
+  store(lack, lost);
+  store_partial(element, now, n);
+}
+
+template <class T>
+AF_INLINE void emit(const Sink<T>& sink, int64_t t, int64_t step, int64_t tile, const float* y,
+                    float factor) {
+  VecF total{};
+  for (int64_t c = 0; c < kTile; c += kLanes) {
+    const int64_t column = tile * kTile + c, n = sink.dim - column;
+    if (n <= 0) break;
+    VecF value = load(y + c) * splat(factor);
+    if (sink.side != Side::kNothing) {
+      VecF product = load_partial(sink.other + t * sink.other_stride + column, n) * value;
+      if (sink.side == Side::kTileSum) total += product;
+      if (sink.side == Side::kElements) {
+        store_partial(sink.side_out + t * sink.side_stride + column, product, n);
+      }
+      if (sink.side == Side::kRunning) add_running(sink, t, column, n, product);
+    }
+    if (sink.sums) {
+      float* sum = sink.sums + step * sink.sums_stride + column - sink.first_column;
+      if (!sink.first) value += load(sum);
+      store(sum, value);
+    }
+    if (!sink.last || !sink.out) continue;
+    T* out = sink.out + t * sink.stride + column;
+    store_partial(out, value, n);
+    if (sink.lo) {
+      store_partial(sink.lo + t * sink.lo_stride + column, value - load_partial(out, n), n);
+    }
+  }
+  if (sink.side == Side::kTileSum) {
+    sink.side_out[tile * sink.side_tile_stride + t * sink.side_stride] = reduce_add(total);
+  }
+}
+
+// The coefficients of the block of tokens that starts at `step0`.
+template <DecayOn kOn, class T>
+[[gnu::noinline]] static void prepare_block(const Scan<T>& scan, int64_t step0,
+                                            const Coefficients& c) {
+  for (int64_t group = 0; group < kGroups; ++group) {
+    const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
+    if (n <= 0) return;
+    int64_t tokens[kGroup];
+    for (int64_t u = 0; u < n; ++u) tokens[u] = scan.token(step + u);
+    prepare_group<kOn>(scan.read, scan.write, scan.decay, scan.norm, scan.walk, tokens, n,
+                       c.at(group));
+  }
+}
+
+// Rows of a head lie a whole token apart, where the hardware foresees nothing: those of the next
+// block are fetched while this one is computed. The operands of all tiles.
+template <class T>
+AF_INLINE void fetch_ahead(const Scan<T>& scan, int64_t step) {
+  for (int64_t s = step + kBlock; s < min64(step + kBlock + kGroup, scan.length()); ++s) {
+    const int64_t t = scan.token(s);
+    prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
+    prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
+    prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
+  }
+}
+
+// The block's tokens on one tile of the state; `ahead` on the first of a task's tiles.
+template <DecayOn kOn, class T>
+[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, int64_t tile,
+                                         bool ahead, const Coefficients& c0, float* state,
+                                         const Sink<T>& sink) {
+  constexpr bool kByLane = kOn == DecayOn::kLanesOf;
+  const int64_t first = tile * kTile;
+  const int64_t vectors = min64(kTileVecs, ceil_div(scan.lane.dim - first, kLanes));
+  const int64_t positions = positions_of(scan.read.rows());
+  alignas(64) float x[kGroup * kTile], y[kGroup * kTile], own[kGroup * kTile];
+  alignas(64) float prefix[kGroup * kTile], lanes[2 * kTile];
+  for (int64_t group = 0; group < kGroups; ++group) {
+    const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
+    if (n <= 0) return;
+    const Coefficients c = c0.at(group);
+    if (ahead) fetch_ahead(scan, step);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t column = first + v * kLanes, at = v * kLanes;
+      VecF xs[kGroup] = {}, a[kGroup], log{};
+      for (int u = 0; u < kGroup; ++u) {
+        a[u] = splat(1.0f);
+        if (u >= n) continue;
+        const int64_t t = scan.token(step + u);
+        xs[u] =
+            load_partial(scan.lane.data + t * scan.lane.stride + column, scan.lane.dim - column) *
+            splat(scan.lane.scale_at(t));
+        if (!kByLane) continue;
+        const VecF gate = scan.decay.log_vector(scan.decay.token(t), column);
+        a[u] = decay_of(gate), log += gate;
+      }
+      VecF sums[kGroup] = {};
+      for (int j = 0; j < kGroup; ++j) {
+        VecF carried = xs[j];
+        for (int u = j; u < kGroup; ++u) {
+          if (kByLane && u > j) carried *= a[u];
+          sums[u] = fma(splat(c.pairs[u * (u + 1) / 2 + j]), carried, sums[u]);
+        }
+        store(x + j * kTile + at, carried);
+      }
+      VecF product = a[0];
+      const bool alone = scan.walk == Walk::kRead;  // every pair is in the state
+      for (int u = 0; u < kGroup; ++u) {
+        store(y + u * kTile + at, kByLane || alone ? splat(0.0f) : sums[u]);
+        if (!kByLane) continue;
+        if (u > 0) product *= a[u];
+        store(own + u * kTile + at, sums[u]);
+        store(prefix + u * kTile + at, product);
+      }
+      if (kOn == DecayOn::kNumber || kByLane) {
+        const Kept kept = kept_of(kByLane ? log : splat(*c.number));
+        store(lanes + at, kept.whole);
+        store(lanes + kTile + at, kept.part);
+      }
+    }
+    run_tile<kOn>(scan.walk, vectors, positions, c, lanes, x, y, state);
+    if (scan.walk == Walk::kWrite) continue;
+    for (int64_t u = 0; u < n; ++u) {
+      for (int64_t at = 0; kByLane && at < vectors * kLanes; at += kLanes) {
+        float* out = y + u * kTile + at;
+        store(out, fma(load(prefix + u * kTile + at), load(out), load(own + u * kTile + at)));
+      }
+      const float factor = scan.norm.z ? c.inverse[u] : 1.0f;
+      emit(sink, scan.token(step + u), step - step0 + u, tile, y + u * kTile, factor);
+    }
+  }
+}
+
+// A state in memory: element (row, column) at row * row_stride + column * column_stride, and the
+// extra row apart. Null is zero.
+struct StateRef {
+  float *data = nullptr, *extra = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+
+  AF_INLINE_MEMBER float* at(int64_t row, int64_t dim, int64_t column) const {
+    return row < dim ? data + row * row_stride + column * column_stride : extra + column;
+  }
+};
+
+// Columns of tile `tile` of a state with `rows` rows, `dim` of them in ref.data.
+[[gnu::noinline, maybe_unused]] static void load_state(const StateRef& ref, int64_t rows,
+                                                       int64_t dim, int64_t columns, int64_t tile,
+                                                       float* state) {
+  const int64_t positions = round_up(rows, kLanes);
+  for (int64_t i = 0; i < positions * kTile; ++i) state[i] = 0.0f;
+  const int64_t n = min64(kTile, columns - tile * kTile);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!(row < dim ? ref.data : ref.extra)) continue;
+    for (int64_t c = 0; c < n; ++c) {
+      state[position_of(row) * kTile + c] = *ref.at(row, dim, tile * kTile + c);
+    }
+  }
+}
+
+// The way back, times row_factor and column_factor where they are not null.
+[[gnu::noinline, maybe_unused]] static void store_state(const StateRef& ref, int64_t rows,
+                                                        int64_t dim, int64_t columns, int64_t tile,
+                                                        const float* state, const float* row_factor,
+                                                        const float* column_factor) {
+  const int64_t n = min64(kTile, columns - tile * kTile);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!(row < dim ? ref.data : ref.extra)) continue;
+    const float by = row_factor ? row_factor[row] : 1.0f;
+    for (int64_t c = 0; c < n; ++c) {
+      const int64_t column = tile * kTile + c;
+      const float more = column_factor ? column_factor[column] : 1.0f;
+      *ref.at(row, dim, column) = state[position_of(row) * kTile + c] * by * more;
+    }
+  }
+}
+
+// Both walks of a bidirectional call, or the one of a causal call: f(walk).
+template <class F>
+AF_INLINE void for_walks(bool causal, const F& f) {
+  if (causal) return f(Walk::kBoth);
+  f(Walk::kWrite);
+  f(Walk::kRead);
+}
+
+struct Span {
+  int64_t batch, begin, end;
+};
+
+AF_INLINE Span span_of(const LinearProblem& p, int64_t sequence) {
+  if (!p.cu_seqlens) return {sequence, 0, p.rows};
+  const int64_t begin = max64(0, min64(p.rows, p.cu_seqlens[sequence]));
+  return {0, begin, max64(begin, min64(p.rows, p.cu_seqlens[sequence + 1]))};
+}
+
+// Where the gates of a head act on a state with rows K and columns V, or on its transpose.
+AF_INLINE DecayOn decay_on(LinearGate kind, bool transposed) {
+  switch (kind) {
+    case LinearGate::kNone:
+      return DecayOn::kNothing;
+    case LinearGate::kKey:
+      return transposed ? DecayOn::kLanesOf : DecayOn::kRows;
+    case LinearGate::kValue:
+      return transposed ? DecayOn::kRows : DecayOn::kLanesOf;
+    default:
+      return DecayOn::kNumber;
+  }
+}
+
+AF_INLINE int64_t gate_width(const LinearProblem& p) {
+  return p.gate_kind == LinearGate::kKey     ? p.key_dim
+         : p.gate_kind == LinearGate::kValue ? p.value_dim
+                                             : 1;
+}
+
+AF_INLINE Decay decay_of_head(const LinearProblem& p, const Span& span, int64_t head,
+                              bool backward) {
+  Decay d;
+  d.kind = p.gate_kind, d.end = span.end, d.backward = backward, d.dim = gate_width(p);
+  if (!p.gate) return d;
+  d.stride = p.value_heads * d.dim;
+  d.log = p.gate_kind == LinearGate::kHead ? p.gate + head
+                                           : p.gate + span.batch * p.rows * d.stride + head * d.dim;
+  return d;
+}
+
+template <class T>
+AF_INLINE Rows<T> rows_of(const TensorRef& t, const Span& span, int64_t head, int64_t dim) {
+  return {row_ptr<const T>(t, span.batch, 0, head), t.seq_stride, dim};
+}
+
+template <DecayOn kDecay>
+struct DecayConstant {
+  static constexpr DecayOn kOn = kDecay;
+};
+
+// f with DecayOn as a constant.
+template <class F>
+AF_INLINE void with_decay(DecayOn on, const F& f) {
+  switch (on) {
+    case DecayOn::kNothing:
+      return f(DecayConstant<DecayOn::kNothing>{});
+    case DecayOn::kNumber:
+      return f(DecayConstant<DecayOn::kNumber>{});
+    case DecayOn::kRows:
+      return f(DecayConstant<DecayOn::kRows>{});
+    case DecayOn::kLanesOf:
+      return f(DecayConstant<DecayOn::kLanesOf>{});
+  }
+}
+
+}  // namespace attnforge::cpu::ATTNFORGE_ISA
