@@ -103,6 +103,38 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v,
         "cuda_flash_decode");
 }
 
+void bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+         const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& out_lo,
+         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+         const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
+         const OptionalTensor& sinks, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+         const Tensor& delta, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+         int64_t window_left, int64_t window_right, double softcap, int64_t stream) {
+  FlashBwdParams params;
+  FlashProblem& p = params.problem;
+  p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
+              max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+  if (empty(p)) return;
+  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v");
+  check_aligned(dout, "dout");
+  check_aligned(dq, "dq"), check_aligned(dk, "dk"), check_aligned(dv, "dv");
+  params.dout = ref(dout, p.dtype);
+  params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
+  params.out = ref(out, p.dtype), params.out_lo = ref(out_lo, p.dtype);
+  params.dq = ref(dq, p.dtype), params.dk = ref(dk, p.dtype), params.dv = ref(dv, p.dtype);
+  params.lse = stat(lse);
+  if (dlse) params.dlse = stat(*dlse);
+  params.delta = stat(delta);
+  check(with_dtype(p.dtype,
+                   [&]<DType kDType>() {
+                     for (auto* kernel : {flash_delta<kDType>, flash_dkdv<kDType>, flash_dq<kDType>}) {
+                       if (const int error = kernel(params, stream_of(stream))) return error;
+                     }
+                     return 0;
+                   }),
+        "cuda_flash_bwd");
+}
+
 void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse,
            bool inf_is_empty, int64_t stream) {
   STD_TORCH_CHECK((outs.dim() == 4 || outs.dim() == 5) && outs.is_contiguous() &&
@@ -152,6 +184,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
   m.def("cuda_flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS
         "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES
         "int split_keys, int stream) -> ()");
+  m.def("cuda_flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor? out_lo, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, int max_seqlen_q, "
+        "int max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
   m.def("cuda_merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse, "
         "bool inf_is_empty, int stream) -> ()");
   m.def("cuda_build() -> str");
@@ -160,6 +196,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
   m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd));
   m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode));
+  m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd));
   m.impl("cuda_merge_states", TORCH_BOX(&attnforge::cuda::merge));
 }
 

@@ -22,7 +22,7 @@ import torch
 import attnforge
 from attnforge.backends.cuda import flash
 from attnforge.registry.predicates import Arch, Available, Device
-from attnforge.registry.spec import KernelSpec
+from attnforge.registry.spec import KernelSpec, unregister
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import Report, compare
 
@@ -81,7 +81,7 @@ def twin() -> Iterator[None]:
     specs = [attnforge.register(emulated(spec)) for spec in flash.SPECS]
     yield
     for spec in specs:
-        attnforge.unregister(spec.id)
+        unregister(spec.id)
     patch.undo()
 
 

@@ -25,11 +25,25 @@ int flash_fwd_rows(const FlashFwdParams& params, const SplitParams& splits, bool
 template <DType kDType>
 int flash_decode(const FlashFwdParams& params, const SplitParams& splits, void* stream);
 
+// The backward: delta first, then the others in any order.
+template <DType kDType>
+int flash_delta(const FlashBwdParams& params, void* stream);
+template <DType kDType>
+int flash_dkdv(const FlashBwdParams& params, void* stream);
+template <DType kDType>
+int flash_dq(const FlashBwdParams& params, void* stream);
+
 #define ATTNFORGE_DECLARE_DTYPE(dtype)                                                      \
   template <>                                                                               \
   int flash_fwd_rows<DType::dtype>(const FlashFwdParams&, const SplitParams&, bool, void*); \
   template <>                                                                               \
-  int flash_decode<DType::dtype>(const FlashFwdParams&, const SplitParams&, void*);
+  int flash_decode<DType::dtype>(const FlashFwdParams&, const SplitParams&, void*);         \
+  template <>                                                                               \
+  int flash_delta<DType::dtype>(const FlashBwdParams&, void*);                              \
+  template <>                                                                               \
+  int flash_dkdv<DType::dtype>(const FlashBwdParams&, void*);                               \
+  template <>                                                                               \
+  int flash_dq<DType::dtype>(const FlashBwdParams&, void*);
 ATTNFORGE_DECLARE_DTYPE(kFloat32)
 ATTNFORGE_DECLARE_DTYPE(kFloat16)
 ATTNFORGE_DECLARE_DTYPE(kBFloat16)

@@ -29,6 +29,15 @@ inline std::vector<KernelRow> kernel_table() {
     for (HeadDims dims : kHeadDims) {
       for (bool features : {false, true}) rows.push_back({"fwd", dtype, dims, features});
       rows.push_back({"decode", dtype, dims, true});
+      for (bool features : {false, true}) {
+        if (keys_and_values_apart(dtype, dims)) {
+          rows.push_back({"dk", dtype, dims, features});
+          rows.push_back({"dv", dtype, dims, features});
+        } else {
+          rows.push_back({"dkdv", dtype, dims, features});
+        }
+        rows.push_back({"dq", dtype, dims, features});
+      }
     }
   }
   return rows;

@@ -66,4 +66,39 @@ constexpr FwdTile decode_tile(DType dtype, HeadDims d) {
   return t;
 }
 
+// What a kernel of the backward leaves: dK and dV together where their accumulators fit the
+// registers, or one of them, or dQ.
+enum class Gradient { kKeysValues, kKeys, kValues, kQueries };
+
+// A backward kernel: a block owns 16 * warps rows of one side and streams tiles of the other.
+struct BwdTile {
+  DType dtype;
+  int head_dim, v_head_dim;
+  bool features;
+  Gradient gradient;
+  int warps, streamed, stages;
+};
+
+// Whether dK and dV have kernels of their own, which compute S twice: 16 rows of both need
+// (Dqk + Dv) / 2 registers beside S, dP and, in fp32, the parts of split operands.
+constexpr bool keys_and_values_apart(DType dtype, HeadDims d) {
+  return d.qk + d.v > (dtype == DType::kFloat32 ? 192 : 256);
+}
+
+constexpr BwdTile bwd_tile(DType dtype, HeadDims d, bool features, Gradient gradient) {
+  BwdTile t = {dtype, d.qk, d.v, features, gradient, 4, 64, 2};
+  const int width = d.qk > d.v ? d.qk : d.v;
+  if (dtype == DType::kFloat32) {
+    // Two owned tiles and two stages of two streamed ones inside 99 KiB.
+    t.streamed = width <= 64 ? 32 : 16;
+    if (width > 128) t.warps = 2;
+    if (width > 192) t.warps = 1;
+    return t;
+  }
+  // S and dP take `streamed` registers together beside the accumulators.
+  if (width > 64) t.streamed = 32;
+  if (width > 192) t.streamed = 16;
+  return t;
+}
+
 }  // namespace attnforge::cuda

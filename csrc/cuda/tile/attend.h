@@ -102,7 +102,8 @@ struct Attend {
       Accumulators<kM, kBlockN / 8> s;
       zero<kM, kBlockN / 8>(s);
       product_nt<kM, kBlockN / 8>(s, q_tile(), first_row(), k_tile(slot), 0);
-      row_logits<Traits::kFeatures, kM, kBlockN / 8>(s, map, places, key);
+      row_logits<Traits::kFeatures, kM, kBlockN / 8>(s, map, places, key,
+                                                      [](int, int, int, float) {});
       if (!whole) hide<kM, kBlockN / 8>(s, places, key, seq.k_len, map.keys);
       online_softmax<kM, kBlockN / 8, Traits::kValueDim / 8>(s, sums, out);
       product_nn<kM, kBlockN / 8, Traits::kValueDim / 8>(out, s, v_tile(slot), 0);

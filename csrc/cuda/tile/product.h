@@ -23,15 +23,20 @@ template <int kM, int kN>
 using Accumulators = float[kM][kN][4];
 
 template <int kM, int kN>
-AF_DEVICE void zero(Accumulators<kM, kN>& acc) {
+AF_DEVICE void fill(Accumulators<kM, kN>& acc, float value) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = value;
     }
   }
+}
+
+template <int kM, int kN>
+AF_DEVICE void zero(Accumulators<kM, kN>& acc) {
+  fill<kM, kN>(acc, 0.0f);
 }
 
 // a_row, b_row: first rows of the operands inside their tiles, multiples of 8.

@@ -56,14 +56,14 @@ AF_DEVICE void to_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const Ali
 }
 
 // Logits of a tile of rows and keys, and -inf for keys that a row does not see.
-template <bool kFeatures, int kM, int kN>
+template <bool kFeatures, int kM, int kN, class OnSlope>
 AF_DEVICE void row_logits(Accumulators<kM, kN>& s, const ScoreMap& map,
-                          const RowPlaces<kM>& places, int first_key) {
+                          const RowPlaces<kM>& places, int first_key, const OnSlope& on_slope) {
   const auto alibi = [&](int m, int n, int i) {
     const int distance = places.at[m][i / 2] - (first_key + fragment_column(n, i));
     return places.slope2[m][i / 2] * static_cast<float>(distance < 0 ? -distance : distance);
   };
-  to_logits<kFeatures, kM, kN>(s, map, alibi, [](int, int, int, float) {});
+  to_logits<kFeatures, kM, kN>(s, map, alibi, on_slope);
 }
 
 template <int kM, int kN>

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnforge import _native_cuda
-from attnforge._params import FlashParams
+from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
 
@@ -74,6 +75,29 @@ def fwd(
             out_lo if out_lo.dim() > 1 else None, p.max_seqlen_q, p.max_seqlen_k, *_scores(p),
             _stream(q.device),
         )  # fmt: skip
+
+
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    q, k, v, out, lse, out_lo = tape
+    dq, dk, dv, dsinks = grads[:4]
+    if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
+        for x in grads:
+            x.zero_()
+    if q.numel() == 0:
+        return
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    with _on(q.device):
+        _operator("flash_bwd")(
+            _rows(dout), _contiguous(dlse), *map(_rows, (q, k, v, out)), lse,
+            _rows(out_lo) if out_lo.dim() > 1 else None, *map(_contiguous, p[:5]), dq, dk, dv,
+            delta, p.max_seqlen_q, p.max_seqlen_k, *_scores(p), _stream(q.device),
+        )  # fmt: skip
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
 
 
 def decode(
@@ -137,6 +161,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
 
 SPECS = (
     _spec("fwd", "flash_fwd", "mma.sync and cp.async, heads of a group packed in short calls"),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
     _spec("decode", "flash_decode", "rows of a group packed, warps share out keys, fixed splits"),
     _spec("merge", "merge_states", "a warp per row, parts added in their order"),
 )
