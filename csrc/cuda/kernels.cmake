@@ -41,6 +41,8 @@ if(NOT cuda_wanted STREQUAL "off")
     set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     enable_language(CUDA)
+    # Machine code for several architectures is most of a wheel.
+    set(CMAKE_CUDA_FLAGS "${CMAKE_CUDA_FLAGS} -Xfatbin=-compress-all")
     attnforge_cuda_library(attnforge_cuda)
     set_target_properties(attnforge_cuda PROPERTIES
                           LIBRARY_OUTPUT_DIRECTORY "${ATTNFORGE_OUTPUT_DIR}/lib")

@@ -1,5 +1,5 @@
-// The CUDA runtime for bindings, which see no CUDA header; and the ids of the kernels built, from the
-// same functions that instantiate them.
+// The CUDA runtime for bindings, which see no CUDA header; and the ids of the kernels built, from
+// the same functions that instantiate them.
 #include "cuda/runtime.h"
 
 #include "cuda/flash/table.h"

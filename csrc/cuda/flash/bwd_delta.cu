@@ -1,6 +1,6 @@
-// Backward, preparation: delta_i = <dO_i, O_i + low_i> - dlse_i, the row's part of every dS, from the
-// fp32 output (out + out_lo). A warp has a row; rows that saw nothing get 0. Packed sequences count as
-// one, since rows do not depend on each other. bytes: dO, O and low once.
+// Backward, preparation: delta_i = <dO_i, O_i + low_i> - dlse_i, the row's part of every dS, from
+// the fp32 output (out + out_lo). A warp has a row; rows that saw nothing get 0. Packed sequences
+// count as one, since rows do not depend on each other. bytes: dO, O and low once.
 #include "cuda/flash/instances.h"
 
 namespace attnforge::cuda {

@@ -1,24 +1,26 @@
-// Backward, gradients of keys and values, from recomputed probabilities (FlashAttention-2; Dao, 2023).
+// Backward, gradients of keys and values, from recomputed probabilities (FlashAttention-2; Dao,
+// 2023).
 //
 //   P = 2^(S - LSE)     dS = P * (dO V^T - delta) * dlogit/dproduct
 //   dV = P^T dO         dK = scale dS^T Q
 //
-// A block owns a tile of keys and walks the rows that see them, over all query heads of its KV head,
-// in one fixed order: GQA needs no reduction, every sum has one owner, the result is deterministic.
-// It works on transposed tiles, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T come out of the
-// accumulators as left operands and never touch shared memory.
+// A block owns a tile of keys and walks the rows that see them, over all query heads of its KV
+// head, in one fixed order: GQA needs no reduction, every sum has one owner, the result is
+// deterministic. It works on transposed tiles, S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T
+// come out of the accumulators as left operands and never touch shared memory.
 //
-// grid: key tiles * KV heads * batch. flops: 2 (2 D + 2 Dv) per visible pair; two kernels, for dV and
-// for dK, where both accumulators do not fit the registers: 2 (3 D + 2 Dv). bytes: K, V, dK, dV once,
-// Q and dO once per key tile, from L2. Slots behind the used keys get zeros.
+// grid: key tiles * KV heads * batch. flops: 2 (2 D + 2 Dv) per visible pair; two kernels, for dV
+// and for dK, where both accumulators do not fit the registers: 2 (3 D + 2 Dv). bytes: K, V, dK, dV
+// once, Q and dO once per key tile, from L2. Slots behind the used keys get zeros.
 #include "cuda/flash/bwd_kernel.h"
 
 namespace attnforge::cuda {
 
-template <BwdTile kTile>
-__global__ void __launch_bounds__(32 * kTile.warps)
+template <class Case>
+__global__ void __launch_bounds__(32 * Case::kTile.warps)
     flash_dkdv_kernel(const __grid_constant__ FlashBwdParams params,
                       const __grid_constant__ ScoreMap map, int tiles) {
+  constexpr BwdTile kTile = Case::kTile;
   using Kernel = BwdKernel<kTile>;
   using T = typename Kernel::T;
   using Team = typename Kernel::Team;
@@ -48,9 +50,11 @@ __global__ void __launch_bounds__(32 * kTile.warps)
   const int d = static_cast<int>(p.head_dim), dv = static_cast<int>(p.v_head_dim);
   const auto load_own = [&] {
     const int left = seq.k_len - first;
-    load_rows<Team>(block.own_a(), row_ptr<const T>(params.k, seq.batch, seq.k_row + first, kv_head),
+    load_rows<Team>(block.own_a(),
+                    row_ptr<const T>(params.k, seq.batch, seq.k_row + first, kv_head),
                     params.k.seq_stride, left, d);
-    load_rows<Team>(block.own_b(), row_ptr<const T>(params.v, seq.batch, seq.k_row + first, kv_head),
+    load_rows<Team>(block.own_b(),
+                    row_ptr<const T>(params.v, seq.batch, seq.k_row + first, kv_head),
                     params.v.seq_stride, left, dv);
   };
   const auto load = [&](int j) {
@@ -63,8 +67,8 @@ __global__ void __launch_bounds__(32 * kTile.warps)
     for (int n = Team::rank(); n < 2 * kStreamed; n += Team::kThreads) {
       const int r = n % kStreamed;
       const RowStatRef& stat = n < kStreamed ? params.lse : params.delta;
-      ptx::cp_async_4(block.stats(j) + 4 * n,
-                      stat_ptr(stat, seq.batch, seq.q_row + row + r, head), r < left ? 4 : 0);
+      ptx::cp_async_4(block.stats(j) + 4 * n, stat_ptr(stat, seq.batch, seq.q_row + row + r, head),
+                      r < left ? 4 : 0);
     }
   };
   bool wild = false;
@@ -104,9 +108,8 @@ __global__ void __launch_bounds__(32 * kTile.warps)
       return slope2 * static_cast<float>(distance < 0 ? -distance : distance);
     };
     if (kTile.features) fill<1, kN>(factor, 1.0f);
-    to_logits<kTile.features, 1, kN>(s, map, alibi, [&](int m, int n, int i, float slope) {
-      factor[m][n][i] = slope;
-    });
+    to_logits<kTile.features, 1, kN>(
+        s, map, alibi, [&](int m, int n, int i, float slope) { factor[m][n][i] = slope; });
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -128,8 +131,7 @@ __global__ void __launch_bounds__(32 * kTile.warps)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = fragment_column(n, i);
-          const float delta =
-              ptx::load_shared<float>(block.stats(j) + 4 * (kStreamed + column));
+          const float delta = ptx::load_shared<float>(block.stats(j) + 4 * (kStreamed + column));
           float& x = ds[0][n][i];
           x = s[0][n][i] * (x - delta);
           if (kTile.features) x *= factor[0][n][i];
@@ -148,11 +150,12 @@ __global__ void __launch_bounds__(32 * kTile.warps)
         const auto sees_row = [&](int, int h) { return seen(h, row); };
         const int64_t place = seq.q_row + row;
         if constexpr (kWantK) {
-          add_wild<T, 1, kD>(dk, row_ptr<const T>(params.q, seq.batch, place, head_of(j)), d, sees_row);
+          add_wild<T, 1, kD>(dk, row_ptr<const T>(params.q, seq.batch, place, head_of(j)), d,
+                             sees_row);
         }
         if constexpr (kWantV) {
-          add_wild<T, 1, kV>(dvalue, row_ptr<const T>(params.dout, seq.batch, place, head_of(j)), dv,
-                             sees_row);
+          add_wild<T, 1, kV>(dvalue, row_ptr<const T>(params.dout, seq.batch, place, head_of(j)),
+                             dv, sees_row);
         }
       }
     }
@@ -166,32 +169,33 @@ __global__ void __launch_bounds__(32 * kTile.warps)
   };
   ptx::sync_threads();  // the owned tiles become the way out
   if constexpr (kWantK) {
-    store_rows<1, kD>(block.own_a(), own_row, d,
-                      [&](int m, int n, int i) { return dk[m][n][i] * p.softmax_scale; },
-                      slot(params.dk));
+    store_rows<1, kD>(
+        block.own_a(), own_row, d,
+        [&](int m, int n, int i) { return dk[m][n][i] * p.softmax_scale; }, slot(params.dk));
   }
   if constexpr (kWantV) {
-    store_rows<1, kV>(block.own_b(), own_row, dv,
-                      [&](int m, int n, int i) { return dvalue[m][n][i]; }, slot(params.dv));
+    store_rows<1, kV>(
+        block.own_b(), own_row, dv, [&](int m, int n, int i) { return dvalue[m][n][i]; },
+        slot(params.dv));
   }
 }
 
 template <>
 int flash_dkdv<kDType>(const FlashBwdParams& params, void* stream) {
   const FlashProblem& p = params.problem;
-  return with_head_dims(p, [&]<HeadDims kDims>() {
+  return with_head_dims(p, [&]<int kDims>() {
     const auto launch = [&]<bool kFeatures, Gradient kGradient>() {
-      constexpr BwdTile kTile = bwd_tile(kDType, kDims, kFeatures, kGradient);
-      using Kernel = BwdKernel<kTile>;
+      using Case = BwdCase<kDims, kFeatures, kGradient>;
+      using Kernel = BwdKernel<Case::kTile>;
       const int tiles = static_cast<int>((p.seqlen_k + Kernel::kOwned - 1) / Kernel::kOwned);
       const int64_t blocks = int64_t{tiles} * p.heads_k * p.batch;
       if (blocks == 0) return 0;
-      return ATTNFORGE_LAUNCH((flash_dkdv_kernel<kTile>), dim3(static_cast<unsigned>(blocks)),
-                              dim3(32 * kTile.warps), Kernel::kSharedBytes, stream, params,
+      return ATTNFORGE_LAUNCH((flash_dkdv_kernel<Case>), dim3(static_cast<unsigned>(blocks)),
+                              dim3(32 * Case::kTile.warps), Kernel::kSharedBytes, stream, params,
                               ScoreMap::of(p), tiles);
     };
     const auto launch_all = [&]<bool kFeatures>() {
-      if constexpr (keys_and_values_apart(kDType, kDims)) {
+      if constexpr (keys_and_values_apart(kDType, kHeadDims[kDims])) {
         const int error = launch.template operator()<kFeatures, Gradient::kValues>();
         return error != 0 ? error : launch.template operator()<kFeatures, Gradient::kKeys>();
       } else {

@@ -2,16 +2,18 @@
 //
 // A block owns a tile of rows of one head and walks the keys they see, so that dQ has one owner and
 // one order: no atomics, deterministic at every head dim, for computing S and dP once more (7
-// products per visible pair in all instead of 5). grid: row tiles * heads * batch, late tiles first.
-// flops: 2 (2 D + Dv) per visible pair. bytes: Q, dO, dQ once, K and V once per row tile, from L2.
+// products per visible pair in all instead of 5). grid: row tiles * heads * batch, late tiles
+// first. flops: 2 (2 D + Dv) per visible pair. bytes: Q, dO, dQ once, K and V once per row tile,
+// from L2.
 #include "cuda/flash/bwd_kernel.h"
 
 namespace attnforge::cuda {
 
-template <BwdTile kTile>
-__global__ void __launch_bounds__(32 * kTile.warps)
+template <class Case>
+__global__ void __launch_bounds__(32 * Case::kTile.warps)
     flash_dq_kernel(const __grid_constant__ FlashBwdParams params,
                     const __grid_constant__ ScoreMap map, int tiles) {
+  constexpr BwdTile kTile = Case::kTile;
   using Kernel = BwdKernel<kTile>;
   using T = typename Kernel::T;
   using Team = typename Kernel::Team;
@@ -44,7 +46,8 @@ __global__ void __launch_bounds__(32 * kTile.warps)
   const auto load = [&](int j) {
     const int key = key_of(j), left = seq.k_len - key;
     load_rows<Team>(block.stream_a(j), k + key * params.k.seq_stride, params.k.seq_stride, left, d);
-    load_rows<Team>(block.stream_b(j), v + key * params.v.seq_stride, params.v.seq_stride, left, dv);
+    load_rows<Team>(block.stream_b(j), v + key * params.v.seq_stride, params.v.seq_stride, left,
+                    dv);
   };
   bool wild = false;
   const auto settle = [&](int j) {
@@ -71,9 +74,8 @@ __global__ void __launch_bounds__(32 * kTile.warps)
     zero<1, kN>(s);
     product_nt<1, kN>(s, block.own_a(), own_row, block.stream_a(j), 0);
     if (kTile.features) fill<1, kN>(factor, 1.0f);
-    row_logits<kTile.features, 1, kN>(s, map, places, key, [&](int m, int n, int i, float slope) {
-      factor[m][n][i] = slope;
-    });
+    row_logits<kTile.features, 1, kN>(
+        s, map, places, key, [&](int m, int n, int i, float slope) { factor[m][n][i] = slope; });
     zero<1, kN>(ds);
     product_nt<1, kN>(ds, block.own_b(), own_row, block.stream_b(j), 0);
 #pragma unroll
@@ -106,26 +108,26 @@ __global__ void __launch_bounds__(32 * kTile.warps)
     }
   }
   ptx::sync_threads();  // the owned tile becomes the way out
-  store_rows<1, kD>(block.own_a(), own_row, d,
-                    [&](int m, int n, int i) { return dq[m][n][i] * p.softmax_scale; },
-                    [&](int r) -> T* {
-                      if (!rows.exists(r)) return nullptr;
-                      return row_ptr<T>(params.dq, seq.batch, first_row + r, head);
-                    });
+  store_rows<1, kD>(
+      block.own_a(), own_row, d, [&](int m, int n, int i) { return dq[m][n][i] * p.softmax_scale; },
+      [&](int r) -> T* {
+        if (!rows.exists(r)) return nullptr;
+        return row_ptr<T>(params.dq, seq.batch, first_row + r, head);
+      });
 }
 
 template <>
 int flash_dq<kDType>(const FlashBwdParams& params, void* stream) {
   const FlashProblem& p = params.problem;
-  return with_head_dims(p, [&]<HeadDims kDims>() {
+  return with_head_dims(p, [&]<int kDims>() {
     const auto launch = [&]<bool kFeatures>() {
-      constexpr BwdTile kTile = bwd_tile(kDType, kDims, kFeatures, Gradient::kQueries);
-      using Kernel = BwdKernel<kTile>;
+      using Case = BwdCase<kDims, kFeatures, Gradient::kQueries>;
+      using Kernel = BwdKernel<Case::kTile>;
       const int tiles = static_cast<int>((p.seqlen_q + Kernel::kOwned - 1) / Kernel::kOwned);
       const int64_t blocks = int64_t{tiles} * p.heads_q * p.batch;
       if (blocks == 0) return 0;
-      return ATTNFORGE_LAUNCH((flash_dq_kernel<kTile>), dim3(static_cast<unsigned>(blocks)),
-                              dim3(32 * kTile.warps), Kernel::kSharedBytes, stream, params,
+      return ATTNFORGE_LAUNCH((flash_dq_kernel<Case>), dim3(static_cast<unsigned>(blocks)),
+                              dim3(32 * Case::kTile.warps), Kernel::kSharedBytes, stream, params,
                               ScoreMap::of(p), tiles);
     };
     return has_features(p) ? launch.template operator()<true>()

@@ -35,14 +35,12 @@ struct BwdKernel {
   AF_DEVICE uint32_t stage(int j) const { return shared + kOwnBytes + j % kStages * kStageBytes; }
   AF_DEVICE StreamA stream_a(int j) const { return {stage(j)}; }
   AF_DEVICE StreamB stream_b(int j) const { return {stage(j) + StreamA::kBytes}; }
-  AF_DEVICE uint32_t stats(int j) const {
-    return stage(j) + StreamA::kBytes + StreamB::kBytes;
-  }
+  AF_DEVICE uint32_t stats(int j) const { return stage(j) + StreamA::kBytes + StreamB::kBytes; }
   AF_DEVICE uint32_t scratch() const { return shared + kOwnBytes + kStages * kStageBytes; }
   AF_DEVICE static int own_row() { return 16 * warp_id(); }
 
-  // Runs step(j) for all tiles; load(j) starts the copy of one, settle(j) looks at this thread's own
-  // part of it before anybody else can. load_own starts the copy of the owned tiles.
+  // Runs step(j) for all tiles; load(j) starts the copy of one, settle(j) looks at this thread's
+  // own part of it before anybody else can. load_own starts the copy of the owned tiles.
   template <class LoadOwn, class Load, class Settle, class Step>
   AF_DEVICE void run(int count, const LoadOwn& load_own, const Load& load, const Settle& settle,
                      const Step& step) const {
@@ -68,10 +66,6 @@ struct BwdKernel {
 // Base-2 LSE of a row, +inf for one without probabilities: 2^(s - it) is 0.
 AF_DEVICE float base2_lse(float lse) {
   return lse == -kInf ? kInf : lse * kLog2E;
-}
-
-inline bool head_dims_apart(const FlashProblem& p, DType dtype) {
-  return keys_and_values_apart(dtype, kHeadDims[head_dims_of(p.head_dim, p.v_head_dim)]);
 }
 
 }  // namespace attnforge::cuda

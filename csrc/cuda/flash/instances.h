@@ -14,6 +14,21 @@ namespace attnforge::cuda {
 
 constexpr DType kDType = DType::ATTNFORGE_DTYPE;
 
+// A kernel's one template argument: which entry of the lists it is. (nvcc cannot name a kernel
+// whose argument is the tile itself.)
+template <int kDims, bool kFeatures>
+struct FwdCase {
+  static constexpr FwdTile kTile = fwd_tile(kDType, kHeadDims[kDims], kFeatures);
+};
+template <int kDims>
+struct DecodeCase {
+  static constexpr FwdTile kTile = decode_tile(kDType, kHeadDims[kDims]);
+};
+template <int kDims, bool kFeatures, Gradient kGradient>
+struct BwdCase {
+  static constexpr BwdTile kTile = bwd_tile(kDType, kHeadDims[kDims], kFeatures, kGradient);
+};
+
 // Traits of Attend for a tile of the list.
 template <FwdTile kTile>
 struct FwdTraits {
@@ -25,14 +40,14 @@ struct FwdTraits {
   static constexpr int kThreads = 32 * kTile.warps;
 };
 
-// Calls f.template operator()<HeadDims>() for the pair of head dims that serves the problem.
+// Calls f.template operator()<kDims>() for the pair of head dims that serves the problem.
 template <int kIndex = 0, class F>
 int with_head_dims(const FlashProblem& p, const F& f) {
   if constexpr (kIndex == kNumHeadDims) {
     return kNoKernel;
   } else {
     if (head_dims_of(p.head_dim, p.v_head_dim) == kIndex) {
-      return f.template operator()<kHeadDims[kIndex]>();
+      return f.template operator()<kIndex>();
     }
     return with_head_dims<kIndex + 1>(p, f);
   }

@@ -49,7 +49,8 @@ ATTNFORGE_DECLARE_DTYPE(kFloat16)
 ATTNFORGE_DECLARE_DTYPE(kBFloat16)
 #undef ATTNFORGE_DECLARE_DTYPE
 
-// fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is nothing.
+// fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is
+// nothing.
 int flash_merge(const MergeParams& params, bool fp32_parts, bool inf_is_empty, void* stream);
 
 // f.template operator()<kDType>() for the problem's dtype.

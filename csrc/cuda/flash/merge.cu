@@ -4,9 +4,9 @@
 //   LSE = log sum exp LSE_n      O = sum exp(LSE_n - LSE) O_n
 //
 // A warp has a row; its lanes stride over D. Parts are added from the first to the last. A part
-// whose LSE is -inf saw no key and is not read; one whose LSE is +inf is, in a caller's merge, nothing
-// either; between splits of one call it is a sink that takes all the weight. NaN propagates.
-// bytes: (n + 1) rows of D, bound by memory. fp32 arithmetic.
+// whose LSE is -inf saw no key and is not read; one whose LSE is +inf is, in a caller's merge,
+// nothing either; between splits of one call it is a sink that takes all the weight. NaN
+// propagates. bytes: (n + 1) rows of D, bound by memory. fp32 arithmetic.
 #include "cuda/flash/launch.h"
 #include "cuda/launch.h"
 #include "cuda/tile/element.h"
@@ -60,7 +60,8 @@ int launch(const MergeParams& p, bool fp32_parts, bool inf_is_empty, void* strea
   if (rows == 0) return 0;
   const dim3 grid(static_cast<unsigned>((rows + kWarps - 1) / kWarps)), block(32 * kWarps);
   if (fp32_parts) {
-    return ATTNFORGE_LAUNCH((flash_merge_kernel<float, T>), grid, block, 0, stream, p, inf_is_empty);
+    return ATTNFORGE_LAUNCH((flash_merge_kernel<float, T>), grid, block, 0, stream, p,
+                            inf_is_empty);
   }
   return ATTNFORGE_LAUNCH((flash_merge_kernel<T, T>), grid, block, 0, stream, p, inf_is_empty);
 }

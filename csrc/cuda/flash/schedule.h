@@ -15,12 +15,14 @@ struct RowGrid {
 
   static RowGrid of(const FlashProblem& p, int block_m, int pack, int64_t splits) {
     const int64_t tiles = (p.seqlen_q * pack + block_m - 1) / block_m;
-    return {static_cast<int>(splits), static_cast<int>(tiles), static_cast<int>(p.heads_q / pack),
-            static_cast<int>(p.batch), pack, ScoreMap::of(p)};
+    return {static_cast<int>(splits),
+            static_cast<int>(tiles),
+            static_cast<int>(p.heads_q / pack),
+            static_cast<int>(p.batch),
+            pack,
+            ScoreMap::of(p)};
   }
-  unsigned blocks() const {
-    return static_cast<unsigned>(int64_t{splits} * tiles * heads * batch);
-  }
+  unsigned blocks() const { return static_cast<unsigned>(int64_t{splits} * tiles * heads * batch); }
 };
 
 struct RowWork {
@@ -59,8 +61,8 @@ AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const Spl
   w.rows = {tile * block_m, w.seq.q_len * grid.pack, grid.pack, head * grid.pack};
   w.kv_head = w.rows.first_head / static_cast<int>(p.heads_q / p.heads_k);
   w.some = w.rows.first < w.rows.rows;
-  w.keys = seen_range(w.rows.first_query(), w.rows.last_query(block_m), w.seq.k_len,
-                      w.seq.offset(), grid.map.keys, block_n);
+  w.keys = seen_range(w.rows.first_query(), w.rows.last_query(block_m), w.seq.k_len, w.seq.offset(),
+                      grid.map.keys, block_n);
   if (grid.splits > 1) {
     const int equal = ceil_div(ceil_div(w.seq.k_len, grid.splits), block_n) * block_n;
     const int size = splits.keys > 0 ? static_cast<int>(splits.keys) : equal;

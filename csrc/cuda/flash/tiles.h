@@ -1,8 +1,9 @@
 // The tiles of the flash kernels of the sm_80 class: one constexpr function per kernel, the reason
-// beside each number. The lists at the end are what is instantiated; their names are the kernel ids.
+// beside each number. The lists at the end are what is instantiated; their names are the kernel
+// ids.
 //
-// Shared memory is held to 99 KiB, what a block of sm_86 and sm_89 can have, so that one list serves
-// every device from sm_80 on. None of these numbers was tuned on a GPU.
+// Shared memory is held to 99 KiB, what a block of sm_86 and sm_89 can have, so that one list
+// serves every device from sm_80 on. None of these numbers was tuned on a GPU.
 #pragma once
 
 #include "attnforge/params.h"
@@ -23,7 +24,8 @@ struct FwdTile {
 struct HeadDims {
   int qk, v;
 };
-constexpr HeadDims kHeadDims[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+constexpr HeadDims kHeadDims[] = {{64, 64},   {96, 96},   {128, 128},
+                                  {192, 128}, {192, 192}, {256, 256}};
 constexpr int kNumHeadDims = 6;
 
 // Index of the first pair that has room, or -1.
@@ -46,9 +48,10 @@ constexpr FwdTile fwd_tile(DType dtype, HeadDims d, bool features) {
   }
   if (width <= 128) {
     // 32 rows per warp use each K and V fragment twice: at 16 rows ldmatrix would take all of the
-    // shared-memory bandwidth that mma.sync leaves. O takes D registers, S 64.
+    // shared-memory bandwidth that mma.sync leaves. O takes D registers and S block_n, which leaves
+    // a dozen too few at D 128 (some spills around the loop's ends, see budgets.json).
     t.m_tiles = 2;
-    t.block_n = 64;
+    t.block_n = width == 96 ? 48 : 64;
     if (features) t.block_n = 32;  // tanh and slopes need registers of their own
     return t;
   }
@@ -57,8 +60,8 @@ constexpr FwdTile fwd_tile(DType dtype, HeadDims d, bool features) {
 }
 
 constexpr FwdTile decode_tile(DType dtype, HeadDims d) {
-  // 16 rows, what mma.sync takes at least, and 16 keys per step of a warp: bytes in flight come from
-  // warps and stages, and from several blocks on an SM. Fewer warps where rows are long.
+  // 16 rows, what mma.sync takes at least, and 16 keys per step of a warp: bytes in flight come
+  // from warps and stages, and from several blocks on an SM. Fewer warps where rows are long.
   FwdTile t = {dtype, d.qk, d.v, true, true, 4, 1, 16, 2};
   const int bytes = (d.qk + d.v) * (dtype == DType::kFloat32 ? 4 : 2);
   if (bytes > 640) t.warps = 2;

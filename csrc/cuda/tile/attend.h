@@ -1,6 +1,6 @@
-// The loop of the forward kernels: rows of a tile attend to a range of keys (FlashAttention-2 order,
-// Dao 2023). Each key tile: S = Q K^T, logits, online softmax, O += P V; K and V tiles stream through
-// kStages slots of shared memory.
+// The loop of the forward kernels: rows of a tile attend to a range of keys (FlashAttention-2
+// order, Dao 2023). Each key tile: S = Q K^T, logits, online softmax, O += P V; K and V tiles
+// stream through kStages slots of shared memory.
 //
 // Pipeline: one cp.async group per key tile, K and V together. At tile j a thread waits for its own
 // part of it, then the team syncs once: now everybody's part is there, and nobody works on tile
@@ -16,8 +16,8 @@
 
 namespace attnforge::cuda {
 
-// kTraits: T, kDim, kValueDim, kFeatures, kMTiles (fragments of 16 rows per warp), kBlockN, kStages,
-// Team.
+// kTraits: T, kDim, kValueDim, kFeatures, kMTiles (fragments of 16 rows per warp), kBlockN,
+// kStages, Team.
 template <class Traits>
 struct Attend {
   using T = typename Traits::T;
@@ -103,7 +103,7 @@ struct Attend {
       zero<kM, kBlockN / 8>(s);
       product_nt<kM, kBlockN / 8>(s, q_tile(), first_row(), k_tile(slot), 0);
       row_logits<Traits::kFeatures, kM, kBlockN / 8>(s, map, places, key,
-                                                      [](int, int, int, float) {});
+                                                     [](int, int, int, float) {});
       if (!whole) hide<kM, kBlockN / 8>(s, places, key, seq.k_len, map.keys);
       online_softmax<kM, kBlockN / 8, Traits::kValueDim / 8>(s, sums, out);
       product_nn<kM, kBlockN / 8, Traits::kValueDim / 8>(out, s, v_tile(slot), 0);

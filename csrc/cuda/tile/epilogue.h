@@ -1,8 +1,8 @@
 // From accumulators to memory: rows of a warp, rounded, in 16-byte stores.
 //
-// 16-bit rows pass through the warp's own rows of a tile in shared memory that nobody reads any more
-// (the queries'), so that stores are whole chunks of a row; fp32 rows leave as pairs, 32 bytes of a
-// row at a time, which is a whole sector as it is.
+// 16-bit rows pass through the warp's own rows of a tile in shared memory that nobody reads any
+// more (the queries'), so that stores are whole chunks of a row; fp32 rows leave as pairs, 32 bytes
+// of a row at a time, which is a whole sector as it is.
 #pragma once
 
 #include "cuda/tile/product.h"

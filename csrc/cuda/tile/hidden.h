@@ -53,7 +53,7 @@ AF_DEVICE bool tame(const Tile& tile AF_SITE) {
 }
 
 // acc[m][d] + what is not finite of one row x [dim] of the other operand, for the rows of acc that
-// see it: seen(m, h).
+// see it: seen(m, h). Without branches, as registers cannot be indexed and code would be long.
 template <class T, int kM, int kD, class Seen>
 AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Seen& seen) {
 #pragma unroll
@@ -62,13 +62,11 @@ AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Se
     for (int i = 0; i < 2; ++i) {
       const int column = fragment_column(d, i);
       const float value = column < dim ? widen(x[column]) : 0.0f;
-      if (finite(value)) continue;
+      const float wild = finite(value) ? 0.0f : value;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (seen(m, h)) acc[m][d][2 * h + i] += value;
-        }
+        for (int h = 0; h < 2; ++h) acc[m][d][2 * h + i] += seen(m, h) ? wild : 0.0f;
       }
     }
   }

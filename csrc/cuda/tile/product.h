@@ -7,10 +7,10 @@
 // and t = lane % 4, its elements are (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
 //
 // One addressing serves both element sizes: an 8 x 8 matrix of ldmatrix is eight rows of 16 bytes,
-// which are 8 columns of 16 bits (k 16 per step) or 4 of 32 bits (k 8 per step). Only the transposed
-// operand of product_nn is different: ldmatrix transposes 16-bit elements, fp32 takes single loads.
-// There the k index is permuted, (t, t + 4) standing for keys (2 t, 2 t + 1), because those are the
-// columns of P that a lane already holds.
+// which are 8 columns of 16 bits (k 16 per step) or 4 of 32 bits (k 8 per step). Only the
+// transposed operand of product_nn is different: ldmatrix transposes 16-bit elements, fp32 takes
+// single loads. There the k index is permuted, (t, t + 4) standing for keys (2 t, 2 t + 1), because
+// those are the columns of P that a lane already holds.
 #pragma once
 
 #include "cuda/ptx/ldmatrix.h"
@@ -86,9 +86,9 @@ AF_DEVICE void product_nn(Accumulators<kM, kN>& acc, const Accumulators<kM, kK>&
     typename Mma::Left left[kM];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const float(&c)[4] = p[m][k];
+      const float (&c)[4] = p[m][k];
       if constexpr (sizeof(T) == 2) {
-        const float(&d)[4] = p[m][k + 1];
+        const float (&d)[4] = p[m][k + 1];
         const uint32_t r[4] = {pack<T>(c[0], c[1]), pack<T>(c[2], c[3]), pack<T>(d[0], d[1]),
                                pack<T>(d[2], d[3])};
         left[m] = Mma::left(r);
@@ -107,8 +107,8 @@ AF_DEVICE void product_nn(Accumulators<kM, kN>& acc, const Accumulators<kM, kK>&
         const int row = b_row + 8 * k + lane % 4 * 2, column = 8 * n + lane / 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          r[i] = ptx::load_shared<uint32_t>(b.element(row + i % 2, column + i / 2 * 8)
-                                                AF_PASS_SITE);
+          r[i] =
+              ptx::load_shared<uint32_t>(b.element(row + i % 2, column + i / 2 * 8) AF_PASS_SITE);
         }
       }
       const typename Mma::Right first = Mma::right(r[0], r[1]), second = Mma::right(r[2], r[3]);

@@ -20,9 +20,7 @@ struct RowTile {
   AF_DEVICE int head(int r) const { return first_head + (first + r) % pack; }
   AF_DEVICE bool exists(int r) const { return first + r < rows; }
   AF_DEVICE int first_query() const { return first / pack; }
-  AF_DEVICE int last_query(int size) const {
-    return (at_most(first + size, rows) - 1) / pack;
-  }
+  AF_DEVICE int last_query(int size) const { return (at_most(first + size, rows) - 1) / pack; }
 };
 
 // Row of the tile that this thread holds as half h (0: g, 1: g + 8) of fragment m.

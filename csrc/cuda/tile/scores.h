@@ -8,17 +8,20 @@ namespace attnforge::cuda {
 
 // What a kernel needs of a problem's scores, made on the host: a constant costs no register.
 struct ScoreMap {
-  float scale;   // softmax_scale log2(e)
-  float gain;    // 2 log2(e) softmax_scale / softcap, the argument of tanh by exp2; 0 is no softcap
-  float cap;     // softcap log2(e)
-  Window keys;   // of rows
+  float scale;  // softmax_scale log2(e)
+  float gain;   // 2 log2(e) softmax_scale / softcap, the argument of tanh by exp2; 0 is no softcap
+  float cap;    // softcap log2(e)
+  Window keys;  // of rows
   bool sloped;  // ALiBi
 
   static ScoreMap of(const FlashProblem& p) {
     const auto size = [](int64_t w) { return w < 0 || w > kFar ? kFar : static_cast<int>(w); };
     const float gain = p.softcap > 0.0f ? 2.0f * kLog2E * (p.softmax_scale / p.softcap) : 0.0f;
-    return {p.softmax_scale * kLog2E, gain, p.softcap * kLog2E,
-            {size(p.window_left), size(p.window_right)}, p.alibi_slopes != nullptr};
+    return {p.softmax_scale * kLog2E,
+            gain,
+            p.softcap * kLog2E,
+            {size(p.window_left), size(p.window_right)},
+            p.alibi_slopes != nullptr};
   }
 };
 
@@ -57,8 +60,8 @@ AF_DEVICE void to_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const Ali
 
 // Logits of a tile of rows and keys, and -inf for keys that a row does not see.
 template <bool kFeatures, int kM, int kN, class OnSlope>
-AF_DEVICE void row_logits(Accumulators<kM, kN>& s, const ScoreMap& map,
-                          const RowPlaces<kM>& places, int first_key, const OnSlope& on_slope) {
+AF_DEVICE void row_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const RowPlaces<kM>& places,
+                          int first_key, const OnSlope& on_slope) {
   const auto alibi = [&](int m, int n, int i) {
     const int distance = places.at[m][i / 2] - (first_key + fragment_column(n, i));
     return places.slope2[m][i / 2] * static_cast<float>(distance < 0 ? -distance : distance);

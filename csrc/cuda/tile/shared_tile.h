@@ -5,9 +5,9 @@
 // multiple of 128 bytes take r mod 8; rows of an odd multiple of 64 bytes already alternate between
 // halves and take (r / 2) mod 4.
 //
-// Loads are cp.async: rows that do not exist and columns past the true head dim become zeros and are
-// not read. A thread's chunks are always the same ones, so after its own wait it may look at them
-// before anybody else can.
+// Loads are cp.async: rows that do not exist and columns past the true head dim become zeros and
+// are not read. A thread's chunks are always the same ones, so after its own wait it may look at
+// them before anybody else can.
 #pragma once
 
 #include "cuda/ptx/cp_async.h"
@@ -38,8 +38,8 @@ struct SharedTile {
     return chunk(row, column / kPerChunk) +
            static_cast<uint32_t>(column % kPerChunk) * static_cast<uint32_t>(sizeof(T));
   }
-  // The address of (row + down, c + first) from that of (row, first), for first 0 or 1, even c and a
-  // down that is a multiple of 8: one exclusive or, the rest is an immediate offset.
+  // The address of (row + down, c + first) from that of (row, first), for first 0 or 1, even c and
+  // a down that is a multiple of 8: one exclusive or, the rest is an immediate offset.
   AF_DEVICE static uint32_t from(uint32_t row_chunk, int down, int c) {
     return (row_chunk ^ static_cast<uint32_t>(c % kPeriod * 16)) +
            static_cast<uint32_t>(c / kPeriod * kPeriod * 16 + down * kRowBytes);
@@ -55,7 +55,8 @@ struct Share {
   static constexpr int kPasses = (Tile::kRows + kPass - 1) / kPass;
   AF_DEVICE static int own_chunk() { return Team::rank() % kPeriod; }
   AF_DEVICE static int own_row() { return Team::rank() / kPeriod; }
-  // Where this thread's chunk of pass i and segment s lies; all from one address where swizzles agree.
+  // Where this thread's chunk of pass i and segment s lies; all from one address where swizzles
+  // agree.
   AF_DEVICE static uint32_t place(const Tile& tile, int i, int s) {
     if constexpr (kPass % 8 == 0) {
       return Tile::from(tile.chunk(own_row(), own_chunk()), i * kPass, s * kPeriod);
@@ -81,7 +82,8 @@ AF_DEVICE void load_tile(const Tile& tile, int dim, const F& row_at AF_SITE) {
     for (int s = 0; s < S::kSegments; ++s) {
       const int c = s * S::kPeriod + S::own_chunk();
       const bool real = from != nullptr && c * Tile::kPerChunk < dim;
-      ptx::cp_async_16(S::place(tile, i, s), from + c * Tile::kPerChunk, real ? 16u : 0u AF_PASS_SITE);
+      ptx::cp_async_16(S::place(tile, i, s), from + c * Tile::kPerChunk,
+                       real ? 16u : 0u AF_PASS_SITE);
     }
   }
 }

@@ -44,7 +44,8 @@ AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
     for (int h = 0; h < 2; ++h) {
       float top = sums.top[m][h];
 #pragma unroll
-      for (int n = 0; n < kN; ++n) top = ptx::max(top, ptx::max(s[m][n][2 * h], s[m][n][2 * h + 1]));
+      for (int n = 0; n < kN; ++n)
+        top = ptx::max(top, ptx::max(s[m][n][2 * h], s[m][n][2 * h + 1]));
       top = quad_max(top AF_PASS_SITE);
       const float base = top == -kInf ? 0.0f : top;
       const float kept = ptx::exp2_approx(sums.top[m][h] - base);

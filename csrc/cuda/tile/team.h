@@ -27,7 +27,8 @@ struct BlockTeam {
   // Whether any thread says so. scratch: 4 bytes of shared memory per warp, for this call alone.
   AF_DEVICE static bool any(bool mine, uint32_t scratch AF_SITE) {
     mine = ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
-    if (ptx::lane_id() == 0) ptx::store_shared(scratch + 4 * warp_id(), uint32_t{mine} AF_PASS_SITE);
+    if (ptx::lane_id() == 0)
+      ptx::store_shared(scratch + 4 * warp_id(), uint32_t{mine} AF_PASS_SITE);
     ptx::sync_threads(AF_PASS_ONLY_SITE);
     uint32_t all = 0;
     for (int w = 0; w < kWarps; ++w) {
