@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
@@ -142,11 +143,32 @@ inline Machine& machine() {
   return Machine::get();
 }
 
+// A function of the lanes' arguments, borrowed for a call: an abandoned fiber owns nothing.
+class Finish {
+ public:
+  using Lanes = std::array<void*, 32>;
+  template <typename F>
+  Finish(const F& f)
+      : object_(&f), call_([](const void* object, const Lanes& lanes) {
+          (*static_cast<const F*>(object))(lanes);
+        }) {}
+  void operator()(const Lanes& lanes) const { call_(object_, lanes); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, const Lanes&);
+};
+
 // Gathers the lanes of `mask`; the last to come calls finish(lanes), where lanes[i] is lane i's
 // argument or null, and all go on. Lanes must agree on instruction and mask, and on the line where
 // the instruction is `.aligned`.
 enum class Aligned { kNo, kYes };
 void meet(const char* what, uint32_t mask, Aligned aligned, void* argument, const Site& site,
-          const std::function<void(const std::array<void*, 32>&)>& finish);
+          const Finish& finish);
+
+inline bool same_line(const Site& a, const Site& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         !std::strcmp(a.file_name(), b.file_name());
+}
 
 }  // namespace attnforge::emulate

@@ -67,16 +67,18 @@ class Shadow {
     uint8_t unused;
     bool operator==(const Cell&) const = default;
   };
-  struct Reader {  // a list: the readers since the last write that no later reader has seen
+  // A list: the readers since the last write that no later reader has seen, and the reds.
+  struct Reader {
     Time time;
-    uint32_t agent;
+    uint16_t agent;
+    bool red;
     uint32_t site;
     uint32_t next;
   };
 
   void check_read(uint32_t offset, const Access& access) const;
   void check_write(uint32_t offset, const Access& access, Written state) const;
-  uint32_t add_reader(uint32_t list, const Access& access, uint32_t site);
+  uint32_t add_reader(uint32_t list, const Access& access, uint32_t site, bool red);
   uint32_t intern(const Site& site);
   uint32_t run_end(uint32_t begin, uint32_t end) const;
   [[noreturn]] void fail(uint32_t offset, const Access& access, const char* verb,

@@ -43,7 +43,7 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, uint32_t bytes,
 
 template <typename... Parameters, typename... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, uint32_t bytes,
-           void* /*stream*/, const Arguments&... arguments) {
+           void* /*stream*/, Arguments... arguments) {
   run_grid(name, grid, block, bytes, [&] { kernel(arguments...); });
   return 0;
 }
