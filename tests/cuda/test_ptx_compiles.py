@@ -15,6 +15,7 @@ HEADERS = sorted((ROOT / "csrc" / "cuda" / "ptx").glob("*.h"))
 ARCHITECTURES = {
     "ptx_sm80.cu": ("80", "89", "90a", "100f"),
     "ptx_sm89.cu": ("89", "90a", "100f"),
+    "ptx_sm90a.cu": ("90a",),
 }
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 

@@ -85,12 +85,25 @@ void Shadow::land(uint32_t offset, uint32_t bytes, uint32_t agent, Time time, Wr
 }
 
 void Shadow::begin_pending_read(uint32_t offset, uint32_t bytes, const Access& access) {
-  read(offset, bytes, access);
-  for (uint32_t i = offset; i < offset + bytes; ++i) ++pending_[i];
+  const uint32_t end = offset + bytes;
+  for (uint32_t i = offset; i < end;) {
+    const uint32_t next = run_end(i, end);
+    check_read(i, access);
+    for (; i < next; ++i) ++pending_[i];
+  }
 }
 
-void Shadow::end_pending_read(uint32_t offset, uint32_t bytes) {
-  for (uint32_t i = offset; i < offset + bytes; ++i) --pending_[i];
+void Shadow::end_pending_read(uint32_t offset, uint32_t bytes, const Access& access) {
+  const uint32_t site = intern(access.site);
+  const uint32_t end = offset + bytes;
+  for (uint32_t i = offset; i < end;) {
+    const uint32_t next = run_end(i, end);
+    const uint32_t list = add_reader(readers_[i], access, site, false);
+    for (; i < next; ++i) {
+      readers_[i] = list;
+      --pending_[i];
+    }
+  }
 }
 
 void Shadow::forget(uint32_t offset, uint32_t bytes) {

@@ -53,9 +53,9 @@ class Shadow {
   // The asynchronous write has landed: from now on it is a write of `agent` at `time`.
   void land(uint32_t offset, uint32_t bytes, uint32_t agent, Time time, Written state);
 
-  // Between them, an asynchronous operation may read at any time.
+  // Between them, an asynchronous operation may read at any time. It counts as a read at the end.
   void begin_pending_read(uint32_t offset, uint32_t bytes, const Access& access);
-  void end_pending_read(uint32_t offset, uint32_t bytes);
+  void end_pending_read(uint32_t offset, uint32_t bytes, const Access& access);
 
   void forget(uint32_t offset, uint32_t bytes);  // as if never written: an mbarrier was invalidated
 
