@@ -43,7 +43,7 @@ namespace attnforge::cuda {
 // Beyond 48 KiB a kernel has to opt in; the attribute is set on every launch, as it is per device.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, uint32_t bytes, void* stream,
-           const Arguments&... arguments) {
+           Arguments... arguments) {
   if (bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

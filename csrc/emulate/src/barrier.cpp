@@ -1,15 +1,8 @@
 // Hardware barriers 0..15 of a block.
-#include <cstring>
-
 #include "machine.h"
 
 namespace attnforge::emulate {
 namespace {
-
-bool same_line(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() &&
-         !std::strcmp(a.file_name(), b.file_name());
-}
 
 // `.aligned`: the lanes of a warp come from one instruction.
 void check_warp(const Barrier& barrier, const Thread& me, uint32_t threads, const Site& site) {

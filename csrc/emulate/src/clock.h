@@ -22,7 +22,8 @@ struct Clock {
   std::vector<Time> seen;
   std::vector<Time> fenced;
 
-  explicit Clock(size_t agents = 0) : seen(agents), fenced(agents) {}
+  Clock() = default;
+  explicit Clock(size_t agents) : seen(agents), fenced(agents) {}
 
   void join(const Clock& other) {
     join_times(seen, other.seen);

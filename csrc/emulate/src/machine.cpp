@@ -32,9 +32,11 @@ std::string at(const Site& site) {
 
 std::string agent_name(uint32_t agent) {
   const dim3& shape = machine().block_shape();
-  if (agent >= shape.x * shape.y * shape.z) {
-    return "mbarrier " + std::to_string(agent - shape.x * shape.y * shape.z);
+  const uint32_t threads = shape.x * shape.y * shape.z;
+  if (agent >= threads + kMaxMbarriers) {
+    return "a wgmma of warp " + std::to_string(agent - threads - kMaxMbarriers);
   }
+  if (agent >= threads) return "a copy for mbarrier " + std::to_string(agent - threads);
   return "thread " + std::to_string(agent) + " (warp " + std::to_string(agent / 32) + ", lane " +
          std::to_string(agent % 32) + ")";
 }
@@ -89,6 +91,7 @@ void Machine::run(const char* kernel, dim3 grid, dim3 block, uint32_t bytes,
   body_ = &thread;
   error_ = nullptr;
   runnable_.clear();
+  background_.clear();
   statistics = {};
   next_block_ = live_blocks_ = 0;
 
@@ -112,13 +115,16 @@ void Machine::run(const char* kernel, dim3 grid, dim3 block, uint32_t bytes,
 
 void Machine::start_block(Block& block, uint32_t number) {
   const uint32_t threads = block_shape_.x * block_shape_.y * block_shape_.z;
-  const uint32_t agents = threads + kMaxMbarriers;
+  const uint32_t agents = threads + kExtraAgents;
   const uint32_t warps = (threads + 31) / 32;
   block.position = unravel(number, grid_);
   block.exited = 0;
   std::fill(block.shared.begin(), block.shared.end(), kSharedPoison);
   block.shadow.reset(static_cast<uint32_t>(block.shared.size()));
   block.meetings.assign(warps, {});
+  block.mbarriers.clear();
+  block.mbarriers_made = 0;
+  block.tensor_cores.assign(warps, {});
   for (Barrier& barrier : block.barriers) {
     barrier.expected = barrier.arrived = 0;
     barrier.waiting.clear();
@@ -135,6 +141,8 @@ void Machine::start_block(Block& block, uint32_t number) {
     thread.clock.seen[i] = 1;
     thread.open_copies.clear();
     thread.copy_groups.clear();
+    thread.open_stores.clear();
+    thread.store_groups.clear();
     if (!thread.fiber) thread.fiber = std::make_unique<Fiber>();
     thread.fiber->prepare(&Machine::fiber_entry, &thread);
     runnable_.push_back(&thread);
@@ -170,10 +178,33 @@ void Machine::thread_exits(Thread& thread) {
              agent_name(block.barriers[0].waiting[0]) + " waits for it at sync_threads");
   }
   const uint32_t threads = block_shape_.x * block_shape_.y * block_shape_.z;
-  if (++block.exited == threads) --live_blocks_;
+  if (!thread.open_stores.empty() || !thread.store_groups.empty()) {
+    fail((thread.open_stores.empty() ? thread.store_groups[0] : thread.open_stores)[0].site,
+         "the thread has left the kernel before bulk_wait_read: its store may still read");
+  }
+  if (const TensorCore& core = block.tensor_cores[thread.warp()]; !core.accumulators.empty()) {
+    fail(Site::current(), "the thread has left the kernel with a wgmma in flight");
+  }
+  if (++block.exited < threads) return;
+  for (const Background& work : background_) {
+    if (work.block == &block) {
+      fail(work.site, "the block has ended, and this copy is still in flight");
+    }
+  }
+  --live_blocks_;
 }
 
 void Machine::step() {
+  // Seldom, unless nothing else can go on: copies complete late.
+  if (!background_.empty() && (runnable_.empty() || random(16) == 0)) {
+    const size_t pick = random(background_.size());
+    const Background work = std::move(background_[pick]);
+    background_[pick] = std::move(background_.back());
+    background_.pop_back();
+    current_ = nullptr;
+    work.complete();
+    return;
+  }
   if (runnable_.empty()) report_deadlock();
   const size_t pick = random(runnable_.size());
   Thread* thread = runnable_[pick];

@@ -84,17 +84,20 @@ void cp_async_commit(Site) {
   me.open_copies.clear();
 }
 
+void land_copy(Block& block, const Copy& copy, uint32_t agent, Time time) {
+  unsigned char* to = block.shared.data() + copy.offset;
+  std::memset(to, 0, copy.bytes);
+  if (copy.source_bytes) std::memcpy(to, copy.global, copy.source_bytes);
+  block.shadow.land(copy.offset, copy.bytes, agent, time, Written::kGeneric);
+}
+
 void cp_async_wait(int pending_groups, Site) {
   Machine& m = machine();
   m.maybe_preempt();
   Thread& me = m.current();
   while (me.copy_groups.size() > static_cast<size_t>(pending_groups)) {
     for (const Copy& copy : me.copy_groups.front()) {
-      unsigned char* to = m.block().shared.data() + copy.offset;
-      std::memset(to, 0, copy.bytes);
-      if (copy.source_bytes) std::memcpy(to, copy.global, copy.source_bytes);
-      m.block().shadow.land(copy.offset, copy.bytes, me.index, me.clock.seen[me.index],
-                            Written::kGeneric);
+      land_copy(*me.block, copy, me.index, me.clock.seen[me.index]);
     }
     me.copy_groups.pop_front();
   }

@@ -45,7 +45,7 @@ void Shadow::read(uint32_t offset, uint32_t bytes, const Access& access) {
   for (uint32_t i = offset; i < end;) {
     const uint32_t next = run_end(i, end);
     check_read(i, access);
-    const uint32_t list = add_reader(readers_[i], access, site);
+    const uint32_t list = add_reader(readers_[i], access, site, false);
     for (; i < next; ++i) readers_[i] = list;
   }
 }
@@ -66,11 +66,16 @@ void Shadow::write(uint32_t offset, uint32_t bytes, const Access& access, Writte
 }
 
 void Shadow::add(uint32_t offset, uint32_t bytes, const Access& access) {
+  const uint32_t site = intern(access.site);
   for (uint32_t i = offset; i < offset + bytes; ++i) {
-    // An unordered red before this one has checked the initial value; its order does not matter.
+    // An unordered red before this one has checked the initial value; their order does not matter.
     if (cells_[i].state != Written::kAtomic) check_read(i, access);
+    check_write(i, access, Written::kAtomic);
+    readers_[i] = add_reader(readers_[i], access, site, true);
+    cells_[i] = Cell{access.clock->seen[access.agent], static_cast<uint16_t>(access.agent),
+                     Written::kAtomic, 0};
+    sites_[i] = site;
   }
-  write(offset, bytes, access, Written::kAtomic);
 }
 
 void Shadow::land(uint32_t offset, uint32_t bytes, uint32_t agent, Time time, Written state) {
@@ -80,12 +85,25 @@ void Shadow::land(uint32_t offset, uint32_t bytes, uint32_t agent, Time time, Wr
 }
 
 void Shadow::begin_pending_read(uint32_t offset, uint32_t bytes, const Access& access) {
-  read(offset, bytes, access);
-  for (uint32_t i = offset; i < offset + bytes; ++i) ++pending_[i];
+  const uint32_t end = offset + bytes;
+  for (uint32_t i = offset; i < end;) {
+    const uint32_t next = run_end(i, end);
+    check_read(i, access);
+    for (; i < next; ++i) ++pending_[i];
+  }
 }
 
-void Shadow::end_pending_read(uint32_t offset, uint32_t bytes) {
-  for (uint32_t i = offset; i < offset + bytes; ++i) --pending_[i];
+void Shadow::end_pending_read(uint32_t offset, uint32_t bytes, const Access& access) {
+  const uint32_t site = intern(access.site);
+  const uint32_t end = offset + bytes;
+  for (uint32_t i = offset; i < end;) {
+    const uint32_t next = run_end(i, end);
+    const uint32_t list = add_reader(readers_[i], access, site, false);
+    for (; i < next; ++i) {
+      readers_[i] = list;
+      --pending_[i];
+    }
+  }
 }
 
 void Shadow::forget(uint32_t offset, uint32_t bytes) {
@@ -115,6 +133,13 @@ void Shadow::check_read(uint32_t offset, const Access& access) const {
     fail(offset, access, "reads",
          "written by " + writer(offset) + ", and no barrier orders the write before the read");
   }
+  for (uint32_t r = cell.state == Written::kAtomic ? readers_[offset] : 0; r; r = pool_[r].next) {
+    if (pool_[r].red && access.clock->seen[pool_[r].agent] < pool_[r].time) {
+      fail(offset, access, "reads",
+           "written by " + agent_name(pool_[r].agent) + at(known_sites_[pool_[r].site]) +
+               ", and no barrier orders the write before the read");
+    }
+  }
   if (access.proxy == Proxy::kAsync && cell.state != Written::kAsync &&
       access.clock->fenced[cell.agent] < cell.time) {
     fail(offset, access, "reads through the async proxy",
@@ -124,6 +149,7 @@ void Shadow::check_read(uint32_t offset, const Access& access) const {
 
 void Shadow::check_write(uint32_t offset, const Access& access, Written state) const {
   const Cell& cell = cells_[offset];
+  const bool both_atomic = cell.state == Written::kAtomic && state == Written::kAtomic;
   if (cell.state == Written::kCopying) {
     fail(offset, access, "writes", "which a cp.async of " + writer(offset) + " still writes");
   }
@@ -134,7 +160,6 @@ void Shadow::check_write(uint32_t offset, const Access& access, Written state) c
   if (pending_[offset]) {
     fail(offset, access, "writes", "which an asynchronous operation in flight may still read");
   }
-  const bool both_atomic = cell.state == Written::kAtomic && state == Written::kAtomic;
   if (cell.state != Written::kNever && !both_atomic) {
     if (access.clock->seen[cell.agent] < cell.time) {
       fail(offset, access, "writes",
@@ -147,34 +172,38 @@ void Shadow::check_write(uint32_t offset, const Access& access, Written state) c
     }
   }
   for (uint32_t r = readers_[offset]; r; r = pool_[r].next) {
+    if (both_atomic && pool_[r].red) continue;
     if (access.clock->seen[pool_[r].agent] < pool_[r].time) {
       fail(offset, access, "writes",
-           "read by " + agent_name(pool_[r].agent) + at(known_sites_[pool_[r].site]) +
-               ", and no barrier orders the read before the write");
+           (pool_[r].red ? "written by " : "read by ") + agent_name(pool_[r].agent) +
+               at(known_sites_[pool_[r].site]) + ", and no barrier orders it before the write");
     }
   }
 }
 
-uint32_t Shadow::add_reader(uint32_t list, const Access& access, uint32_t site) {
+uint32_t Shadow::add_reader(uint32_t list, const Access& access, uint32_t site, bool red) {
   const Time now = access.clock->seen[access.agent];
-  if (list && pool_[list].agent == access.agent && pool_[list].time == now) return list;
-  // A reader that this one has seen adds nothing: who is ordered after this one is after both.
-  uint32_t kept = 0;
-  bool dropped = false;
-  for (uint32_t r = list; r; r = pool_[r].next) {
-    dropped |= access.clock->seen[pool_[r].agent] >= pool_[r].time;
-  }
-  if (dropped) {
+  const Reader& head = pool_[list];
+  if (list && head.agent == access.agent && head.time == now && head.red == red) return list;
+  // A reader that this one has seen adds nothing: who is ordered after this one is after both. A
+  // red stays for the readers, which need not be ordered among themselves.
+  const auto covered = [&](const Reader& r) {
+    return access.clock->seen[r.agent] >= r.time && (red || !r.red);
+  };
+  bool any_covered = false;
+  for (uint32_t r = list; r; r = pool_[r].next) any_covered |= covered(pool_[r]);
+  if (any_covered) {
+    uint32_t kept = 0;
     for (uint32_t r = list; r; r = pool_[r].next) {
-      if (access.clock->seen[pool_[r].agent] >= pool_[r].time) continue;
-      const Reader copy{pool_[r].time, pool_[r].agent, pool_[r].site, kept};
+      if (covered(pool_[r])) continue;
+      Reader copy = pool_[r];
+      copy.next = kept;
       pool_.push_back(copy);
       kept = static_cast<uint32_t>(pool_.size() - 1);
     }
-  } else {
-    kept = list;
+    list = kept;
   }
-  pool_.push_back(Reader{now, access.agent, site, kept});
+  pool_.push_back(Reader{now, static_cast<uint16_t>(access.agent), red, site, list});
   return static_cast<uint32_t>(pool_.size() - 1);
 }
 

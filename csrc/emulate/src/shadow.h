@@ -53,9 +53,9 @@ class Shadow {
   // The asynchronous write has landed: from now on it is a write of `agent` at `time`.
   void land(uint32_t offset, uint32_t bytes, uint32_t agent, Time time, Written state);
 
-  // Between them, an asynchronous operation may read at any time.
+  // Between them, an asynchronous operation may read at any time. It counts as a read at the end.
   void begin_pending_read(uint32_t offset, uint32_t bytes, const Access& access);
-  void end_pending_read(uint32_t offset, uint32_t bytes);
+  void end_pending_read(uint32_t offset, uint32_t bytes, const Access& access);
 
   void forget(uint32_t offset, uint32_t bytes);  // as if never written: an mbarrier was invalidated
 
@@ -67,16 +67,18 @@ class Shadow {
     uint8_t unused;
     bool operator==(const Cell&) const = default;
   };
-  struct Reader {  // a list: the readers since the last write that no later reader has seen
+  // A list: the readers since the last write that no later reader has seen, and the reds.
+  struct Reader {
     Time time;
-    uint32_t agent;
+    uint16_t agent;
+    bool red;
     uint32_t site;
     uint32_t next;
   };
 
   void check_read(uint32_t offset, const Access& access) const;
   void check_write(uint32_t offset, const Access& access, Written state) const;
-  uint32_t add_reader(uint32_t list, const Access& access, uint32_t site);
+  uint32_t add_reader(uint32_t list, const Access& access, uint32_t site, bool red);
   uint32_t intern(const Site& site);
   uint32_t run_end(uint32_t begin, uint32_t end) const;
   [[noreturn]] void fail(uint32_t offset, const Access& access, const char* verb,

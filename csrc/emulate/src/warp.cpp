@@ -6,7 +6,7 @@
 namespace attnforge::emulate {
 
 void meet(const char* what, uint32_t mask, Aligned aligned, void* argument, const Site& site,
-          const std::function<void(const std::array<void*, 32>&)>& finish) {
+          const Finish& finish) {
   Machine& m = machine();
   Thread& me = m.current();
   Block& block = m.block();
@@ -23,27 +23,29 @@ void meet(const char* what, uint32_t mask, Aligned aligned, void* argument, cons
     }
   }
   std::vector<Meeting>& meetings = block.meetings[me.warp()];
-  size_t i = 0;
-  while (i < meetings.size() && !(meetings[i].mask & mask)) ++i;
-  if (i == meetings.size()) meetings.push_back(Meeting{what, site, mask, 0, {}});
-  Meeting& meeting = meetings[i];
-  const bool same_line = meeting.site.line() == site.line() &&
-                         meeting.site.column() == site.column() &&
-                         !std::strcmp(meeting.site.file_name(), site.file_name());
-  if (std::strcmp(meeting.what, what) || meeting.mask != mask ||
-      (aligned == Aligned::kYes && !same_line)) {
-    fail(site, "warp divergence: the lane executes " + std::string(what) +
-                   ", and lanes of its warp wait for it in " + meeting.what + at(meeting.site) +
-                   (meeting.mask != mask ? " with another mask" : ""));
+  size_t found = meetings.size();
+  for (size_t i = 0; i < meetings.size(); ++i) {
+    const Meeting& other = meetings[i];
+    if (!(other.mask >> me.lane() & 1)) continue;
+    if (!std::strcmp(other.what, what) && other.mask == mask &&
+        (aligned == Aligned::kNo || same_line(other.site, site))) {
+      found = i;
+    } else if (other.arrived & mask) {  // each waits for the other
+      fail(site, "warp divergence: the lane executes " + std::string(what) +
+                     ", and lanes of its mask wait for it in " + other.what + at(other.site) +
+                     (other.mask != mask ? " with another mask" : ""));
+    }
   }
+  if (found == meetings.size()) meetings.push_back(Meeting{what, site, mask, 0, {}});
+  Meeting& meeting = meetings[found];
   meeting.lane[me.lane()] = argument;
   meeting.arrived |= 1u << me.lane();
   if (meeting.arrived != mask) {
     m.wait(what, site);
     return;
   }
-  const std::array<void*, 32> arguments = meeting.lane;
-  meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(i));
+  const Finish::Lanes arguments = meeting.lane;
+  meetings.erase(meetings.begin() + static_cast<std::ptrdiff_t>(found));
   finish(arguments);
   for (uint32_t lane = 0; lane < lanes; ++lane) {
     if (mask >> lane & 1 && lane != me.lane()) m.wake(block.threads[me.warp() * 32 + lane]);

@@ -59,4 +59,33 @@ void ldmatrix(uint32_t* to, int matrices, bool transposed, uint32_t row_address,
 void stmatrix(const uint32_t* from, int matrices, bool transposed, uint32_t row_address, Site site);
 void mma(Operand operand, float* d, const uint32_t* a, const uint32_t* b, Site site);
 
+// mbarriers, and copies that complete on them.
+void mbarrier_init(uint32_t address, uint32_t count, Site site);
+void fence_mbarrier_init(Site site);
+void mbarrier_invalidate(uint32_t address, Site site);
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes, Site site);
+bool mbarrier_try_wait(uint32_t address, uint32_t parity, Site site);
+void cp_async_mbarrier_arrive(uint32_t address, Site site);
+void fence_proxy_async(Site site);
+void tma_load(uint32_t shared, const uint64_t* map, uint32_t barrier, const int32_t* at, int rank,
+              Site site);
+void tma_store(const uint64_t* map, uint32_t shared, const int32_t* at, int rank, bool add,
+               Site site);
+void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier, Site site);
+void bulk_commit(Site site);
+void bulk_wait(int pending_groups, Site site);
+
+// Products of a warpgroup.
+struct Product {
+  Operand operand;
+  int n;
+  bool mn_major_a, mn_major_b;
+};
+void wgmma_fence(Site site);
+void wgmma(const Product& product, float* d, const uint32_t* a, uint64_t a_descriptor,
+           uint64_t b_descriptor, bool add, Site site);  // a: null where A is in shared memory
+void wgmma_commit(Site site);
+void wgmma_wait(int pending_groups, Site site);
+void set_registers(int count, bool raise, Site site);
+
 }  // namespace attnforge::emulate

@@ -38,12 +38,26 @@ struct Statistics {
 };
 Statistics last_launch();
 
+// What make_tensor_map writes: see csrc/cuda/tensor_map.h. Throws where TMA would not take the
+// shape.
+struct TensorFields {
+  const void* base;
+  uint32_t rank;
+  const uint64_t* extent;
+  const uint64_t* stride;  // bytes
+  const uint32_t* box;
+  uint32_t element_bytes;
+  bool fp32;
+  uint32_t swizzle;  // 0, or 1 << swizzle chunks of 16 bytes
+};
+void encode_tensor_map(uint64_t (&map)[16], const TensorFields& fields);
+
 void run_grid(const char* kernel, dim3 grid, dim3 block, uint32_t bytes,
               const std::function<void()>& thread);
 
 template <typename... Parameters, typename... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, uint32_t bytes,
-           void* /*stream*/, const Arguments&... arguments) {
+           void* /*stream*/, Arguments... arguments) {
   run_grid(name, grid, block, bytes, [&] { kernel(arguments...); });
   return 0;
 }
