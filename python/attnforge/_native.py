@@ -15,7 +15,15 @@ import torch
 
 from attnforge import _settings
 
-__all__ = ["build_info", "isa", "isa_levels", "library_path", "operator", "source_digest", "unavailable"]
+__all__ = [
+    "build_info",
+    "isa",
+    "isa_levels",
+    "library_path",
+    "operator",
+    "source_digest",
+    "unavailable",
+]
 
 _LIBRARY = "libattnforge_cpu.so"
 _LEVELS = ("auto", "baseline", "avx2", "avx512", "avx512_soft")

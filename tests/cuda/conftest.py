@@ -8,6 +8,7 @@ the call. ``ATTNFORGE_CUDA=on`` builds of the real library are looked at by ``te
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def _tool(name: str) -> str:
 
 def build_twin() -> Path:
     """The emulated library, compiled if a source is newer."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers want it at the same time
+        _build()
+    return LIBRARY
+
+
+def _build() -> None:
     command = [_tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"]
     options = {
         "ATTNFORGE_CUDA": "off",
@@ -55,7 +64,6 @@ def build_twin() -> Path:
     for step in (command, ninja):
         result = subprocess.run(step, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    return LIBRARY
 
 
 def emulated_operator(name: str) -> Any:
@@ -67,12 +75,10 @@ def emulated(spec: KernelSpec) -> KernelSpec:
     elsewhere = (Device, Arch, Available)
     needs = tuple(need for need in spec.requires if not isinstance(need, elsewhere))
     name = spec.id.replace("cuda.", "emulated.")
-    return replace(
-        spec, id=name, backend="emulated", score=-1.0, requires=(Device("cpu"), *needs)
-    )
+    return replace(spec, id=name, backend="emulated", score=-1.0, requires=(Device("cpu"), *needs))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def twin() -> Iterator[None]:
     """Kernels of the backend ``emulated``."""
     torch.ops.load_library(str(build_twin()))

@@ -15,6 +15,8 @@ from attnforge.testing.cases import LAYOUTS, FlashCase, Layout
 from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle import merged_truth
 
+pytestmark = pytest.mark.usefixtures("twin")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32, BF16, FP16 = DTYPES
 NAMES = ["fp32", "bf16", "fp16"]

@@ -12,6 +12,8 @@ from torch import Tensor
 from attnforge.testing.cases import FlashCase, FlashInputs
 from attnforge.testing.compare import assert_same
 
+pytestmark = pytest.mark.usefixtures("twin")
+
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -34,13 +34,13 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock)
 }
 
 template <>
-int flash_delta<kDType>(const FlashBwdParams& params, void* stream) {
+int flash_delta<kThisDType>(const FlashBwdParams& params, void* stream) {
   const FlashProblem& p = params.problem;
   const bool packed = p.cu_seqlens_q != nullptr;
   const int64_t rows = packed ? p.total_q : p.seqlen_q;
   const int64_t all = (packed ? 1 : p.batch) * p.heads_q * rows;
   if (all == 0) return 0;
-  using T = typename ElementOf<kDType>::Type;
+  using T = typename ElementOf<kThisDType>::Type;
   return ATTNFORGE_LAUNCH((flash_delta_kernel<T>),
                           dim3(static_cast<unsigned>((all + kRowsOfBlock - 1) / kRowsOfBlock)),
                           dim3(32 * kRowsOfBlock), 0, stream, params, rows, all);

@@ -181,11 +181,11 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
 }
 
 template <>
-int flash_dkdv<kDType>(const FlashBwdParams& params, void* stream) {
+int flash_dkdv<kThisDType>(const FlashBwdParams& params, void* stream) {
   const FlashProblem& p = params.problem;
   return with_head_dims(p, [&]<int kDims>() {
     const auto launch = [&]<bool kFeatures, Gradient kGradient>() {
-      using Case = BwdCase<kDims, kFeatures, kGradient>;
+      using Case = BwdCase<kThisDType, kDims, kFeatures, kGradient>;
       using Kernel = BwdKernel<Case::kTile>;
       const int tiles = static_cast<int>((p.seqlen_k + Kernel::kOwned - 1) / Kernel::kOwned);
       const int64_t blocks = int64_t{tiles} * p.heads_k * p.batch;
@@ -195,7 +195,7 @@ int flash_dkdv<kDType>(const FlashBwdParams& params, void* stream) {
                               ScoreMap::of(p), tiles);
     };
     const auto launch_all = [&]<bool kFeatures>() {
-      if constexpr (keys_and_values_apart(kDType, kHeadDims[kDims])) {
+      if constexpr (keys_and_values_apart(kThisDType, kHeadDims[kDims])) {
         const int error = launch.template operator()<kFeatures, Gradient::kValues>();
         return error != 0 ? error : launch.template operator()<kFeatures, Gradient::kKeys>();
       } else {

@@ -117,11 +117,11 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
 }
 
 template <>
-int flash_dq<kDType>(const FlashBwdParams& params, void* stream) {
+int flash_dq<kThisDType>(const FlashBwdParams& params, void* stream) {
   const FlashProblem& p = params.problem;
   return with_head_dims(p, [&]<int kDims>() {
     const auto launch = [&]<bool kFeatures>() {
-      using Case = BwdCase<kDims, kFeatures, Gradient::kQueries>;
+      using Case = BwdCase<kThisDType, kDims, kFeatures, Gradient::kQueries>;
       using Kernel = BwdKernel<Case::kTile>;
       const int tiles = static_cast<int>((p.seqlen_q + Kernel::kOwned - 1) / Kernel::kOwned);
       const int64_t blocks = int64_t{tiles} * p.heads_q * p.batch;

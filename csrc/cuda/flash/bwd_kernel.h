@@ -27,6 +27,7 @@ struct BwdKernel {
   static constexpr int kOwnBytes = OwnA::kBytes + OwnB::kBytes;
   static constexpr int kSharedBytes = kOwnBytes + kStages * kStageBytes + 4 * kTile.warps;
   using Scores = Accumulators<1, kN>;
+  static_assert(kSharedBytes <= kMostShared);
 
   uint32_t shared;
 

@@ -101,12 +101,13 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
 }
 
 template <>
-int flash_decode<kDType>(const FlashFwdParams& params, const SplitParams& splits, void* stream) {
+int flash_decode<kThisDType>(const FlashFwdParams& params, const SplitParams& splits,
+                             void* stream) {
   const FlashProblem& p = params.problem;
   const int group = static_cast<int>(p.heads_q / p.heads_k);
-  if (p.seqlen_q * group > kRows) return flash_fwd_rows<kDType>(params, splits, true, stream);
+  if (p.seqlen_q * group > kRows) return flash_fwd_rows<kThisDType>(params, splits, true, stream);
   return with_head_dims(p, [&]<int kDims>() {
-    using Case = DecodeCase<kDims>;
+    using Case = DecodeCase<kThisDType, kDims>;
     const RowGrid grid = RowGrid::of(p, kRows, group, splits.splits);
     if (grid.blocks() == 0) return 0;
     return ATTNFORGE_LAUNCH(

@@ -62,12 +62,12 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
 }
 
 template <>
-int flash_fwd_rows<kDType>(const FlashFwdParams& params, const SplitParams& splits, bool packed,
-                           void* stream) {
+int flash_fwd_rows<kThisDType>(const FlashFwdParams& params, const SplitParams& splits, bool packed,
+                               void* stream) {
   const FlashProblem& p = params.problem;
   return with_head_dims(p, [&]<int kDims>() {
     const auto launch = [&]<bool kFeatures>() {
-      using Case = FwdCase<kDims, kFeatures>;
+      using Case = FwdCase<kThisDType, kDims, kFeatures>;
       using Walk = typename RowKernel<Case::kTile>::Walk;
       // Rows of short sequences share tiles with the other heads of their group.
       const bool pack = packed || p.seqlen_q <= Walk::kRows / 2;

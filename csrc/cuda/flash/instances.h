@@ -12,19 +12,20 @@
 
 namespace attnforge::cuda {
 
-constexpr DType kDType = DType::ATTNFORGE_DTYPE;
+constexpr DType kThisDType = DType::ATTNFORGE_DTYPE;
 
 // A kernel's one template argument: which entry of the lists it is. (nvcc cannot name a kernel
-// whose argument is the tile itself.)
-template <int kDims, bool kFeatures>
+// whose argument is the tile itself.) The dtype is part of it, as sources for all dtypes meet in a
+// library.
+template <DType kDType, int kDims, bool kFeatures>
 struct FwdCase {
   static constexpr FwdTile kTile = fwd_tile(kDType, kHeadDims[kDims], kFeatures);
 };
-template <int kDims>
+template <DType kDType, int kDims>
 struct DecodeCase {
   static constexpr FwdTile kTile = decode_tile(kDType, kHeadDims[kDims]);
 };
-template <int kDims, bool kFeatures, Gradient kGradient>
+template <DType kDType, int kDims, bool kFeatures, Gradient kGradient>
 struct BwdCase {
   static constexpr BwdTile kTile = bwd_tile(kDType, kHeadDims[kDims], kFeatures, kGradient);
 };

@@ -14,6 +14,7 @@ struct RowKernel {
   using T = typename Traits::T;
   static constexpr int kM = Traits::kMTiles, kD = Traits::kValueDim / 8;
   using Output = Accumulators<kM, kD>;
+  static_assert(Walk::kSharedBytes <= kMostShared);
 
   // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
   template <class Finish>

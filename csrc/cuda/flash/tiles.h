@@ -10,6 +10,8 @@
 
 namespace attnforge::cuda {
 
+constexpr int kMostShared = 99 * 1024;
+
 // A forward or decode kernel. Rows: 16 * m_tiles per warp (decode by warps: per block).
 struct FwdTile {
   DType dtype;

@@ -105,10 +105,12 @@ struct Product<float> {
   struct Right {
     uint32_t hi[2], lo[2];
   };
+  // What is not finite goes into lo alone: beside an infinite hi, the zero of another lo is NaN.
   AF_DEVICE static void split(uint32_t x, uint32_t& hi, uint32_t& lo) {
-    hi = ptx::tf32_from_float(ptx::float_from_bits(x));
-    const float rest = ptx::float_from_bits(x) - ptx::float_from_bits(hi);
-    lo = finite(rest) ? ptx::tf32_from_float(rest) : 0u;  // of an infinity hi is all there is
+    const float value = ptx::float_from_bits(x);
+    hi = ptx::tf32_from_float(value);
+    lo = ptx::tf32_from_float(value - ptx::float_from_bits(hi));
+    if (!finite(ptx::float_from_bits(hi))) hi = 0u, lo = x;
   }
   AF_DEVICE static Left left(const uint32_t (&r)[4]) {
     Left a;
