@@ -250,6 +250,29 @@ EMULATOR_TEST(cp_async_checks_alignment) {
                 {"the global address is not aligned to 16"});
 }
 
+__global__ void sum_of(const float* values, int count, float* out) {
+  float sum = 0;
+  for (int i = 0; i < count; ++i) sum += values[i];
+  out[threadIdx.x] = sum;
+}
+
+__global__ void copy_of(const float* values, float* out) {
+  ptx::cp_async_16(ptx::dynamic_shared_memory(), values);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  *out = ptx::load_shared<float>(ptx::dynamic_shared_memory());
+}
+
+EMULATOR_CRASH(global_read_out_of_bounds) {
+  std::vector<float> values(64), out(32);
+  ATTNFORGE_LAUNCH(sum_of, dim3(1), dim3(32), 0, nullptr, values.data(), 65, out.data());
+}
+
+EMULATOR_CRASH(cp_async_out_of_bounds) {
+  std::vector<float> values(64), out(1);
+  ATTNFORGE_LAUNCH(copy_of, dim3(1), dim3(1), 16, nullptr, values.data() + 64, out.data());
+}
+
 EMULATOR_TEST(impossible_launches_are_refused) {
   const auto report = [](dim3 grid, uint32_t threads, uint32_t bytes, const char* part) {
     expect_report([=] { ATTNFORGE_LAUNCH(write_twice, grid, dim3(threads), bytes, nullptr, 0); },
