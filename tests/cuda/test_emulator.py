@@ -16,11 +16,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "emulate" / "tests").glob("test_*.cpp"))
-NAMES = [
-    name
-    for source in SOURCES
-    for name in re.findall(r"^EMULATOR_TEST\((\w+)\)", source.read_text(), re.MULTILINE)
-]
+
+
+def registered(macro: str) -> list[str]:
+    pattern = re.compile(rf"^{macro}\((\w+)\)", re.MULTILINE)
+    return [name for source in SOURCES for name in pattern.findall(source.read_text())]
+
+
+NAMES = registered("EMULATOR_TEST")
+CRASHES = registered("EMULATOR_CRASH")
 BUILDS = {"plain": (), "address": ("-DATTNFORGE_EMULATE_ADDRESS=ON",)}
 
 
@@ -52,6 +56,26 @@ def test_emulator(program: Path, name: str) -> None:
     done = subprocess.run([program, name], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == f"ok    {name}\n"
+
+
+@pytest.mark.parametrize("seed", [1000, 2000, 3000, 4000])
+def test_other_schedules(program: Path, seed: int) -> None:
+    """Values and reports hold whatever the schedule: all tests, in one process."""
+    done = subprocess.run(
+        [program, "--seed", str(seed)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok ") == len(NAMES)
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_address_sanitizer_sees_global_memory(program: Path, name: str) -> None:
+    if program.parent.name != "emulate_address":
+        return  # without it such an access goes unnoticed, and may do anything
+    done = subprocess.run([program, name], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "test_memory.cpp" in done.stderr
 
 
 def test_names_are_unique() -> None:

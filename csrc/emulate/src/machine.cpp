@@ -293,8 +293,8 @@ void Machine::report_deadlock() {
       const std::string state =
           "block " + text(block->position) +
           (thread.state == State::kExited
-               ? " has left the kernel"
-               : " waits for " + std::string(thread.waits_for) + at(thread.waits_at));
+               ? " left the kernel"
+               : " waiting for " + std::string(thread.waits_for) + at(thread.waits_at));
       auto& [count, first] = groups[state];
       if (count++ == 0) first = agent_name(i);
     }
@@ -303,9 +303,9 @@ void Machine::report_deadlock() {
   std::ostringstream sentence;
   sentence << "attnforge emulator: " << where() << ": deadlock";
   for (const auto& [state, group] : groups) {
-    sentence << "; " << group.second;
-    if (group.first > 1) sentence << " and " << group.first - 1 << " more threads";
-    sentence << " of " << state;
+    const auto& [count, first] = group;
+    sentence << "; " << count << (count == 1 ? " thread of " : " threads of ") << state
+             << ", the first is " << first;
   }
   throw Error(sentence.str());
 }

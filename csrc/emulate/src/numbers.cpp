@@ -33,13 +33,6 @@ uint32_t encoded(double magnitude, int fraction, int least) {
          static_cast<uint32_t>(std::ldexp(significand, fraction));
 }
 
-double decoded(uint32_t code, int fraction, int least) {
-  const uint32_t exponent = code >> fraction;
-  const double low = code & ((1u << fraction) - 1);
-  if (exponent == 0) return std::ldexp(low, least - fraction);
-  return std::ldexp(1 + std::ldexp(low, -fraction), static_cast<int>(exponent) - 1 + least);
-}
-
 float flushed(float x) {  // .ftz
   return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x;
 }
@@ -66,7 +59,10 @@ float f16_value(uint16_t bits) {
   const float sign = bits & 0x8000 ? -1.0f : 1.0f;
   if (code > 0x7c00) return std::numeric_limits<float>::quiet_NaN();
   if (code == 0x7c00) return sign * std::numeric_limits<float>::infinity();
-  return sign * static_cast<float>(decoded(code, 10, -14));
+  // Called for every operand of every product: a subnormal is a multiple of 2^-24, and of a normal
+  // number the exponent is rebiased from 15 to 127.
+  if (code < 0x400) return sign * static_cast<float>(code) * 0x1p-24f;
+  return sign * __builtin_bit_cast(float, (code << 13) + (112u << 23));
 }
 
 uint32_t tf32_bits(float x) {
@@ -85,7 +81,9 @@ uint32_t e4m3_bits(float x) {
 float e4m3_value(uint32_t bits) {
   const uint32_t code = bits & 0x7f;
   if (code == 0x7f) return std::numeric_limits<float>::quiet_NaN();
-  return (bits & 0x80 ? -1.0f : 1.0f) * static_cast<float>(decoded(code, 3, -6));
+  const float sign = bits & 0x80 ? -1.0f : 1.0f;
+  if (code < 8) return sign * static_cast<float>(code) * 0x1p-9f;
+  return sign * __builtin_bit_cast(float, (code << 20) + (120u << 23));  // from bias 7 to 127
 }
 
 float exp2(float x) {

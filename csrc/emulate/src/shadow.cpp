@@ -176,7 +176,9 @@ void Shadow::check_write(uint32_t offset, const Access& access, Written state) c
     if (access.clock->seen[pool_[r].agent] < pool_[r].time) {
       fail(offset, access, "writes",
            (pool_[r].red ? "written by " : "read by ") + agent_name(pool_[r].agent) +
-               at(known_sites_[pool_[r].site]) + ", and no barrier orders it before the write");
+               at(known_sites_[pool_[r].site]) +
+               (pool_[r].red ? ", and no barrier orders the two writes"
+                             : ", and no barrier orders the read before the write"));
     }
   }
 }

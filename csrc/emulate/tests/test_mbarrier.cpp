@@ -46,8 +46,10 @@ __global__ void wait_for_incomplete(int) {
 }
 
 EMULATOR_TEST(mbarrier_deadlock) {
-  expect_report([] { ATTNFORGE_LAUNCH(wait_for_incomplete, dim3(1), dim3(1), 8, nullptr, 0); },
-                {"deadlock", "waits for mbarrier_wait (parity 0) at test_mbarrier.cpp"});
+  expect_report(
+      [] { ATTNFORGE_LAUNCH(wait_for_incomplete, dim3(1), dim3(1), 8, nullptr, 0); },
+      {"deadlock",
+       "1 thread of block (0,0,0) waiting for mbarrier_wait (parity 0) at test_mbarrier.cpp"});
 }
 
 // A ring of two stages between a producer warp and a consumer warp, with full and empty mbarriers.
@@ -109,11 +111,8 @@ void run_ring() {
 }
 
 EMULATOR_TEST(mbarrier_ring) {
-  for (uint64_t seed : {1, 2, 3, 4}) {
-    Options options;
-    options.seed = seed;
-    options.preempt = 3;
-    set_options(options);
+  for (uint64_t n = 0; n < 4; ++n) {
+    set_options(testing::seeded(n, 3));
     run_ring<Bug::kNone>();
   }
 }

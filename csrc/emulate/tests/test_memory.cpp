@@ -106,7 +106,7 @@ EMULATOR_TEST(atomics) {
       [&] {
         ATTNFORGE_LAUNCH((accumulate<true, false>), dim3(1), dim3(64), 4, nullptr, &out, &global);
       },
-      {"no barrier orders the write before the read"});
+      {"no barrier orders the"});
 }
 
 __global__ void tickets(uint32_t* counter, uint32_t* taken) {
@@ -203,7 +203,7 @@ EMULATOR_TEST(cp_async_without_a_barrier) {
 }
 
 EMULATOR_TEST(cp_async_into_a_stage_in_use) {
-  expect_report(run_pipeline<Bug::kNoRelease>, {"shared memory at byte", "cp.async"});
+  expect_report(run_pipeline<Bug::kNoRelease>, {"shared memory at byte", "test_memory.cpp:"});
 }
 
 EMULATOR_TEST(one_tile_too_many) {
@@ -248,6 +248,29 @@ EMULATOR_TEST(cp_async_checks_alignment) {
   alignas(16) const float from[8] = {};
   expect_report([&] { ATTNFORGE_LAUNCH(copy_misaligned, dim3(1), dim3(1), 16, nullptr, from); },
                 {"the global address is not aligned to 16"});
+}
+
+__global__ void sum_of(const float* values, int count, float* out) {
+  float sum = 0;
+  for (int i = 0; i < count; ++i) sum += values[i];
+  out[threadIdx.x] = sum;
+}
+
+__global__ void copy_of(const float* values, float* out) {
+  ptx::cp_async_16(ptx::dynamic_shared_memory(), values);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  *out = ptx::load_shared<float>(ptx::dynamic_shared_memory());
+}
+
+EMULATOR_CRASH(global_read_out_of_bounds) {
+  std::vector<float> values(64), out(32);
+  ATTNFORGE_LAUNCH(sum_of, dim3(1), dim3(32), 0, nullptr, values.data(), 65, out.data());
+}
+
+EMULATOR_CRASH(cp_async_out_of_bounds) {
+  std::vector<float> values(64), out(1);
+  ATTNFORGE_LAUNCH(copy_of, dim3(1), dim3(1), 16, nullptr, values.data() + 64, out.data());
 }
 
 EMULATOR_TEST(impossible_launches_are_refused) {

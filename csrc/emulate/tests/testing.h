@@ -17,9 +17,22 @@ namespace attnforge::emulate::testing {
 
 std::map<std::string, void (*)()>& tests();
 
+std::map<std::string, void (*)()>& crashes();
+uint64_t& first_seed();  // of the command line
+
 struct Registered {
-  Registered(const char* name, void (*run)()) { tests()[name] = run; }
+  Registered(std::map<std::string, void (*)()>& into, const char* name, void (*run)()) {
+    into[name] = run;
+  }
 };
+
+// Options of a launch whose schedule is the n-th of this run of the program.
+inline Options seeded(uint64_t n = 0, uint32_t preempt = Options{}.preempt) {
+  Options options;
+  options.seed = first_seed() + n;
+  options.preempt = preempt;
+  return options;
+}
 
 inline void require(bool holds, const char* text, const char* file, int line) {
   if (holds) return;
@@ -68,10 +81,15 @@ class Random {
 
 }  // namespace attnforge::emulate::testing
 
-#define EMULATOR_TEST(name)                                                                     \
-  static void test_##name();                                                                    \
-  static const ::attnforge::emulate::testing::Registered registered_##name(#name, test_##name); \
+#define EMULATOR_REGISTER(into, name)                                       \
+  static void test_##name();                                                \
+  static const ::attnforge::emulate::testing::Registered registered_##name( \
+      ::attnforge::emulate::testing::into(), #name, test_##name);           \
   static void test_##name()
+
+#define EMULATOR_TEST(name) EMULATOR_REGISTER(tests, name)
+// Ends the process under AddressSanitizer; runs only where it is named.
+#define EMULATOR_CRASH(name) EMULATOR_REGISTER(crashes, name)
 
 #define REQUIRE(...) \
   ::attnforge::emulate::testing::require((__VA_ARGS__), #__VA_ARGS__, __FILE__, __LINE__)
