@@ -45,7 +45,8 @@ class Count:
 
 def native_sources() -> tuple[str, ...]:
     files = (ROOT / "csrc").rglob("*")
-    return tuple(str(f.relative_to(ROOT)) for f in sorted(files) if f.suffix in (".h", ".cpp"))
+    suffixes = (".h", ".cpp", ".cu")
+    return tuple(str(f.relative_to(ROOT)) for f in sorted(files) if f.suffix in suffixes)
 
 
 def existing(*paths: str) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ def existing(*paths: str) -> tuple[str, ...]:
 
 def stages() -> list[Stage]:
     code = existing("python", "tests", "tools", "bench", "examples", "triton_kernels", "setup.py")
-    isolated = ("tests/packaging", "tests/native", "tests/triton")
+    isolated = ("tests/packaging", "tests/native", "tests/triton", "tests/cuda")
     suites = tuple(
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / "tests").iterdir())
@@ -92,6 +93,12 @@ def stages() -> list[Stage]:
             paths=("tests/triton",),
             pytest_args=("-n", JOBS, "--dist", "worksteal"),
             env=(("TRITON_INTERPRET", "0"),),
+        ),
+        # CUDA kernels on the host, and through nvcc and ptxas where those are installed.
+        Stage(
+            "cuda emulator",
+            paths=("tests/cuda",),
+            pytest_args=("-n", JOBS, "--dist", "worksteal"),
         ),
         Stage(
             "packaging",

@@ -15,7 +15,15 @@ import torch
 
 from attnforge import _settings
 
-__all__ = ["isa", "isa_levels", "library_path", "operator", "source_digest", "unavailable"]
+__all__ = [
+    "build_info",
+    "isa",
+    "isa_levels",
+    "library_path",
+    "operator",
+    "source_digest",
+    "unavailable",
+]
 
 _LIBRARY = "libattnforge_cpu.so"
 _LEVELS = ("auto", "baseline", "avx2", "avx512", "avx512_soft")
@@ -61,7 +69,7 @@ def _load() -> None:
     _loaded = True
 
 
-def _build_info(name: str) -> str:
+def build_info(name: str) -> str:
     """What the build recorded beside the package under ``name``; empty if nothing."""
     try:
         info = json.loads((Path(__file__).parent / "_build_info.json").read_text())
@@ -72,11 +80,11 @@ def _build_info(name: str) -> str:
 
 def source_digest(kernel: str) -> str:
     """A digest of ``csrc/cpu/<kernel>.cpp``, the headers it may include and the compiler flags."""
-    return _build_info(f"source {kernel}") or "unknown"
+    return build_info(f"source {kernel}") or "unknown"
 
 
 def _why_not_built() -> str:
-    reason = _build_info("reason")
+    reason = build_info("reason")
     return f": {reason}" if reason else ""
 
 

@@ -23,13 +23,17 @@ ALLOWED: dict[str, set[str]] = {
     "_settings": set(),
     "_ops": set(),
     "_native": {"_settings"},
+    "_native_cuda": {"_native"},
     "reference": {"_params"},
     "registry": {"_settings"},
     "tuning": {"_settings", "_version", "registry"},
     "ops": {"_ops", "_params", "registry"},
     "paged_cache": {"ops", "registry"},  # and attnforge._host, by name: it may be missing
     "backends": {"registry"},
-    "backends.*": {"_native", "_params", "_settings", "reference", "registry", "triton_kernels"},
+    "backends.*": {
+        *("_native", "_native_cuda", "_params", "_settings", "reference", "registry"),
+        "triton_kernels",
+    },
     "triton_kernels": set(),
     "__init__": {"_version", "backends", "ops", "paged_cache", "registry", "tuning"},
     "__main__": {"cli"},

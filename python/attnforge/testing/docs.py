@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attnforge.registry import KernelSpec, Request, list_kernels
-from attnforge.registry.predicates import Available, Device, Dtypes, Features, dtype_name
+from attnforge.registry.predicates import Arch, Available, Device, Dtypes, Features, dtype_name
 from attnforge.testing import bench
 
 __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
@@ -121,7 +121,8 @@ def _serves(spec: KernelSpec, feature: str) -> bool:
     devices = next((p.types for p in spec.requires if isinstance(p, Device)), ("cpu",))
     dtypes = next((p.dtypes for p in spec.requires if isinstance(p, Dtypes)), ())
     dims = (("head_dim", 64), ("v_head_dim", 64), ("group", 1))
-    request = Request(spec.op, devices[0], "", dtypes[0], dims, frozenset({feature}))
+    arch = next((f"sm_{p.lowest}" for p in spec.requires if isinstance(p, Arch)), "")
+    request = Request(spec.op, devices[0], arch, dtypes[0], dims, frozenset({feature}))
     # Whether a library is built here says nothing about the kernel.
     return all(need(request) is None for need in spec.requires if not isinstance(need, Available))
 

@@ -1,0 +1,211 @@
+// Private CUDA operators over the torch-free launchers: unpack tensors into params structs, call.
+// LibTorch stable ABI only, and nothing of libtorch_cuda: the stream comes as a number, workspaces
+// as tensors, and the caller has made the tensors' device the current one. So the library loads
+// under a torch without CUDA.
+//
+// The same file, compiled with ATTNFORGE_EMULATE, gives the emulated twin of the library: the same
+// operators over CPU tensors, in the namespace attnforge_emulated.
+#include <string>
+
+#include "bindings/tensors.h"
+#include "cuda/flash/launch.h"
+#include "cuda/runtime.h"
+
+namespace attnforge::cuda {
+namespace {
+
+using cpu::data;
+using cpu::dtype_of;
+using cpu::empty;
+using cpu::OptionalTensor;
+using cpu::problem;
+using cpu::ref;
+using cpu::ScalarType;
+using cpu::stat;
+using cpu::Tensor;
+
+void check(int error, const char* op) {
+  STD_TORCH_CHECK(error != kNoKernel, "attnforge_native::", op,
+                  ": no kernel has room for the head dims");
+  STD_TORCH_CHECK(error == 0, "attnforge_native::", op, ": ", error_text(error));
+}
+
+void* stream_of(int64_t handle) {
+  return reinterpret_cast<void*>(static_cast<intptr_t>(handle));
+}
+
+// 16-byte copies: every row has to start at a multiple of 16 bytes.
+void check_aligned(const Tensor& t, const char* name) {
+  const int64_t item = t.element_size();
+  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d)
+    aligned &= t.size(d) <= 1 || t.stride(d) * item % 16 == 0;
+  STD_TORCH_CHECK(aligned || t.numel() == 0, "attnforge_native: rows of ", name,
+                  " must start at multiples of 16 bytes");
+}
+
+void set_tensors(FlashFwdParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const Tensor& out, const Tensor& lse) {
+  const DType dtype = params.problem.dtype;
+  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v"), check_aligned(out, "out");
+  params.q = ref(q, dtype), params.k = ref(k, dtype), params.v = ref(v, dtype);
+  params.out = ref(out, dtype);
+  params.lse = stat(lse);
+}
+
+void fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+         const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k,
+         const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
+         const Tensor& lse, const OptionalTensor& out_lo, int64_t max_seqlen_q,
+         int64_t max_seqlen_k, double softmax_scale, int64_t window_left, int64_t window_right,
+         double softcap, int64_t stream) {
+  FlashFwdParams params;
+  FlashProblem& p = params.problem;
+  p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
+              max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+  if (empty(p)) return;
+  set_tensors(params, q, k, v, out, lse);
+  params.out_lo = ref(out_lo, p.dtype);
+  check(with_dtype(p.dtype,
+                   [&]<DType kDType>() {
+                     return flash_fwd_rows<kDType>(params, SplitParams{}, false, stream_of(stream));
+                   }),
+        "cuda_flash_fwd");
+}
+
+// parts, part_lses: fp32 [splits, B, Sq, Hq, Dv] and [splits, B, Hq, Sq] for several splits.
+void decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& seqused_k,
+            const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
+            const Tensor& lse, const OptionalTensor& parts, const OptionalTensor& part_lses,
+            double softmax_scale, int64_t window_left, int64_t window_right, double softcap,
+            int64_t split_keys, int64_t stream) {
+  FlashFwdParams params;
+  FlashProblem& p = params.problem;
+  p = problem(q, k, v, std::nullopt, std::nullopt, seqused_k, alibi_slopes, sinks, q.size(1),
+              k.size(1), {softmax_scale, window_left, window_right, softcap});
+  if (empty(p)) return;
+  set_tensors(params, q, k, v, out, lse);
+  SplitParams splits;
+  if (parts) {
+    const int64_t count = parts->size(0);
+    STD_TORCH_CHECK(part_lses &&
+                        parts->numel() == count * p.batch * p.seqlen_q * p.heads_q * p.v_head_dim &&
+                        part_lses->numel() == count * p.batch * p.seqlen_q * p.heads_q,
+                    "attnforge_native::cuda_flash_decode: parts and part_lses do not fit the call");
+    splits.splits = count;
+    splits.keys = split_keys;
+    splits.out = const_cast<float*>(data<float>(parts, ScalarType::Float));
+    splits.lse = const_cast<float*>(data<float>(part_lses, ScalarType::Float));
+  }
+  check(with_dtype(p.dtype,
+                   [&]<DType kDType>() {
+                     return flash_decode<kDType>(params, splits, stream_of(stream));
+                   }),
+        "cuda_flash_decode");
+}
+
+void bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+         const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& out_lo,
+         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+         const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
+         const OptionalTensor& sinks, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+         const Tensor& delta, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+         int64_t window_left, int64_t window_right, double softcap, int64_t stream) {
+  FlashBwdParams params;
+  FlashProblem& p = params.problem;
+  p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
+              max_seqlen_k, {softmax_scale, window_left, window_right, softcap});
+  if (empty(p)) return;
+  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v");
+  check_aligned(dout, "dout");
+  check_aligned(dq, "dq"), check_aligned(dk, "dk"), check_aligned(dv, "dv");
+  params.dout = ref(dout, p.dtype);
+  params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
+  params.out = ref(out, p.dtype), params.out_lo = ref(out_lo, p.dtype);
+  params.dq = ref(dq, p.dtype), params.dk = ref(dk, p.dtype), params.dv = ref(dv, p.dtype);
+  params.lse = stat(lse);
+  if (dlse) params.dlse = stat(*dlse);
+  params.delta = stat(delta);
+  check(with_dtype(p.dtype,
+                   [&]<DType kDType>() {
+                     for (auto* kernel :
+                          {flash_delta<kDType>, flash_dkdv<kDType>, flash_dq<kDType>}) {
+                       if (const int error = kernel(params, stream_of(stream))) return error;
+                     }
+                     return 0;
+                   }),
+        "cuda_flash_bwd");
+}
+
+void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse,
+           bool inf_is_empty, int64_t stream) {
+  STD_TORCH_CHECK((outs.dim() == 4 || outs.dim() == 5) && outs.is_contiguous() &&
+                      lses.is_contiguous() && out.is_contiguous() && lse.is_contiguous() &&
+                      lses.scalar_type() == ScalarType::Float &&
+                      (outs.scalar_type() == ScalarType::Float || dtype_of(out) == dtype_of(outs)),
+                  "attnforge_native::cuda_merge_states wants contiguous [N, B, S, H, D] and "
+                  "[N, B, H, S]");
+  MergeParams params;
+  const int64_t s = outs.dim() - 3;
+  params.dtype = dtype_of(out);
+  params.states = outs.size(0);
+  params.batch = s == 2 ? outs.size(1) : 1;
+  params.seqlen = outs.size(s), params.heads = outs.size(s + 1), params.dim = outs.size(s + 2);
+  STD_TORCH_CHECK(lses.numel() == params.states * params.batch * params.seqlen * params.heads &&
+                      out.numel() * params.states == outs.numel() &&
+                      lse.numel() * params.states == lses.numel(),
+                  "attnforge_native::cuda_merge_states got tensors that differ in shape");
+  params.outs = outs.const_data_ptr();
+  params.lses = static_cast<const float*>(lses.const_data_ptr());
+  params.out = out.mutable_data_ptr();
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  check(
+      flash_merge(params, outs.scalar_type() == ScalarType::Float, inf_is_empty, stream_of(stream)),
+      "cuda_merge_states");
+}
+
+}  // namespace
+}  // namespace attnforge::cuda
+
+#define ATTNFORGE_SCORES "float softmax_scale, int window_left, int window_right, float softcap, "
+#define ATTNFORGE_EXTRAS "Tensor? alibi_slopes, Tensor? sinks, "
+#define ATTNFORGE_VARLEN "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
+
+#if defined(ATTNFORGE_EMULATE)
+#define ATTNFORGE_NAMESPACE attnforge_emulated
+#define ATTNFORGE_KEY CPU
+#else
+#define ATTNFORGE_NAMESPACE attnforge_native
+#define ATTNFORGE_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
+  m.def("cuda_flash_fwd(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int "
+        "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
+  m.def(
+      "cuda_flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES
+      "int split_keys, int stream) -> ()");
+  m.def(
+      "cuda_flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, "
+      "Tensor? out_lo, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, int max_seqlen_q, "
+      "int max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
+  m.def(
+      "cuda_merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse, "
+      "bool inf_is_empty, int stream) -> ()");
+  m.def("cuda_build() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
+  m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd));
+  m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode));
+  m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd));
+  m.impl("cuda_merge_states", TORCH_BOX(&attnforge::cuda::merge));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build", TORCH_BOX(&attnforge::cuda::build_text));
+}

@@ -1,0 +1,70 @@
+// Launchers of the flash kernels of the sm_80 class. They launch on the current device, allocate
+// nothing, wait for nothing, and may be captured into a graph. They return a cudaError_t as int, or
+// kNoKernel for head dims that no kernel has room for.
+#pragma once
+
+#include "attnforge/params.h"
+
+namespace attnforge::cuda {
+
+constexpr int kNoKernel = -1;
+
+// Where states of several splits of the keys go: fp32 [splits, B, Sq, Hq, Dv] and
+// [splits, B, Hq, Sq], contiguous; both null for one split.
+struct SplitParams {
+  int64_t splits = 1;
+  int64_t keys = 0;  // of a split, a multiple of every key tile; 0: equal splits
+  float* out = nullptr;
+  float* lse = nullptr;
+};
+
+// Defined once per dtype. packed: heads of a KV head's group share tiles also where rows are many.
+template <DType kDType>
+int flash_fwd_rows(const FlashFwdParams& params, const SplitParams& splits, bool packed,
+                   void* stream);
+template <DType kDType>
+int flash_decode(const FlashFwdParams& params, const SplitParams& splits, void* stream);
+
+// The backward: delta first, then the others in any order.
+template <DType kDType>
+int flash_delta(const FlashBwdParams& params, void* stream);
+template <DType kDType>
+int flash_dkdv(const FlashBwdParams& params, void* stream);
+template <DType kDType>
+int flash_dq(const FlashBwdParams& params, void* stream);
+
+#define ATTNFORGE_DECLARE_DTYPE(dtype)                                                      \
+  template <>                                                                               \
+  int flash_fwd_rows<DType::dtype>(const FlashFwdParams&, const SplitParams&, bool, void*); \
+  template <>                                                                               \
+  int flash_decode<DType::dtype>(const FlashFwdParams&, const SplitParams&, void*);         \
+  template <>                                                                               \
+  int flash_delta<DType::dtype>(const FlashBwdParams&, void*);                              \
+  template <>                                                                               \
+  int flash_dkdv<DType::dtype>(const FlashBwdParams&, void*);                               \
+  template <>                                                                               \
+  int flash_dq<DType::dtype>(const FlashBwdParams&, void*);
+ATTNFORGE_DECLARE_DTYPE(kFloat32)
+ATTNFORGE_DECLARE_DTYPE(kFloat16)
+ATTNFORGE_DECLARE_DTYPE(kBFloat16)
+#undef ATTNFORGE_DECLARE_DTYPE
+
+// fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is
+// nothing.
+int flash_merge(const MergeParams& params, bool fp32_parts, bool inf_is_empty, void* stream);
+
+// f.template operator()<kDType>() for the problem's dtype.
+template <class F>
+int with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f.template operator()<DType::kFloat32>();
+    case DType::kFloat16:
+      return f.template operator()<DType::kFloat16>();
+    case DType::kBFloat16:
+      return f.template operator()<DType::kBFloat16>();
+  }
+  return kNoKernel;
+}
+
+}  // namespace attnforge::cuda

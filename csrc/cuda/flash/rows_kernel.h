@@ -1,0 +1,59 @@
+// What the kernels that own query rows have in common: find the work, walk the keys.
+#pragma once
+
+#include "cuda/flash/instances.h"
+#include "cuda/flash/schedule.h"
+#include "cuda/tile/epilogue.h"
+
+namespace attnforge::cuda {
+
+template <FwdTile kTile>
+struct RowKernel {
+  using Traits = FwdTraits<kTile>;
+  using Walk = Attend<Traits>;
+  using T = typename Traits::T;
+  static constexpr int kM = Traits::kMTiles, kD = Traits::kValueDim / 8;
+  using Output = Accumulators<kM, kD>;
+  static_assert(Walk::kSharedBytes <= kMostShared);
+
+  // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
+  template <class Finish>
+  AF_DEVICE static void run(const FlashFwdParams& params, const SplitParams& splits,
+                            const RowGrid& grid, const Finish& finish) {
+    const FlashProblem& p = params.problem;
+    const RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
+    if (!work.some) return;
+    const Sequence& seq = work.seq;
+    const RowTile& rows = work.rows;
+    const Walk walk = {ptx::dynamic_shared_memory(),
+                       p,
+                       seq,
+                       rows,
+                       work.keys,
+                       row_ptr<const T>(params.k, seq.batch, seq.k_row, work.kv_head),
+                       row_ptr<const T>(params.v, seq.batch, seq.k_row, work.kv_head),
+                       params.k.seq_stride,
+                       params.v.seq_stride,
+                       RowPlaces<kM>::of(p, seq, rows, Walk::first_row()),
+                       grid.map};
+    RowSums<kM> sums = RowSums<kM>::none();
+    Output out;
+    zero<kM, kD>(out);
+    walk.run([&](int r) { return row_of(params.q, work, r); }, sums, out);
+    finish(work, walk, sums, out);
+  }
+
+  // Row r of the tile in a tensor like q, or null if it does not exist.
+  AF_DEVICE static T* row_of(const TensorRef& t, const RowWork& work, int r) {
+    if (!work.rows.exists(r)) return nullptr;
+    return row_ptr<T>(t, work.seq.batch, work.seq.q_row + work.rows.query(r), work.rows.head(r));
+  }
+
+  // The sink's logit of row r; it belongs to the first split.
+  AF_DEVICE static float sink(const FlashProblem& p, const RowWork& work, int r) {
+    const bool counts = p.sinks != nullptr && work.split == 0 && work.rows.exists(r);
+    return counts ? p.sinks[work.rows.head(r)] : -kInf;
+  }
+};
+
+}  // namespace attnforge::cuda

@@ -1,0 +1,74 @@
+// Which block does which rows, heads and keys: one function for every kernel that owns query rows,
+// so that a grid and the blocks in it cannot disagree.
+#pragma once
+
+#include "cuda/flash/launch.h"
+#include "cuda/tile/scores.h"
+
+namespace attnforge::cuda {
+
+// Blocks over splits of keys, row tiles, heads (or KV heads, if rows are packed) and sequences.
+struct RowGrid {
+  int splits, tiles, heads, batch;
+  int pack;
+  ScoreMap map;
+
+  static RowGrid of(const FlashProblem& p, int block_m, int pack, int64_t splits) {
+    const int64_t tiles = (p.seqlen_q * pack + block_m - 1) / block_m;
+    return {static_cast<int>(splits),
+            static_cast<int>(tiles),
+            static_cast<int>(p.heads_q / pack),
+            static_cast<int>(p.batch),
+            pack,
+            ScoreMap::of(p)};
+  }
+  unsigned blocks() const { return static_cast<unsigned>(int64_t{splits} * tiles * heads * batch); }
+};
+
+struct RowWork {
+  bool some;  // false: the sequence has no such rows
+  int split, kv_head;
+  Sequence seq;
+  RowTile rows;
+  TileRange keys;
+
+  // Where row r of the tile has its LSE: of the call, or of this split.
+  AF_DEVICE float* lse(const FlashFwdParams& params, const SplitParams& splits, int r) const {
+    const FlashProblem& p = params.problem;
+    const int query = rows.query(r), head = rows.head(r);
+    if (splits.lse == nullptr) return stat_ptr(params.lse, seq.batch, seq.q_row + query, head);
+    const int64_t at = (split * p.batch + seq.batch) * p.heads_q + head;
+    return splits.lse + at * p.seqlen_q + query;
+  }
+  // Where row r has its part of the output, if keys are split; null if it does not exist.
+  AF_DEVICE float* part(const FlashProblem& p, const SplitParams& splits, int r) const {
+    if (!rows.exists(r)) return nullptr;
+    const int64_t at = (split * p.batch + seq.batch) * p.seqlen_q + rows.query(r);
+    return splits.out + (at * p.heads_q + rows.head(r)) * p.v_head_dim;
+  }
+};
+
+AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
+                           int block_m, int block_n) {
+  int id = static_cast<int>(blockIdx.x);
+  RowWork w;
+  w.split = id % grid.splits;
+  id /= grid.splits;
+  const int tile = grid.tiles - 1 - id % grid.tiles;
+  id /= grid.tiles;
+  const int head = id % grid.heads;
+  w.seq = sequence(p, id / grid.heads);
+  w.rows = {tile * block_m, w.seq.q_len * grid.pack, grid.pack, head * grid.pack};
+  w.kv_head = w.rows.first_head / static_cast<int>(p.heads_q / p.heads_k);
+  w.some = w.rows.first < w.rows.rows;
+  w.keys = seen_range(w.rows.first_query(), w.rows.last_query(block_m), w.seq.k_len, w.seq.offset(),
+                      grid.map.keys, block_n);
+  if (grid.splits > 1) {
+    const int equal = ceil_div(ceil_div(w.seq.k_len, grid.splits), block_n) * block_n;
+    const int size = splits.keys > 0 ? static_cast<int>(splits.keys) : equal;
+    w.keys = w.keys.within(w.split * size, w.split * size + size);
+  }
+  return w;
+}
+
+}  // namespace attnforge::cuda

@@ -1,0 +1,46 @@
+// The table of kernel ids. Python's specs are checked against it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/flash/tiles.h"
+
+namespace attnforge::cuda {
+
+// Every kernel that is instantiated, by the functions that the launchers take their tiles from.
+struct KernelRow {
+  std::string kernel;
+  DType dtype;
+  HeadDims dims;
+  bool features;
+
+  // For example fwd.bf16.d192x128.features
+  std::string id() const {
+    const char* names[] = {"fp32", "fp16", "bf16"};
+    return kernel + "." + names[static_cast<int>(dtype)] + ".d" + std::to_string(dims.qk) + "x" +
+           std::to_string(dims.v) + (features ? ".features" : "");
+  }
+};
+
+inline std::vector<KernelRow> kernel_table() {
+  std::vector<KernelRow> rows;
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (HeadDims dims : kHeadDims) {
+      for (bool features : {false, true}) rows.push_back({"fwd", dtype, dims, features});
+      rows.push_back({"decode", dtype, dims, true});
+      for (bool features : {false, true}) {
+        if (keys_and_values_apart(dtype, dims)) {
+          rows.push_back({"dk", dtype, dims, features});
+          rows.push_back({"dv", dtype, dims, features});
+        } else {
+          rows.push_back({"dkdv", dtype, dims, features});
+        }
+        rows.push_back({"dq", dtype, dims, features});
+      }
+    }
+  }
+  return rows;
+}
+
+}  // namespace attnforge::cuda

@@ -1,0 +1,75 @@
+// NaN and infinities behind a mask. A hidden pair has weight 0, but 0 * NaN is NaN, so where a tile
+// is partly hidden its right operand may hold finite numbers only:
+//
+//   tame      sets what is not finite in a tile to 0 and says whether there was anything
+//   add_wild  adds it back, in registers after the loop, where it is seen
+//
+// Whole tiles multiply as they are. add_wild is cold: it runs where tame found something.
+#pragma once
+
+#include "cuda/tile/product.h"
+#include "cuda/tile/rows.h"
+
+namespace attnforge::cuda {
+
+template <class T>
+AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
+  bool wild = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      const bool bad = !finite(ptx::float_from_bits(chunk.v[i]));
+      wild |= bad;
+      chunk.v[i] = bad ? 0u : chunk.v[i];
+    } else {
+      constexpr uint32_t kExponent = __is_same(T, Half) ? 0x7c00u : 0x7f80u;
+      const bool low = (chunk.v[i] & kExponent) == kExponent;
+      const bool high = (chunk.v[i] >> 16 & kExponent) == kExponent;
+      wild |= low || high;
+      chunk.v[i] &= (low ? 0xffff0000u : 0xffffffffu) & (high ? 0x0000ffffu : 0xffffffffu);
+    }
+  }
+  return wild;
+}
+
+// Of this thread's own chunks of a tile that has landed for this thread (its wait is done, the
+// barrier that shows the tile to others is not).
+template <class Team, class Tile>
+AF_DEVICE bool tame(const Tile& tile AF_SITE) {
+  using S = Share<Team, Tile>;
+  bool wild = false;
+#pragma unroll 1
+  for (int i = 0; i < S::kPasses * S::kSegments; ++i) {
+    const int row = S::own_row() + i / S::kSegments * S::kPass;
+    if (!S::inside(row)) continue;
+    const uint32_t address = tile.chunk(row, i % S::kSegments * S::kPeriod + S::own_chunk());
+    auto chunk = ptx::load_shared<ptx::U32x4>(address AF_PASS_SITE);
+    if (tame_chunk<typename Tile::Element>(chunk)) {
+      ptx::store_shared(address, chunk AF_PASS_SITE);
+      wild = true;
+    }
+  }
+  return wild;
+}
+
+// acc[m][d] + what is not finite of one row x [dim] of the other operand, for the rows of acc that
+// see it: seen(m, h). Without branches, as registers cannot be indexed and code would be long.
+template <class T, int kM, int kD, class Seen>
+AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Seen& seen) {
+#pragma unroll
+  for (int d = 0; d < kD; ++d) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = fragment_column(d, i);
+      const float value = column < dim ? widen(x[column]) : 0.0f;
+      const float wild = finite(value) ? 0.0f : value;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) acc[m][d][2 * h + i] += seen(m, h) ? wild : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace attnforge::cuda

@@ -1,0 +1,55 @@
+// The threads that share a key tile: a whole block, or each warp for itself.
+//
+// A block team splits the rows of a tile over its warps. A warp team has all rows in every warp and
+// gives each warp key tiles of its own, which it loads and waits for alone: few rows, no barriers.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/ptx/memory.h"
+#include "cuda/ptx/sync.h"
+#include "cuda/ptx/warp.h"
+
+namespace attnforge::cuda {
+
+AF_DEVICE int warp_id() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
+
+template <int kWarps_>
+struct BlockTeam {
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kTeams = 1;  // of a block
+  AF_DEVICE static int rank() { return static_cast<int>(threadIdx.x); }
+  AF_DEVICE static int index() { return 0; }
+  AF_DEVICE static int row_warp() { return warp_id(); }  // which rows of a tile are this warp's
+  AF_DEVICE static void sync(AF_ONLY_SITE) { ptx::sync_threads(AF_PASS_ONLY_SITE); }
+  // Whether any thread says so. scratch: 4 bytes of shared memory per warp, for this call alone.
+  AF_DEVICE static bool any(bool mine, uint32_t scratch AF_SITE) {
+    mine = ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
+    if (ptx::lane_id() == 0)
+      ptx::store_shared(scratch + 4 * warp_id(), uint32_t{mine} AF_PASS_SITE);
+    ptx::sync_threads(AF_PASS_ONLY_SITE);
+    uint32_t all = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      all |= ptx::load_shared<uint32_t>(scratch + 4 * w AF_PASS_SITE);
+    }
+    return all != 0;
+  }
+};
+
+template <int kWarps_>
+struct WarpTeam {
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = 32;
+  static constexpr int kTeams = kWarps_;
+  AF_DEVICE static int rank() { return static_cast<int>(ptx::lane_id()); }
+  AF_DEVICE static int index() { return warp_id(); }
+  AF_DEVICE static int row_warp() { return 0; }
+  AF_DEVICE static void sync(AF_ONLY_SITE) { ptx::sync_warp(ptx::kFullWarp AF_PASS_SITE); }
+  AF_DEVICE static bool any(bool mine, uint32_t AF_SITE) {
+    return ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
+  }
+};
+
+}  // namespace attnforge::cuda

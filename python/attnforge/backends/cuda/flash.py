@@ -1,0 +1,167 @@
+"""``cuda.flash.*.sm80``: the CUDA C++ kernels of ``csrc/cuda/flash`` for every GPU from sm_80 on.
+
+A launcher hands over tensors, scalars and the stream in the order of the native schema; what a
+kernel writes apart from its results is allocated here. Tensors whose rows do not start at
+multiples of 16 bytes are copied once, as those without a unit last stride are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _native_cuda
+from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.reference.flash import sink_gradient
+from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
+from attnforge.registry.spec import KernelSpec
+
+__all__ = ["HEAD_DIMS", "SPECS"]
+
+# What tiles are padded to: (head_dim, v_head_dim), as csrc/cuda/flash/tiles.h lists them.
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+_SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
+_TILE = 64  # keys: splits have at least so many
+
+
+def _operator(name: str) -> Any:
+    return _native_cuda.operator(name)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels launch on the current device, whatever the tensors' is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` itself if kernels can read it in place, else a copy."""
+    steps = (n for size, n in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    item = x.itemsize
+    whole = all(step * item % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    if x.stride(-1) == 1 and whole:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _scores(p: FlashParams) -> tuple[float, int, int, float]:
+    return p.softmax_scale, p.window_left, p.window_right, p.softcap
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd``."""
+    if p.cu_seqlens_q is not None:  # rows of no sequence
+        lse.fill_(-math.inf)
+        for x in (out, out_lo):
+            x.zero_()
+    if out.numel() == 0:
+        return
+    with _on(q.device):
+        _operator("flash_fwd")(
+            *map(_rows, (q, k, v)), *map(_contiguous, p[:5]), out, lse,
+            out_lo if out_lo.dim() > 1 else None, p.max_seqlen_q, p.max_seqlen_k, *_scores(p),
+            _stream(q.device),
+        )  # fmt: skip
+
+
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    q, k, v, out, lse, out_lo = tape
+    dq, dk, dv, dsinks = grads[:4]
+    if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
+        for x in grads:
+            x.zero_()
+    if q.numel() == 0:
+        return
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    with _on(q.device):
+        _operator("flash_bwd")(
+            _rows(dout), _contiguous(dlse), *map(_rows, (q, k, v, out)), lse,
+            _rows(out_lo) if out_lo.dim() > 1 else None, *map(_contiguous, p[:5]), dq, dk, dv,
+            delta, p.max_seqlen_q, p.max_seqlen_k, *_scores(p), _stream(q.device),
+        )  # fmt: skip
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
+    if out.numel() == 0:
+        return
+    keys = max(1, k.shape[1])
+    splits = min(num_splits, -(-keys // _TILE)) if num_splits > 0 else -(-keys // _SPLIT)
+    parts, stats = None, None
+    if splits > 1:
+        parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        stats = lse.new_empty((splits, *lse.shape))
+    with _on(q.device):
+        stream = _stream(q.device)
+        _operator("flash_decode")(
+            *map(_rows, (q, k, v)), *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
+            0 if num_splits > 0 else _SPLIT, stream,
+        )  # fmt: skip
+        if splits > 1:
+            _operator("merge_states")(parts, stats, out, lse, False, stream)
+
+
+def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> None:
+    """Launcher of ``merge_states``; the kernel takes the parts as one stacked tensor."""
+    if out.numel() == 0:
+        lse.fill_(-math.inf)
+        return
+    with _on(out.device):
+        parts, stats = torch.stack(outs), torch.stack(lses).float()
+        _operator("merge_states")(parts, stats, out, lse, True, _stream(out.device))
+
+
+_COMMON = (
+    Device("cuda"),
+    Arch(80),
+    Dtypes(torch.float32, torch.bfloat16, torch.float16),
+    Dim("head_dim", 8, 256, 8),
+    Dim("v_head_dim", 8, 256, 8),
+    Features(
+        *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
+    ),
+    Available("libattnforge_cuda.so", _native_cuda.unavailable),
+)
+_MERGE = (*_COMMON[:3], _COMMON[-1])
+
+
+def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+    return KernelSpec(
+        id=f"cuda.flash.{kind}.sm80",
+        op=op,
+        backend="cuda",
+        launch=f"{__name__}:{kind}",
+        requires=_MERGE if kind == "merge" else _COMMON,
+        # Below Triton's 50: proved under the host emulator, not run on a GPU yet.
+        score=40.0,
+        notes=notes,
+    )
+
+
+SPECS = (
+    _spec("fwd", "flash_fwd", "mma.sync and cp.async, heads of a group packed in short calls"),
+    _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
+    _spec("decode", "flash_decode", "rows of a group packed, warps share out keys, fixed splits"),
+    _spec("merge", "merge_states", "a warp per row, parts added in their order"),
+)

@@ -1,0 +1,129 @@
+"""Holds every kernel of libattnforge_cuda.so to a table of resources, without a GPU.
+
+    python tools/cuda_budgets.py --write   # of the built library into csrc/cuda/budgets.json
+
+A row is an architecture and a kernel id. It holds the registers of a thread, its stack in bytes,
+and the accesses to that stack in the hot loop, the one that multiplies (spills elsewhere are
+cold). ``tests/cuda/test_compiled.py`` compares. Needs cuobjdump and nvdisasm, which come with
+Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "csrc" / "cuda" / "budgets.json"
+LIBRARY = ROOT / "python" / "attnforge" / "lib" / "libattnforge_cuda.so"
+DTYPES = ("fp32", "fp16", "bf16")  # of enum DType
+GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
+HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
+
+Row = dict[str, int]
+
+
+def tool(name: str) -> Path:
+    """One of the programs in Triton's wheel."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def kernel_id(symbol: str) -> str | None:
+    """``fwd.bf16.d64x64.features`` for a mangled kernel name, None for kernels without a tile."""
+    case = re.search(r"\d(Fwd|Decode|Bwd)CaseI(.*?)EEE", symbol + "EEE")
+    if case is None:
+        return None
+    found = re.match(
+        r"LN\w*?5DTypeE(?P<dtype>\d)ELi(?P<dims>\d)E(?:Lb(?P<features>\d)E)?"
+        r"(?:LN\w*?8GradientE(?P<gradient>\d))?",
+        case[2] + "E",
+    )
+    assert found is not None, symbol
+    kind = case[1].lower() if case[1] != "Bwd" else GRADIENTS[int(found["gradient"])]
+    tail = ".features" if case[1] == "Decode" or found["features"] == "1" else ""
+    return f"{kind}.{DTYPES[int(found['dtype'])]}.d{HEAD_DIMS[int(found['dims'])]}{tail}"
+
+
+def hot_spills(sass: str) -> int:
+    """Accesses to local memory inside the loop that holds most products; 0 without one."""
+    lines = sass.splitlines()
+    first = {m[1]: n for n, x in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", x))}
+    best = (0, 0)
+    for number, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
+        start = first.get(branch[1], number) if branch else number
+        if start < number:
+            body = "\n".join(lines[start:number])
+            best = max(best, (len(re.findall(r"\bHMMA\b", body)),
+                              len(re.findall(r"\b(?:LDL|STL)\b", body))))  # fmt: skip
+    return best[1] if best[0] else 0
+
+
+def _run(name: str, *arguments: str | Path, **options: Any) -> str:
+    command = [str(tool(name)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
+    return done.stdout
+
+
+def usage(library: Path = LIBRARY) -> dict[str, Row]:
+    """``sm_80/<kernel id>`` -> registers and stack, of every kernel of the library."""
+    rows: dict[str, Row] = {}
+    arch = ""
+    name: str | None = None
+    for line in _run("cuobjdump", "-res-usage", library).splitlines():
+        if found := re.match(r"arch = (sm_\d+)", line.strip()):
+            arch = found[1]
+        elif found := re.match(r"Function (\S+):", line.strip()):
+            name = kernel_id(found[1])
+        elif name and (found := re.search(r"REG:(\d+) STACK:(\d+)", line)):
+            rows[f"{arch}/{name}"] = {"registers": int(found[1]), "stack": int(found[2])}
+    return rows
+
+
+def spills(library: Path = LIBRARY) -> dict[str, int]:
+    """``sm_80/<kernel id>`` -> accesses to local memory in the hot loop."""
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _run("cuobjdump", "-xelf", "all", library, cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            arch = re.findall(r"sm_\d+", cubin.name)[-1]
+            for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
+                name = kernel_id(part.split(",")[0])
+                if name is not None:
+                    found[f"{arch}/{name}"] = hot_spills(part)
+    return found
+
+
+def measure(library: Path = LIBRARY) -> dict[str, Row]:
+    """The table of a library."""
+    in_loops = spills(library)
+    rows = usage(library)
+    return {name: {**rows[name], "hot_spills": in_loops[name]} for name in sorted(rows)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Resources of every CUDA kernel.")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    write = parser.parse_args().write
+    rows = measure()
+    for name, used in rows.items():
+        print(f"{name:<40}", *(f"{key} {value:>4}" for key, value in used.items()))
+    if write:
+        sys.path.insert(0, str(ROOT / "python"))
+        from attnforge import _native
+
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        head = f'"build": {json.dumps(_native.build_info("cuda"))}'
+        TABLE.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
