@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnforge._params import BlockLists, FlashParams, FlashTape
-from attnforge.backends.reference.flash import _WIDE, _plain
+from attnforge.backends.reference.flash import _REQUIRES, _plain
 from attnforge.reference import block_sparse as reference
-from attnforge.registry.predicates import Device, Dtypes
 from attnforge.registry.spec import KernelSpec
 
 __all__ = ["SPECS"]
@@ -47,7 +46,7 @@ def _spec(kind: str, notes: str) -> KernelSpec:
         op=f"block_sparse_{kind}",
         backend="reference",
         launch=f"{__name__}:{kind}",
-        requires=(Device("cpu", "cuda"), Dtypes(*_WIDE)),
+        requires=_REQUIRES,
         score=0.0,
         notes=notes,
     )

@@ -58,6 +58,7 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
 
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REQUIRES = (Device("cpu", "cuda"), Dtypes(*_WIDE))
 
 
 def _spec(kind: str, op: str, notes: str) -> KernelSpec:
