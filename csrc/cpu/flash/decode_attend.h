@@ -112,13 +112,15 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
   float s[(kMaxChunk + kLanes) * kRows];
   dispatch_rows(rows.rows, [&](auto r) {
     constexpr int kCount = decltype(r)::value;
-    if (rotated) {
-      const DenseKeys<float> turned{rotated + (lo - key0) * rows.ldq, nullptr, rows.ldq, 0,
-                                    nullptr};
-      scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, p.v_head_dim, false, s);
-    } else {
-      scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+    if constexpr (!Keys::kPages) {  // pages hold keys that were rotated as they were written
+      if (rotated) {
+        const DenseKeys<float> turned{rotated + (lo - key0) * rows.ldq, nullptr, rows.ldq, 0,
+                                      nullptr};
+        scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, p.v_head_dim, false, s);
+        return;
+      }
     }
+    scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
   });
   const int64_t flat = round_up(n * kRows, kLanes);
   fill(s, n * kRows, flat, 0.0f);
