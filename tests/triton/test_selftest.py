@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnforge import _settings
-from attnforge.backends.triton import _selftest, _selftest_flash, flash, reductions
+from attnforge.backends.triton import _selftest, _selftest_flash, cope, flash, reductions
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import Decision, decide
 
@@ -90,7 +90,7 @@ def test_a_failing_kernel_is_routed_around(
     with pytest.warns(RuntimeWarning, match=r"triton\.flash\.fwd is not used: its self-test in f"):
         decision = choose("flash_fwd")
     assert decision.chosen is not None
-    assert decision.chosen.backend == "reference"
+    assert decision.chosen.backend != "triton"
     assert text in why(decision, "triton.flash.fwd")
     again = choose("flash_fwd", "triton")  # one test per process: no warning
     assert again.chosen is None
@@ -110,6 +110,8 @@ PLACES = {
     "reductions.topk_keys": ("reductions_topk_keys", 5),
     "reductions.edges": ("reductions_edges", 6),
     "reductions.head_gradient": ("reductions_head_gradient", 2),
+    "cope.fwd": ("cope_fwd", 5),
+    "cope.bwd": ("cope_bwd", 5),
 }
 
 
@@ -117,13 +119,13 @@ PLACES = {
 @pytest.mark.usefixtures("on_gpu")
 def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     family, kind = kernel.split(".")
-    module = {"flash": flash, "reductions": reductions}[family]
+    module = {"cope": cope, "flash": flash, "reductions": reductions}[family]
     op, place = PLACES[kernel]
     monkeypatch.setattr(module, kind, partial(wrong, getattr(module, kind), place))
     with pytest.warns(RuntimeWarning, match=rf"triton\.{kernel} is not used"):
         decision = choose(op)
     assert decision.chosen is not None
-    assert decision.chosen.backend == "reference"
+    assert decision.chosen.backend != "triton"
     assert "off by" in why(decision, f"triton.{kernel}")
 
 
@@ -142,7 +144,7 @@ def test_a_failing_feature_takes_its_own_calls_alone(monkeypatch: pytest.MonkeyP
     with pytest.warns(RuntimeWarning, match="is not used for calls with softcap, ALiBi and used k"):
         capped = choose("flash_fwd", features=("softcap",))
     assert capped.chosen is not None
-    assert capped.chosen.backend == "reference"
+    assert capped.chosen.backend != "triton"
     assert "of softcap, ALiBi and used keys in float16" in why(capped, "triton.flash.fwd")
     backward = choose("flash_bwd", features=("softcap",))
     assert backward.chosen is not None

@@ -17,6 +17,7 @@ from attnforge import _settings
 from attnforge._params import FlashParams, FlashTape
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._flash_tiles import padded
+from attnforge.backends.triton._selftest import SelfTest
 from attnforge.backends.triton.flash import (
     _COMMON,
     _FAR,
@@ -151,6 +152,7 @@ def _spec(kind: str, notes: str) -> KernelSpec:
             *_COMMON[:4],
             Features("varlen", "seqused_k", "window_left", "window_right"),
             _COMMON[-1],
+            SelfTest(f"cope.{kind}"),
         ),
         score=50.0,
         notes=notes,
