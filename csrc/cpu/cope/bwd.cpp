@@ -52,7 +52,8 @@ struct Work {
   float *dq, *dq_table;  // [kBlockM][ldd]
   float* dtable;         // [padded + kMR][kBlockM]
   float* demb;           // [padded + kMR][ldd]
-  float *through, *bent;
+  float *through, *bent, *above;
+  int32_t* index;
 };
 
 AF_INLINE int64_t slab_rows(const Plan& plan) {
@@ -90,6 +91,8 @@ AF_INLINE Work take_work(Arena& a, const CopeBwdParams& params, const Plan& plan
   w.demb = a.take<float>(positions * plan.ldd);
   w.through = a.take<float>(kBlockN);
   w.bent = a.take<float>(kBlockN);
+  w.above = a.take<float>(kBlockN);
+  w.index = a.take<int32_t>(kBlockN);
   return w;
 }
 
@@ -240,8 +243,8 @@ AF_INLINE void run_tile(const CopeBwdParams& params, const Plan& plan, const Til
         fill(dp, 0, span.n, 0.0f);
         continue;
       }
-      const CopeGradRow row = {s,         dp,         w.through,    w.bent,
-                               w.lse2[r], w.delta[r], w.dtable + r, kBlockM};
+      const CopeGradRow row = {s,       dp,        w.through,  w.bent,       w.above,
+                               w.index, w.lse2[r], w.delta[r], w.dtable + r, kBlockM};
       differentiate_positions(row, span, scale2, w.tile.table(r, table.positions),
                               w.carries[block * kBlockM + r], w.left[r]);
     }

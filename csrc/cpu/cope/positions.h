@@ -13,21 +13,32 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-// Lane i gets the sum over the lanes at and right of it; left: at and left of it.
+// x plus x moved by kStep lanes, zeros following. Steps are template arguments: GCC builds the
+// indices of a shuffle that it does not know lane by lane, at run time.
+template <int kStep>
+AF_INLINE VecF add_right(VecF x) {
+  VecI from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i + kStep;  // at or past kLanes: a zero
+  return x + __builtin_shuffle(x, VecF{}, from);
+}
+template <int kStep>
+AF_INLINE VecF add_left(VecF x) {
+  VecI from;
+  for (int i = 0; i < kLanes; ++i) from[i] = i >= kStep ? i - kStep : kLanes;
+  return x + __builtin_shuffle(x, VecF{}, from);
+}
+
+// Lane i gets the sum over the lanes at and right of it; prefix: at and left of it.
 AF_INLINE VecF suffix_sums(VecF x) {
-  for (int step = 1; step < kLanes; step *= 2) {
-    VecI from;
-    for (int i = 0; i < kLanes; ++i) from[i] = i + step;  // at or past kLanes: a zero
-    x += __builtin_shuffle(x, VecF{}, from);
-  }
+  x = add_right<2>(add_right<1>(x));
+  if constexpr (kLanes > 4) x = add_right<4>(x);
+  if constexpr (kLanes > 8) x = add_right<8>(x);
   return x;
 }
 AF_INLINE VecF prefix_sums(VecF x) {
-  for (int step = 1; step < kLanes; step *= 2) {
-    VecI from;
-    for (int i = 0; i < kLanes; ++i) from[i] = i >= step ? i - step : kLanes;
-    x += __builtin_shuffle(x, VecF{}, from);
-  }
+  x = add_left<2>(add_left<1>(x));
+  if constexpr (kLanes > 4) x = add_left<4>(x);
+  if constexpr (kLanes > 8) x = add_left<8>(x);
   return x;
 }
 

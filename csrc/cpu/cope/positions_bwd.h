@@ -17,8 +17,10 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 // One row of the backward.
 struct CopeGradRow {
-  float *s, *dp;          // products and dP; become P and the gradient of x
-  float *through, *bent;  // [n] scratch: gradients of positions, slopes of gates
+  float *s, *dp;  // products and dP; become P and the gradient of x
+  // [n] scratch: gradients of positions, slopes of gates, what goes to the position above, floors.
+  float *through, *bent, *above;
+  int32_t* index;
   float lse2, delta;
   float* dtable;  // gradient of the row's table, entries `stride` apart
   int64_t stride;
@@ -30,6 +32,18 @@ struct CopeGradRow {
                                                       float scale2, const RowTable& t, float right,
                                                       float& left) {
   const float top = static_cast<float>(t.top);
+  int64_t c = span.n - kLanes;
+  for (; c >= 0 && !(right >= top); c -= kLanes) {
+    const Gated g = gated(load(row.s + c), scale2, span.seen(c), t, right);
+    const VecF slope = gather(t.slope, g.index) * splat(kLn2);
+    const VecI moves = (g.position < splat(top)) | (g.position != g.position);
+    store(row.s + c, g.score);
+    store(row.through + c, moves ? slope : VecF{});
+    store(row.bent + c, g.gate * (splat(1.0f) - g.gate));
+    store(row.above + c, g.weight);
+    store_raw(row.index + c, g.index);
+  }
+  const int64_t first = c + kLanes;  // of the columns that have gates
   const VecF lse2 = splat(row.lse2), delta = splat(row.delta);
   VecF constant{};  // gradient of the last position's value
   auto weigh = [&](int64_t c, VecF score) __attribute__((always_inline)) {
@@ -40,30 +54,20 @@ struct CopeGradRow {
     store(row.dp + c, ds);
     return ds;
   };
-  int64_t c = span.n - kLanes;
-  for (; c >= 0 && !(right >= top); c -= kLanes) {
-    const VecI seen = span.seen(c);
-    const Gated g = gated(load(row.s + c), scale2, seen, t, right);
-    const VecF ds = weigh(c, g.score);
-    const VecF moves = ds * gather(t.slope, g.index) * splat(kLn2);
-    store(row.through + c, (g.position < splat(top)) | (g.position != g.position) ? moves : VecF{});
-    store(row.bent + c, g.gate * (splat(1.0f) - g.gate));
-    float high[kLanes], each[kLanes];
-    int32_t index[kLanes];
-    store(each, ds);
-    store(high, ds * g.weight);
-    store_raw(index, g.index);
-    for (int i = 0; i < kLanes; ++i) {
-      float* entry = row.dtable + index[i] * row.stride;
-      entry[0] += each[i] - high[i];
-      entry[row.stride] += high[i];
-    }
-  }
-  const int64_t first = c + kLanes;  // of the columns that have gates
-  for (; c >= 0; c -= kLanes) {
+  for (c = 0; c < first; c += kLanes) {
     constant += weigh(c, fma(load(row.s + c), splat(scale2), splat(t.value[t.top])));
   }
+  for (c = first; c < span.n; c += kLanes) {
+    const VecF ds = weigh(c, load(row.s + c));
+    store(row.through + c, load(row.through + c) * ds);
+    store(row.above + c, load(row.above + c) * ds);
+  }
   if (first > 0) row.dtable[t.top * row.stride] += reduce_add(constant);
+  for (c = first; c < span.n; ++c) {
+    float* entry = row.dtable + row.index[c] * row.stride;
+    entry[0] += row.dp[c] - row.above[c];
+    entry[row.stride] += row.above[c];
+  }
   for (c = first; c < span.n; c += kLanes) {
     const VecF sums = prefix_sums(load(row.through + c)) + splat(left);
     left = sums[kLanes - 1];
