@@ -32,11 +32,8 @@ STACK_BUDGET = {
     # A group of four tokens and its coefficients are small arrays, kept there by design.
     "prepare_block<": 120,
     "scan_block<": 45,
-    # Spills of the backwards of kda (sums over channel gates) and of CoPE, and of fp8 decode at the
-    # baseline level: known, small beside their loops.
+    # Spills of kda's backward (sums over channel gates): known, small beside its loops.
     "HeadBackward<": 24,
-    "differentiate_positions": 3,
-    "scores<4, attnforge::cpu::baseline::DenseKeys<attnforge::cpu::baseline::E4M3>": 2,
 }
 
 MULTIPLY = re.compile(r"vf(?:n?m(?:add|sub))\d+ps|v?mulps")
