@@ -43,7 +43,7 @@ def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
     """rest: the arguments of ``_PROBLEM``, save_out_lo, backend."""
     *problem, save_out_lo, backend = rest
     lists, p = _split(tuple(problem))
-    p = _flash_ops._checked("flash_fwd", q, k, p)
+    p = _flash_ops._checked("block_sparse_attention", q, k, p)
     outputs = _flash_ops.alloc_fwd(q, v, save_out_lo)
     launch = launcher("block_sparse_fwd", _flash_ops.metadata(q, v, p), request, backend)
     launch(q, k, v, p, lists, *outputs)
@@ -72,7 +72,7 @@ def _bwd(
     """rest: the arguments of ``_PROBLEM``, backend."""
     *problem, backend = rest
     lists, p = _split(tuple(problem))
-    p = _flash_ops._checked("flash_bwd", q, k, p)
+    p = _flash_ops._checked("block_sparse_attention", q, k, p)
     grads = _alloc_bwd(q, k, v, p)
     launch = launcher("block_sparse_bwd", _flash_ops.metadata(q, v, p), request, backend)
     launch(dout, dlse, FlashTape(q, k, v, out, lse, out_lo), p, lists, grads)

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnforge._params import BlockLists, FlashParams
-from attnforge.ops import _block_sparse_ops, _checks, _flash_ops
+from attnforge.ops import _block_sparse_ops, _flash_ops
 from attnforge.ops._block_sparse_autograd import attend
 from attnforge.ops._checks import _shape, fail
 from attnforge.ops.flash import _choice, _dense, _varlen
@@ -72,8 +71,7 @@ def _lists(q: Tensor, k: Tensor, p: FlashParams, selection: Any) -> BlockLists:
                 f"selection has {s.rows} rows; want {rows}: each sequence starts a new row of "
                 f"{s.q_block} queries",
             )
-    counts = None if s.counts is None else s.counts.contiguous()
-    return BlockLists(s.indices.contiguous(), counts, s.q_block, s.kv_block)
+    return BlockLists(s.indices, s.counts, s.q_block, s.kv_block)
 
 
 def _problem(
@@ -162,8 +160,6 @@ def block_sparse_attention(
         sinks=sinks,
         softmax_scale=softmax_scale,
     )
-    if not isinstance(window_size, torch.Tensor):
-        _checks.window(_OP, window_size, causal)
     if p.mods:
         fail(_OP, "window_size is a tensor; want two ints; per-head windows go into the lists")
     lists = _lists(q, k, p, selection)
