@@ -56,6 +56,11 @@ def test_exports_no_kernel(library: Path) -> None:
     assert [s for s in exported if "attnforge" in s] == []
 
 
+def test_size_of_all_levels(library: Path) -> None:
+    """It is most of the wheel, where it is stored with about a third of its size."""
+    assert library.stat().st_size < 32 << 20
+
+
 def test_abi_audit(library: Path) -> None:
     pytest.importorskip("torch_abi_audit", reason="torch-abi-audit needs Python 3.11")
     tool = Path(sys.executable).parent / "torch-abi-audit"

@@ -130,8 +130,9 @@ def native(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("native")
-    # CUDA kernels would take minutes of nvcc and show nothing that tests/cuda does not
-    wheel, log = build_wheel(unpacked, out / "dist", CMAKE_ARGS="-DATTNFORGE_CUDA=off")
+    # One level, no CUDA: the others take minutes and show nothing that the tests of kernels do not.
+    only = "-DATTNFORGE_CUDA=off -DATTNFORGE_ISA_LEVELS=baseline"
+    wheel, log = build_wheel(unpacked, out / "dist", CMAKE_ARGS=only)
     return install(wheel, out / "venv", log)
 
 
@@ -167,7 +168,6 @@ def test_wheel_contents(native: Installed) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     foreign = {n.split("/")[0] for n in names} - {"attnforge"}
     assert all(name.endswith(".dist-info") for name in foreign), foreign
-    assert native.wheel.stat().st_size < 8 << 20
 
 
 def test_tables_of_tuned_configs_travel(unpacked: Path, pure: Installed) -> None:
@@ -193,7 +193,7 @@ def test_wheel_works_in_a_clean_environment(native: Installed) -> None:
         listed = json.loads(run(*command, "list", "--json", cwd=native.root))
         assert "cpu" in json.dumps(listed)
     host = "from attnforge import _host; print(_host.build_info())"
-    assert "isa_levels" in run(native.python, "-c", host, cwd=native.root)
+    assert "'isa_levels': ['baseline']" in run(native.python, "-c", host, cwd=native.root)
 
 
 def test_without_a_compiler_the_python_part_installs(pure: Installed) -> None:
