@@ -278,6 +278,19 @@ def reductions(dtype: torch.dtype, head_dim: int) -> None:
     launchers.head_gradient(q, q, lse.clone(), torch.zeros(batch, heads))
 
 
+def block_sparse(head_dim: int, q_block: int, kv_block: int) -> None:
+    """Every kernel of block-sparse attention, causal, with lists per KV head."""
+    from attnforge._params import BlockLists, FlashTape
+    from attnforge.backends.triton import block_sparse as launchers
+
+    q, k, v, out, low, lse, p = _problem(Variant(torch.bfloat16, head_dim, causal=True))
+    ids = torch.zeros(2, k.shape[2], -(-q.shape[1] // q_block), 5, dtype=torch.int32)
+    lists = BlockLists(ids, None, q_block, kv_block)
+    launchers.fwd(q, k, v, p, lists, out, lse, low)
+    grads = (*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]))
+    launchers.bwd(out, lse, FlashTape(q, k, v, out, lse, low), p, lists, grads)
+
+
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
     """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
     with compiling(arch) as found:

@@ -11,47 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import attnforge
 from attnforge import BlockSelection
-from attnforge._params import BlockLists
-from attnforge.reference.block_sparse import token_mask
+from attnforge.testing.block_sparse import check, random_lists
 from attnforge.testing.cases import FlashCase, FlashInputs, Target
-from attnforge.testing.compare import compare, same_bits
-
-
-def random_lists(
-    case: FlashCase, heads: int, q_block: int, kv_block: int, density: float, seed: int = 0
-) -> BlockSelection:
-    """Lists with -1, ids of no block and repeated ids among their entries."""
-    g = torch.Generator().manual_seed(seed)
-    rows, blocks = -(-case.seqlen_q // q_block), -(-case.seqlen_k // kv_block)
-    mask = torch.rand(case.batch, heads, rows, blocks, generator=g) < density
-    ids = torch.where(mask, torch.arange(blocks), -1)
-    noise = torch.randint(-5, blocks + 5, (case.batch, heads, rows, 2), generator=g)
-    noise = torch.where((noise < 0) | (noise >= blocks), noise, ids[..., :1])
-    ids = torch.cat([ids, noise], -1)
-    order = torch.rand(ids.shape, generator=g).argsort(-1)
-    return BlockSelection.from_indices(ids.gather(-1, order), q_block=q_block, kv_block=kv_block)
-
-
-def wide_mask(selection: BlockSelection, inputs: FlashInputs) -> Tensor:
-    """The lists as a mask [B, Hq, Sq, Sk] of single pairs."""
-    lists = BlockLists(selection.indices, selection.counts, selection.q_block, selection.kv_block)
-    mask = token_mask(lists, slice(0, lists.rows), inputs.q.shape[1], inputs.k.shape[1])
-    return mask.repeat_interleave(inputs.q.shape[2] // mask.shape[1], 1)
-
-
-def check(
-    case: FlashCase, selection: BlockSelection, target: Target, mask: Tensor | None = None
-) -> None:
-    inputs = case.make()
-    mask = wide_mask(selection, inputs) if mask is None else mask
-    truth = inputs.with_(mask=mask).truth()
-    call = functools.partial(attnforge.block_sparse_attention, selection=selection)
-    run = dataclasses.replace(inputs, call=call)
-    compare(run.run(target.backend), truth, inputs.context).check()
+from attnforge.testing.compare import same_bits
 
 
 SHAPES = {
@@ -72,7 +37,7 @@ def test_values(target: Target, shape: str, causal: bool) -> None:
     q_block, kv_block, heads = SHAPES[shape]
     case = FlashCase(seqlen_q=70, seqlen_k=333, heads_q=4, heads_k=2, head_dim=40, v_head_dim=24,
                      causal=causal)  # fmt: skip
-    check(case, random_lists(case, heads, q_block, kv_block, 0.4), target)
+    check(case, random_lists(case, heads, q_block, kv_block, 0.4), target.backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -80,7 +45,7 @@ def test_16_bits(level: Target, dtype: torch.dtype) -> None:
     for head_dim, q_block, kv_block in ((64, 1, 64), (128, 64, 64), (256, 4, 32)):
         case = FlashCase(batch=1, seqlen_q=66, seqlen_k=130, heads_q=4, heads_k=2, causal=True,
                          head_dim=head_dim, dtype=dtype)  # fmt: skip
-        check(case, random_lists(case, 2, q_block, kv_block, 0.5), level)
+        check(case, random_lists(case, 2, q_block, kv_block, 0.5), level.backend)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +62,7 @@ def test_16_bits(level: Target, dtype: torch.dtype) -> None:
 )
 def test_options(target: Target, case: FlashCase) -> None:
     for q_block, kv_block in ((1, 8), (64, 16)):
-        check(case, random_lists(case, 2, q_block, kv_block, 0.6), target)
+        check(case, random_lists(case, 2, q_block, kv_block, 0.6), target.backend)
 
 
 # Fixtures hold for all examples of a test, which is meant: the ISA level does not change.
@@ -119,7 +84,7 @@ def _any_shape(level: Target, data: st.DataObject) -> None:
     q_block = data.draw(st.sampled_from([1, 3, 16, 64, 128]), "q_block")
     kv_block = data.draw(st.sampled_from([1, 5, 32, 64, 100]), "kv_block")
     density = data.draw(st.sampled_from([0.0, 0.2, 1.0]), "density")
-    check(case, random_lists(case, heads, q_block, kv_block, density), level)
+    check(case, random_lists(case, heads, q_block, kv_block, density), level.backend)
 
 
 def test_any_shape(level: Target) -> None:
@@ -130,7 +95,7 @@ def test_every_block_is_dense_attention(target: Target) -> None:
     case = FlashCase(seqlen_q=70, seqlen_k=130, heads_q=4, heads_k=2, causal=True)
     for q_block, kv_block in ((1, 32), (64, 64)):
         every = random_lists(case, 1, q_block, kv_block, 2.0)
-        check(case, every, target, torch.ones(1, 1, 70, 130, dtype=torch.bool))
+        check(case, every, target.backend, torch.ones(1, 1, 70, 130, dtype=torch.bool))
 
 
 def test_no_block(target: Target) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from attnforge import _settings
-from attnforge.backends.triton import _selftest, _selftest_flash, cope, flash, reductions
+from attnforge.backends.triton import (
+    _selftest,
+    _selftest_block_sparse,
+    _selftest_flash,
+    block_sparse,
+    cope,
+    flash,
+    reductions,
+)
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import Decision, decide
 
@@ -42,6 +50,12 @@ def test_right_kernels_pass_in_other_dtypes(kind: str, dtype: torch.dtype) -> No
 )
 def test_right_kernels_pass_with_features(kind: str, group: str) -> None:
     assert _selftest.check(f"flash.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.parametrize("group", _selftest_block_sparse.GROUPS)
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) -> None:
+    assert _selftest.check(f"block_sparse.{kind}", group, torch.float16, CPU) is None
 
 
 @pytest.fixture
@@ -112,6 +126,14 @@ PLACES = {
     "reductions.head_gradient": ("reductions_head_gradient", 2),
     "cope.fwd": ("cope_fwd", 5),
     "cope.bwd": ("cope_bwd", 5),
+    "block_sparse.fwd": ("block_sparse_fwd", 5),
+    "block_sparse.bwd": ("block_sparse_bwd", 5),
+}
+MODULES = {
+    "block_sparse": block_sparse,
+    "cope": cope,
+    "flash": flash,
+    "reductions": reductions,
 }
 
 
@@ -119,7 +141,7 @@ PLACES = {
 @pytest.mark.usefixtures("on_gpu")
 def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     family, kind = kernel.split(".")
-    module = {"cope": cope, "flash": flash, "reductions": reductions}[family]
+    module = MODULES[family]
     op, place = PLACES[kernel]
     monkeypatch.setattr(module, kind, partial(wrong, getattr(module, kind), place))
     with pytest.warns(RuntimeWarning, match=rf"triton\.{kernel} is not used"):

@@ -1,0 +1,221 @@
+"""``triton.block_sparse.*``: the Triton kernels of ``triton_kernels/block_sparse``.
+
+Kernels take ascending lists without repetition and, for dK and dV, their inverse; both are made
+here by sorts on the device, without a synchronisation. Tiles are those of flash, with no more rows
+than share a list.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _settings
+from attnforge._params import BlockLists, FlashParams, FlashTape
+from attnforge.backends.triton import _interpreter
+from attnforge.backends.triton._flash_tiles import sizes as sizes_of
+from attnforge.backends.triton._selftest import SelfTest
+from attnforge.backends.triton.flash import (
+    _COMMON,
+    _batch,
+    _delta,
+    _on,
+    _scores,
+    _sequences,
+    _stat,
+    _tiles,
+    _unit,
+    _view,
+)
+from attnforge.reference.flash import sink_gradient
+from attnforge.registry.spec import KernelSpec
+
+__all__ = ["SPECS"]
+
+
+@cache  # kernels of a process never change
+def _module(name: str) -> Any:
+    if _settings.triton_interpreted():
+        _interpreter.repair()
+    return importlib.import_module(f"attnforge.triton_kernels.block_sparse.{name}")
+
+
+def _blocks(k: Tensor, p: FlashParams, kv_block: int) -> int:
+    """Blocks of the longest sequence."""
+    return _tiles(k.shape[1] if p.cu_seqlens_k is None else p.max_seqlen_k, kv_block)
+
+
+def _first_rows(p: FlashParams, q_block: int) -> Tensor | None:
+    """int32 [B + 1]: where the list rows of packed sequences begin."""
+    if p.cu_seqlens_q is None:
+        return None
+    rows = (p.cu_seqlens_q.diff() + (q_block - 1)) // q_block
+    return torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _ascending(lists: BlockLists, blocks: int) -> tuple[Tensor, Tensor]:
+    """(ids [B|1, H, R, S] ascending, what is not an id behind them as ``blocks``; their counts)."""
+    ids, counts = lists.indices, lists.counts
+    if ids.dim() == 3:
+        ids, counts = ids.unsqueeze(0), None if counts is None else counts.unsqueeze(0)
+    real = (ids >= 0) & (ids < blocks)
+    if counts is not None:
+        slot = torch.arange(ids.shape[-1], device=ids.device)
+        real &= slot < counts.unsqueeze(-1)
+    ids = ids.masked_fill(~real, blocks).sort(-1).values
+    again = torch.zeros_like(ids, dtype=torch.bool)
+    again[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    ids = ids.masked_fill(again, blocks).sort(-1).values.contiguous()
+    return ids, (ids < blocks).sum(-1, dtype=torch.int32)
+
+
+def _lists(lists: BlockLists, blocks: int, p: FlashParams) -> Any:
+    ids, counts = _ascending(lists, blocks)
+    batch, heads, rows, slots = ids.shape
+    return _module("lists").Lists(
+        ids,
+        counts,
+        batch=heads * rows if batch > 1 else 0,
+        head=rows if heads > 1 else 0,
+        slots=slots,
+        first=_first_rows(p, lists.q_block),
+    )
+
+
+def _inverse(lists: Any, blocks: int, sequences: int) -> Any:
+    """For each block the list rows that name it: a stable sort of all entries by their block."""
+    batch, heads, rows, slots = lists.ids.shape
+    packed = lists.first is not None
+    total = blocks * (sequences if packed else 1)
+    row = torch.arange(rows, device=lists.ids.device, dtype=torch.int32)
+    block = lists.ids.to(torch.int32 if total < 1 << 31 else torch.int64)
+    if packed:
+        sequence = torch.searchsorted(lists.first[1:].contiguous(), row, right=True, out_int32=True)
+        real = (block < blocks) & (sequence < sequences).unsqueeze(-1)
+        block = torch.where(real, block + sequence.unsqueeze(-1) * blocks, total)
+        row = row - lists.first[sequence.clamp(max=sequences - 1)]
+    numbers, order = block.flatten(2).sort(dim=-1, stable=True)
+    bound = torch.arange(total + 1, device=row.device, dtype=numbers.dtype)
+    bounds = bound.expand(batch, heads, -1).contiguous()
+    return _module("lists").Inverse(
+        row[order // max(1, slots)],
+        torch.searchsorted(numbers.contiguous(), bounds, out_int32=True),
+        batch=heads if batch > 1 else 0,
+        head=1 if heads > 1 else 0,
+        entries=rows * slots,
+        blocks=total,
+        each=blocks if packed else 0,
+    )
+
+
+def _pack(q: Tensor, k: Tensor, lists: BlockLists) -> int:
+    """Query heads that share a list and a KV head: rows of one tile."""
+    heads = lists.indices.shape[-3]
+    per_query_head = heads == q.shape[-2] and heads > 1
+    return 1 if per_query_head else q.shape[-2] // k.shape[-2]
+
+
+def _constants(kernel: str, q: Tensor, v: Tensor, lists: BlockLists, pack: int) -> dict[str, Any]:
+    """The constants of a launch: flash's tile, cut down to the rows and keys that there are."""
+    together = lists.q_block * pack
+    if kernel == "fwd" and together <= 16:
+        kernel = "decode"  # few rows over many keys
+    sizes = sizes_of(kernel, q, v)
+    sizes.pop("USE_TMA", None)
+    held, limit = ("BLOCK_N", lists.kv_block) if kernel == "dkdv" else ("BLOCK_M", together)
+    sizes[held] = min(sizes[held], max(16, 1 << (limit - 1).bit_length()))
+    if kernel == "dkdv":  # rows of a stream have pointers of their own, in registers
+        sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 32)
+    return {**sizes, "Q_BLOCK": lists.q_block, "KV_BLOCK": lists.kv_block}
+
+
+def _row_grid(q: Tensor, p: FlashParams, lists: BlockLists, pack: int, block: int) -> int:
+    parts = _tiles(lists.q_block * pack, block)
+    rows = _tiles(p.max_seqlen_q, lists.q_block)
+    return parts * rows * (q.shape[-2] // pack) * _batch(q, p)
+
+
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, lists: BlockLists,
+    out: Tensor, lse: Tensor, out_lo: Tensor,
+) -> None:  # fmt: skip
+    """Launcher of ``block_sparse_fwd``."""
+    if p.cu_seqlens_q is not None:  # rows of no sequence
+        lse.fill_(-torch.inf)
+        for x in (out, out_lo):
+            x.zero_()
+    if out.numel() == 0:
+        return
+    low = out_lo if out_lo.dim() > 1 else None
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    heads, pack = q.shape[-2], _pack(q, k, lists)
+    sizes = _constants("fwd", q, v, lists, pack)
+    with _on(q.device):
+        if grid := _row_grid(q, p, lists, pack, sizes["BLOCK_M"]):
+            _module("fwd").fwd[(grid,)](
+                _view(q), _view(k), _view(v), _view(out), None if low is None else _view(low),
+                _stat(lse), _sequences(q, k, p), _scores(p, heads),
+                _lists(lists, _blocks(k, p, lists.kv_block), p),
+                p.max_seqlen_q, heads // pack, pack, heads // k.shape[-2], **sizes,
+            )  # fmt: skip
+
+
+def bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, lists: BlockLists,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    """Launcher of ``block_sparse_bwd``; dsinks is summed here from delta."""
+    dq, dk, dv, dsinks = grads
+    q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
+    if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
+        for x in grads:
+            x.zero_()
+    if q.numel() == 0:
+        return
+    lse = tape.lse.contiguous()
+    low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
+    heads, heads_kv, pack = q.shape[-2], k.shape[-2], _pack(q, k, lists)
+    blocks = _blocks(k, p, lists.kv_block)
+    with _on(q.device):
+        delta = torch.empty_like(lse)
+        _delta(dout, out, low, dlse, lse, delta)
+        given = _lists(lists, blocks, p)
+        inputs = tuple(map(_view, (q, k, v, dout)))
+        rest = (_stat(lse), _stat(delta), _sequences(q, k, p), _scores(p, heads))
+        sizes = _constants("dkdv", q, v, lists, pack)
+        parts = _tiles(lists.kv_block, sizes["BLOCK_N"])
+        if grid := parts * blocks * heads_kv * _batch(q, p):
+            _module("bwd").dkdv[(grid,)](
+                *inputs, _view(dk), _view(dv), *rest, _inverse(given, blocks, _batch(q, p)),
+                p.softmax_scale, blocks, heads_kv, pack, heads // heads_kv, **sizes,
+            )  # fmt: skip
+        sizes = _constants("dq", q, v, lists, pack)
+        if grid := _row_grid(q, p, lists, pack, sizes["BLOCK_M"]):
+            _module("bwd").dq[(grid,)](
+                *inputs, _view(dq), *rest, given, p.softmax_scale, p.max_seqlen_q,
+                heads // pack, pack, heads // heads_kv, **sizes,
+            )  # fmt: skip
+    if p.sinks is not None:
+        dsinks.copy_(sink_gradient(p.sinks, lse, delta))
+
+
+def _spec(kind: str, notes: str) -> KernelSpec:
+    return KernelSpec(
+        id=f"triton.block_sparse.{kind}",
+        op=f"block_sparse_{kind}",
+        backend="triton",
+        launch=f"{__name__}:{kind}",
+        requires=(*_COMMON, SelfTest(f"block_sparse.{kind}")),
+        score=50.0,
+        notes=notes,
+    )
+
+
+SPECS = (
+    _spec("fwd", "rows that share a list in a tile, keys gathered from its blocks"),
+    _spec("bwd", "dQ over lists, dK and dV over their inverse; no atomics"),
+)
