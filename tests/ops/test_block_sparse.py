@@ -18,7 +18,6 @@ from attnforge.testing.block_sparse import check, random_lists
 from attnforge.testing.cases import FlashCase, FlashInputs, Target
 from attnforge.testing.compare import same_bits
 
-
 SHAPES = {
     # q_block, kv_block, list heads: per token and per block, small and large, per KV head or not
     "token": (1, 16, 2),

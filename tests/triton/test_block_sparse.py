@@ -1,4 +1,4 @@
-"""Triton block-sparse attention within the bounds of the float64 truth, and what must not matter."""
+"""Triton block-sparse attention: values within the bounds of float64, and what must not matter."""
 
 from __future__ import annotations
 

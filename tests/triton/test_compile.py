@@ -120,19 +120,18 @@ def test_reductions(arch: int, head_dim: int) -> None:
         assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
 
 
-@pytest.mark.parametrize("blocks", [(1, 64), (64, 64)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("head_dim", "q_block"), [(64, 64), (128, 1), (256, 64)])
 @pytest.mark.parametrize("arch", budgets.ARCHS)
-def test_block_sparse(arch: int, head_dim: int, blocks: tuple[int, int]) -> None:
-    """The lists of NSA (a query and its group) and those of square blocks; tensor cores multiply."""
+def test_block_sparse(arch: int, head_dim: int, q_block: int) -> None:
+    """Lists of a query and its group (NSA), and of square blocks; tensor cores multiply."""
     with budgets.compiling(arch) as found:
-        budgets.block_sparse(head_dim, *blocks)
+        budgets.block_sparse(head_dim, q_block, 64)
     assert [name.rpartition(".")[2] for name, _ in found] == ["fwd", "delta", "dkdv", "dq"]
     for name, kernel in found:
         used = budgets.resources(kernel)
         assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
         assert used["tensor_columns"] <= TENSOR_COLUMNS, name
-        assert used["hot_spills"] <= 0, name
+        assert used["hot_spills"] == 0, name
         assert name.endswith("delta") or "mma" in kernel.asm["ptx"], name
 
 

@@ -9,7 +9,7 @@ Cost: 2 (D + Dv) flops per listed pair, and K and V of the listed blocks once pe
 rows of one query and lists of single query heads make tiles of few rows, which are padded to 16.
 
 Numerics: as flash's forward. Rows without keys give 0 and -inf.
-Sources: Native Sparse Attention (Yuan et al., 2025), section 4, for the rows of a group in one tile;
+Sources: Native Sparse Attention (Yuan et al., 2025), section 4, for the rows of a group in a tile;
 SeerAttention (Gao et al., 2024) for larger blocks of rows; the code is our own.
 """
 

@@ -24,7 +24,7 @@ CHUNK = tl.constexpr(128)
 
 
 class Lists(NamedTuple):
-    """Blocks of keys per list row: int32 ids [B|1, H|1, rows, slots], ascending, the rest unread."""
+    """Blocks of keys per list row: int32 ids [B|1, H|1, rows, slots], ascending ones first."""
 
     ids: Any
     counts: Any  # int32 [B|1, H|1, rows]
