@@ -137,17 +137,17 @@ class Storage:
         a, i, b, j, lane = moves.unbind(1)
         if moves.numel() == 0:
             return
-        if int(lane[0]) < 0:
-            layer, head = slice(None), ()
-        else:
-            heads = self.heads
-            layer, head = lane // heads, (lane % heads,)
+        source: Any = (slice(None), a, i)
+        target: Any = (slice(None), b, j)
+        if int(lane[0]) >= 0:
+            layer, head = lane // self.heads, lane % self.heads
+            source, target = (layer, a, i, head), (layer, b, j, head)
         slots = [t.view(torch.uint8) if t.dtype is torch.float8_e4m3fn else t
                  for t in (self._k, self._v)]  # fmt: skip
         if self.kv_layout == "HND":
             slots = [t.transpose(2, 3) for t in slots]
         for t in (*slots, *self._scales, *self._zeros):
-            t[(layer, b, j, *head)] = t[(layer, a, i, *head)]
+            t[target] = t[source]
         if self._bounds:
             self._move_bounds(a, b, j, lane)
 
@@ -158,10 +158,11 @@ class Storage:
         stays = torch.ones_like(keys, dtype=torch.bool)
         stays[where[(a != b) & (j == 0)]] = False
         pages, owner = keys % count, keys.div(count, rounding_mode="floor")
+        at: Any
         for t, name in zip(self._bounds, ("amin", "amax"), strict=True):
             if int(lane[0]) < 0:  # as [P, L, Hk, D]: all lanes of a page are one row
                 rows = t.transpose(0, 1)
-                at, source = (pages,), rows[a]
+                at, source = pages, rows[a]
             else:  # as [L, Hk, P, D]
                 rows = t.transpose(1, 2)
                 at = (owner // heads, owner % heads, pages)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _lines(results: Sequence[Result], view: str) -> dict[str, list[tuple[int, fl
     return lines
 
 
-def _draw(axes: Any, results: Sequence[Result], peak: float, view: str = "rate") -> None:
+def _draw_series(results: Sequence[Result], peak: float, axes: Any, view: str) -> None:
     """One panel: a view of every side of a series, and in a rate the peak line."""
     lines = _lines(results, view)
     for name, points in lines.items():
@@ -105,7 +106,7 @@ def _draw(axes: Any, results: Sequence[Result], peak: float, view: str = "rate")
     axes.set_title(results[0].series, fontsize=9)
 
 
-def _compare(axes: Any, series: Mapping[str, Sequence[Result]], view: str) -> None:
+def _draw_together(series: Mapping[str, Sequence[Result]], axes: Any, view: str) -> None:
     """One panel: a view of our side of several series, named by what their titles differ in."""
     ys = []
     for (title, results), style in zip(series.items(), _CYCLE, strict=False):
@@ -218,26 +219,26 @@ def save_plots(
             axes.set_visible(False)
         shown = [(rs, view) for rs in series.values() for view in views]
         for axes, (rs, view) in zip(panels, shown, strict=False):
-            _draw(axes, rs, _peak(rs, peaks), view)
+            _draw_series(rs, _peak(rs, peaks), axes, view)
         common = {_over(title) for title in series}
         label = common.pop() if len(common) == 1 else "as the titles say"
         overview.supxlabel(f"{label}\n{_caption(env)}", fontsize=7)
         written.append(_save(overview, folder / f"{name}.png"))
 
         def figure(title: str, draw: Callable[[Any, str], None]) -> None:
-            wide = Figure(figsize=(6.4, 4.0) if len(views) == 1 else (4.6 * len(views), 3.6),
-                          dpi=150, layout="constrained")  # fmt: skip
-            for axes, view in zip(wide.subplots(1, len(views), squeeze=False).flat, views,
-                                  strict=True):  # fmt: skip
+            size = (6.4, 4.0) if len(views) == 1 else (4.6 * len(views), 3.6)
+            drawn = Figure(figsize=size, dpi=150, layout="constrained")
+            panels = drawn.subplots(1, len(views), squeeze=False).flat
+            for axes, view in zip(panels, views, strict=True):
                 draw(axes, view)
-            wide.supxlabel(f"{_over(title)}\n{_caption(env)}", fontsize=6)
-            written.append(_save(wide, folder / f"{name}-{slug(title)}.png"))
+            drawn.supxlabel(f"{_over(title)}\n{_caption(env)}", fontsize=6)
+            written.append(_save(drawn, folder / f"{name}-{slug(title)}.png"))
 
         for title, rs in series.items():
-            figure(title, lambda axes, view, rs=rs: _draw(axes, rs, _peak(rs, peaks), view))
+            figure(title, partial(_draw_series, rs, _peak(rs, peaks)))
         for title, several in together.items():
             if len(several) > 1:
-                figure(title, lambda axes, view, several=several: _compare(axes, several, view))
+                figure(title, partial(_draw_together, several))
     return written
 
 
