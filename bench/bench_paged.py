@@ -3,7 +3,8 @@
     pytest bench/bench_paged.py --benchmark-only
 
 As in ``bench_flash.py``: for following one implementation over time. Ratios come from
-`attnforge bench paged`, which interleaves all sides.
+`attnforge bench paged`, which interleaves all sides; with ``--plot FOLDER`` it also draws time and
+fraction of the read bandwidth over context, requests, page size and kind of page.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "host/errors.h"
@@ -43,13 +44,14 @@ py::tuple extend(PagePool& pool, const Ids& ids, const Ids& counts) {
   return py::make_tuple(from, to, result.evicted);
 }
 
-py::tuple compact(PagePool& pool, int64_t id, const std::vector<double>& scores, int64_t keep,
-                  int64_t sink, int64_t recent) {
-  const auto plan = without_gil([&] { return pool.compact(id, scores, keep, sink, recent); });
+py::tuple compact(PagePool& pool, int64_t id, const std::vector<double>& scores,
+                  const std::variant<int64_t, Ids>& keep, int64_t sink, int64_t recent) {
+  const Ids kept = keep.index() == 0 ? Ids{std::get<0>(keep)} : std::get<1>(keep);
+  const auto plan = without_gil([&] { return pool.compact(id, scores, kept, sink, recent); });
   std::vector<int32_t> moves;
-  moves.reserve(plan.moves.size() * 4);
+  moves.reserve(plan.moves.size() * 5);
   for (const SlotMove& m : plan.moves) {
-    moves.insert(moves.end(), {m.from_page, m.from_slot, m.to_page, m.to_slot});
+    moves.insert(moves.end(), {m.from_page, m.from_slot, m.to_page, m.to_slot, m.lane});
   }
   return py::make_tuple(bytes(moves), plan.freed);
 }
@@ -71,7 +73,8 @@ py::dict state(const PagePool& pool) {
 
 void bind_pool(py::module_& m) {
   py::class_<PagePool>(m, "PagePool", "Pages, sequences and known prefixes of one paged cache.")
-      .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
+      .def(py::init<int64_t, int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"),
+           py::arg("lanes") = 1)
       .def_property_readonly("page_size", &PagePool::page_size)
       .def(
           "allocate", [](PagePool& p, int64_t n) { return p.allocate(n); }, py::arg("count"),
@@ -109,11 +112,13 @@ void bind_pool(py::module_& m) {
       .def("extend", &extend, py::arg("ids"), py::arg("counts"),
            "Room for more tokens: (pages to copy from, to, pages evicted).")
       .def("truncate", &PagePool::truncate, py::arg("id"), py::arg("length"), NoGil(),
-           "Forget the tokens from length on; the pages freed by it.")
+           "Forget the last tokens, down to length in the longest lane; the pages freed by it.")
       .def("compact", &compact, py::arg("id"), py::arg("scores"), py::arg("keep"),
            py::arg("sink") = 0, py::arg("recent") = 0,
-           "Keep the tokens of highest score: (moves int32 [n, 4], pages freed); a move is page "
-           "and slot from, page and slot to, and all are read before any is written.")
+           "Keep the tokens of highest score: (moves int32 [n, 5], pages freed); a move is page "
+           "and slot from, page and slot to, and the lane (-1: all); all are read before any is "
+           "written. keep may be one per lane, with scores [lanes, length], flat. No scores: all "
+           "are equal.")
       .def("evict", &PagePool::evict, py::arg("count"), NoGil(),
            "Free up to count pages of prefixes that nobody uses; returns them.")
       .def("pages", &PagePool::pages, py::arg("id"), NoGil())
@@ -122,7 +127,14 @@ void bind_pool(py::module_& m) {
           [](const PagePool& p, const Ids& ids) {
             return bytes(without_gil([&] { return p.lengths(ids); }));
           },
-          py::arg("ids"), "int32 [ids] as bytes.")
+          py::arg("ids"), "int32 [ids] as bytes: of the longest lanes.")
+      .def(
+          "lane_lengths",
+          [](const PagePool& p, const Ids& ids) {
+            return bytes(without_gil([&] { return p.lane_lengths(ids); }));
+          },
+          py::arg("ids"),
+          "int32 [ids, lanes] as bytes; empty where all lanes are as long as the sequence.")
       .def(
           "block_table",
           [](const PagePool& p, const Ids& ids, int64_t columns) {

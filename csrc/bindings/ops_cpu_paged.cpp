@@ -129,6 +129,17 @@ void run_routes(PagedFwdParams& params, int64_t longest, bool mixed) {
   }
 }
 
+// pieces [3, n]: sequence, begin and end of each; first [>= batch + 1]. The values were checked.
+SplitTable split_table(const OptionalTensor& pieces, const OptionalTensor& first, int64_t batch) {
+  if (!pieces) return {};
+  STD_TORCH_CHECK(pieces->dim() == 2 && pieces->size(0) == 3 && pieces->is_contiguous() && first &&
+                      first->dim() == 1 && first->size(0) > batch && first->is_contiguous(),
+                  "attnforge_native: split_pieces must be [3, n], split_first [batch + 1]");
+  const int32_t* rows = data<int32_t>(pieces, ScalarType::Int);
+  const int64_t n = pieces->size(1);
+  return {data<int32_t>(first, ScalarType::Int), rows + n, rows + 2 * n};
+}
+
 // max_seqlen_k bounds the lengths; out may be fp32 whatever q is.
 void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
                const Tensor& lengths, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
@@ -136,7 +147,8 @@ void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, co
                const OptionalTensor& cu_seqlens_q, const OptionalTensor& alibi_slopes,
                const OptionalTensor& sinks, const OptionalTensor& mask, const Tensor& out,
                const Tensor& lse, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
-               int64_t window_left, int64_t window_right, double softcap, int64_t num_splits) {
+               int64_t window_left, int64_t window_right, double softcap, int64_t num_splits,
+               const OptionalTensor& split_pieces, const OptionalTensor& split_first) {
   PagedFwdParams params;
   params.pool = pool_of(k_pages, v_pages, table, {k_scale, v_scale, k_zero, v_zero});
   FlashProblem& p = params.flash.problem;
@@ -194,6 +206,7 @@ void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, co
   params.flash.out = ref(out, p.out_dtype);
   params.flash.lse = stat(lse);
   params.flash.num_splits = std::clamp<int64_t>(num_splits, 0, std::max<int64_t>(p.seqlen_k, 1));
+  params.flash.plan = split_table(split_pieces, split_first, p.batch);
   run_routes(params, p.seqlen_q * (p.heads_q / p.heads_k), packed);
 }
 
@@ -264,7 +277,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
   m.def("paged_fwd(Tensor q, Tensor k_pages, Tensor v_pages, " ATTNFORGE_CACHE
         "Tensor? cu_seqlens_q, Tensor? alibi_slopes, Tensor? sinks, Tensor? mask, Tensor(a!) out, "
         "Tensor(b!) lse, int max_seqlen_q, int max_seqlen_k, float softmax_scale, int window_left, "
-        "int window_right, float softcap, int num_splits) -> ()");
+        "int window_right, float softcap, int num_splits, Tensor? split_pieces, Tensor? "
+        "split_first) -> ()");
   m.def(
       "paged_append(Tensor k, Tensor? v, Tensor(a!) k_pages, Tensor(b!)? v_pages, " ATTNFORGE_CACHE
       "Tensor? cu_seqlens, Tensor? rope_cos, Tensor? rope_sin, Tensor? positions, bool "

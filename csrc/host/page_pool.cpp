@@ -10,18 +10,18 @@ namespace {
 
 using Guard = std::lock_guard<std::mutex>;
 
-int64_t checked_page_size(int64_t page_size) {
-  if (page_size < 1) refuse("__init__: page_size ", page_size, " is not at least 1");
-  return page_size;
+int64_t positive(const char* name, int64_t value) {
+  if (value < 1) refuse("__init__: ", name, " ", value, " is not at least 1");
+  return value;
 }
 
 }  // namespace
 
-PagePool::PagePool(int64_t num_pages, int64_t page_size)
-    : page_size_(checked_page_size(page_size)),
+PagePool::PagePool(int64_t num_pages, int64_t page_size, int64_t lanes)
+    : page_size_(positive("page_size", page_size)),
       allocator_(num_pages),
       tree_(allocator_, page_size_),
-      sequences_(allocator_, page_size_) {}
+      sequences_(allocator_, page_size_, positive("lanes", lanes)) {}
 
 // Evicts until `pages` are free, or throws and leaves everything as it was.
 std::vector<int32_t> PagePool::make_room(int64_t pages) {
@@ -116,15 +116,30 @@ std::vector<int32_t> PagePool::truncate(int64_t id, int64_t length) {
   return sequences_.truncate(id, length);
 }
 
-Compaction PagePool::compact(int64_t id, std::span<const double> scores, int64_t keep, int64_t sink,
-                             int64_t recent) {
+Compaction PagePool::compact(int64_t id, std::span<const double> scores,
+                             std::span<const int64_t> keep, int64_t sink, int64_t recent) {
   const Guard guard(lock_);
   const int64_t length = sequences_.length(id);
-  if (static_cast<int64_t>(scores.size()) != length) {
-    refuse("compact: ", scores.size(), " scores for sequence ", id, " of ", length,
-           " tokens; pass one score per token");
+  const auto lists = static_cast<int64_t>(keep.size());
+  if (lists != 1 && lists != sequences_.lanes()) {
+    refuse("compact: keep has ", lists, " entries; pass one for all lanes, or one for each of ",
+           sequences_.lanes());
   }
-  return sequences_.compact(id, select_slots(scores, keep, sink, recent));
+  if (lists == 1 && sequences_.ragged(id)) {
+    refuse("compact: sequence ", id, " has lanes of different lengths; pass keep and scores for ",
+           "each lane");
+  }
+  if (!scores.empty() && static_cast<int64_t>(scores.size()) != lists * length) {
+    refuse("compact: ", scores.size(), " scores for sequence ", id, " of ", length,
+           " tokens; pass one score per token", lists > 1 ? " and lane" : "");
+  }
+  const std::vector<double> equal(scores.empty() ? length : 0, 0.0);
+  std::vector<std::vector<int64_t>> kept;
+  for (int64_t l = 0; l < lists; ++l) {
+    const std::span<const double> row = scores.empty() ? equal : scores.subspan(l * length, length);
+    kept.push_back(select_slots(row.first(sequences_.lane_length(id, l)), keep[l], sink, recent));
+  }
+  return sequences_.compact(id, kept);
 }
 
 std::vector<int32_t> PagePool::evict(int64_t count) {
@@ -145,6 +160,18 @@ std::vector<int32_t> PagePool::lengths(std::span<const int64_t> ids) const {
   std::vector<int32_t> out;
   out.reserve(ids.size());
   for (const int64_t id : ids) out.push_back(static_cast<int32_t>(sequences_.length(id)));
+  return out;
+}
+
+std::vector<int32_t> PagePool::lane_lengths(std::span<const int64_t> ids) const {
+  const Guard guard(lock_);
+  std::vector<int32_t> out;
+  if (std::ranges::none_of(ids, [&](int64_t id) { return sequences_.ragged(id); })) return out;
+  for (const int64_t id : ids) {
+    for (int64_t l = 0; l < sequences_.lanes(); ++l) {
+      out.push_back(static_cast<int32_t>(sequences_.lane_length(id, l)));
+    }
+  }
   return out;
 }
 

@@ -31,7 +31,7 @@ struct PoolState {
 
 class PagePool {
  public:
-  PagePool(int64_t num_pages, int64_t page_size);
+  PagePool(int64_t num_pages, int64_t page_size, int64_t lanes);
 
   // Single pages, for callers with tables of their own.
   std::vector<int32_t> allocate(int64_t count);
@@ -54,13 +54,18 @@ class PagePool {
   };
   Extension extend(std::span<const int64_t> ids, std::span<const int64_t> counts);
   std::vector<int32_t> truncate(int64_t id, int64_t length);
-  Compaction compact(int64_t id, std::span<const double> scores, int64_t keep, int64_t sink,
-                     int64_t recent);
+  // keep and scores [length] for all lanes alike, or keep [lanes] and scores [lanes, length]: a
+  // lane that is shorter has scores for its first tokens only. No scores: all are equal.
+  Compaction compact(int64_t id, std::span<const double> scores, std::span<const int64_t> keep,
+                     int64_t sink, int64_t recent);
   std::vector<int32_t> evict(int64_t count);
 
   int64_t page_size() const { return page_size_; }
   std::vector<int32_t> pages(int64_t id) const;
+  // Of the longest lane.
   std::vector<int32_t> lengths(std::span<const int64_t> ids) const;
+  // [ids, lanes]; empty where no sequence has lanes of different lengths.
+  std::vector<int32_t> lane_lengths(std::span<const int64_t> ids) const;
   // [ids, columns] row-major, -1 after a sequence's last page; columns 0 is the least that fits.
   std::vector<int32_t> block_table(std::span<const int64_t> ids, int64_t columns) const;
   PoolState state() const;

@@ -8,8 +8,8 @@
 
 namespace attnforge::host {
 
-Sequences::Sequences(PageAllocator& pages, int64_t page_size)
-    : allocator_(pages), page_size_(page_size) {}
+Sequences::Sequences(PageAllocator& pages, int64_t page_size, int64_t lanes)
+    : allocator_(pages), page_size_(page_size), lanes_(lanes) {}
 
 const Sequences::Sequence& Sequences::at(const char* who, int64_t id) const {
   const auto found = table_.find(id);
@@ -47,9 +47,21 @@ std::vector<int32_t> Sequences::free(int64_t id) {
   return freed;
 }
 
-// Whether the next token goes into a page that others hold too.
-bool Sequences::copies_last(const Sequence& s, int64_t more) const {
-  return more > 0 && s.length % page_size_ != 0 && allocator_.shared(s.pages.back());
+// Pages of s, by place, that `more` new tokens are written to and others hold too. Lanes of
+// different lengths write in different places.
+std::vector<size_t> Sequences::shared_targets(const Sequence& s, int64_t more) const {
+  std::vector<size_t> found;
+  const size_t lanes = more > 0 ? std::max<size_t>(s.lacks.size(), 1) : 0;
+  for (size_t l = 0; l < lanes; ++l) {
+    const int64_t start = s.lane(static_cast<int64_t>(l));
+    const auto end = std::min(s.pages.size(), static_cast<size_t>(pages_for(start + more)));
+    for (auto p = static_cast<size_t>(start / page_size_); p < end; ++p) {
+      if (allocator_.shared(s.pages[p])) found.push_back(p);
+    }
+  }
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
 }
 
 int64_t Sequences::pages_needed(std::span<const int64_t> ids,
@@ -68,12 +80,13 @@ int64_t Sequences::pages_needed(std::span<const int64_t> ids,
       refuse("extend: sequence ", ids[i], " is named twice; name each once, with all its tokens");
     }
     needed += pages_for(s.length + counts[i]) - static_cast<int64_t>(s.pages.size());
-    if (!copies_last(s, counts[i])) continue;
-    const int32_t page = s.pages.back();
-    int32_t& references = left.try_emplace(page, allocator_.references(page)).first->second;
-    if (references > 1) {  // the last holder writes in place
-      --references;
-      ++needed;
+    for (const size_t p : shared_targets(s, counts[i])) {
+      const int32_t page = s.pages[p];
+      int32_t& references = left.try_emplace(page, allocator_.references(page)).first->second;
+      if (references > 1) {  // the last holder writes in place
+        --references;
+        ++needed;
+      }
     }
   }
   return needed;
@@ -86,10 +99,10 @@ std::vector<PageCopy> Sequences::extend(std::span<const int64_t> ids,
   std::vector<PageCopy> copies;
   for (size_t i = 0; i < ids.size(); ++i) {
     Sequence& s = at("extend", ids[i]);
-    if (copies_last(s, counts[i])) {
-      copies.push_back({s.pages.back(), *next});
-      allocator_.release(std::span(&s.pages.back(), 1));
-      s.pages.back() = *next++;
+    for (const size_t p : shared_targets(s, counts[i])) {
+      copies.push_back({s.pages[p], *next});
+      allocator_.release(std::span(&s.pages[p], 1));
+      s.pages[p] = *next++;
     }
     s.length += counts[i];
     while (static_cast<int64_t>(s.pages.size()) < pages_for(s.length)) s.pages.push_back(*next++);
@@ -103,6 +116,16 @@ std::vector<int32_t> Sequences::truncate(int64_t id, int64_t length) {
     refuse("truncate: length ", length, " of sequence ", id, " is not in 0..", s.length,
            ", its length now");
   }
+  for (size_t l = 0; l < s.lacks.size(); ++l) {
+    const int64_t own = s.lane(static_cast<int64_t>(l));
+    if (own < s.length - length) {
+      refuse("truncate: length ", length, " takes ", s.length - length, " tokens off sequence ", id,
+             ", whose lane ", l, " holds ", own,
+             "; lanes of different lengths lose as many tokens "
+             "each: truncate to ",
+             s.length - own, " or more, or compact it");
+    }
+  }
   const auto keep = static_cast<size_t>(pages_for(length));
   std::vector<int32_t> freed = allocator_.release(std::span(s.pages).subspan(keep));
   s.pages.resize(keep);
@@ -110,49 +133,64 @@ std::vector<int32_t> Sequences::truncate(int64_t id, int64_t length) {
   return freed;
 }
 
-Compaction Sequences::compact(int64_t id, std::span<const int64_t> kept) {
+Compaction Sequences::compact(int64_t id, std::span<const std::vector<int64_t>> kept) {
   Sequence& s = at("compact", id);
-  for (size_t i = 0; i < kept.size(); ++i) {
-    if (kept[i] < 0 || kept[i] >= s.length || (i > 0 && kept[i] <= kept[i - 1])) {
-      refuse("compact: kept token ", kept[i], " of sequence ", id, " is out of order or not in 0..",
-             s.length - 1, "; pass ascending token indices");
+  const bool each = kept.size() > 1;
+  int64_t total = 0;
+  bool shorter = false;
+  for (size_t l = 0; l < kept.size(); ++l) {
+    const int64_t length = s.lane(static_cast<int64_t>(l));
+    for (size_t i = 0; i < kept[l].size(); ++i) {
+      if (kept[l][i] < 0 || kept[l][i] >= length || (i > 0 && kept[l][i] <= kept[l][i - 1])) {
+        refuse("compact: kept token ", kept[l][i], " of sequence ", id,
+               " is out of order or not in 0..", length - 1, "; pass ascending token indices");
+      }
+    }
+    total = std::max(total, static_cast<int64_t>(kept[l].size()));
+    shorter = shorter || static_cast<int64_t>(kept[l].size()) < length;
+  }
+  const int64_t pages = pages_for(total);
+  // Pages with a slot that gets another token. Those that others hold are replaced: what stays in
+  // them moves too.
+  std::vector<bool> replaced(static_cast<size_t>(pages), false);
+  for (const std::vector<int64_t>& own : kept) {
+    for (size_t to = 0; to < own.size(); ++to) {
+      if (own[to] != static_cast<int64_t>(to)) replaced[to / page_size_] = true;
     }
   }
-  // Slots before the first gap stay where they are, in shared pages too.
-  size_t first = 0;
-  while (first < kept.size() && kept[first] == static_cast<int64_t>(first)) ++first;
-  const auto total = static_cast<int64_t>(kept.size());
-  const int64_t pages = pages_for(total);
-  const int64_t first_page = static_cast<int64_t>(first) / page_size_;
   int64_t fresh_needed = 0;
-  if (static_cast<int64_t>(first) < total) {
-    for (int64_t p = first_page; p < pages; ++p) fresh_needed += allocator_.shared(s.pages[p]);
+  for (int64_t p = 0; p < pages; ++p) {
+    replaced[p] = replaced[p] && allocator_.shared(s.pages[p]);
+    fresh_needed += replaced[p];
   }
   const std::vector<int32_t> fresh = allocator_.allocate(fresh_needed);
 
   std::vector<int32_t> target(s.pages.begin(), s.pages.begin() + pages);
   std::vector<int32_t> given_up(s.pages.begin() + pages, s.pages.end());
-  Compaction plan;
-  const auto move = [&](int64_t from, int64_t to) {
-    plan.moves.push_back({s.pages[from / page_size_], static_cast<int32_t>(from % page_size_),
-                          target[to / page_size_], static_cast<int32_t>(to % page_size_)});
-  };
   auto next = fresh.begin();
-  if (fresh_needed > 0) {
-    for (int64_t p = first_page; p < pages; ++p) {
-      if (!allocator_.shared(s.pages[p])) continue;
-      given_up.push_back(s.pages[p]);
-      target[p] = *next++;
-    }
-    // What stays in the first page moves with it, if that page is replaced.
-    if (target[first_page] != s.pages[first_page]) {
-      for (int64_t t = first_page * page_size_; t < static_cast<int64_t>(first); ++t) move(t, t);
+  for (int64_t p = 0; p < pages; ++p) {
+    if (!replaced[p]) continue;
+    given_up.push_back(s.pages[p]);
+    target[p] = *next++;
+  }
+  Compaction plan;
+  for (size_t l = 0; l < kept.size(); ++l) {
+    for (size_t i = 0; i < kept[l].size(); ++i) {
+      const int64_t from = kept[l][i], to = static_cast<int64_t>(i);
+      if (from == to && !replaced[to / page_size_]) continue;
+      plan.moves.push_back({s.pages[from / page_size_], static_cast<int32_t>(from % page_size_),
+                            target[to / page_size_], static_cast<int32_t>(to % page_size_),
+                            each ? static_cast<int32_t>(l) : -1});
     }
   }
-  for (auto to = static_cast<int64_t>(first); to < total; ++to) move(kept[to], to);
   s.pages = std::move(target);
-  s.compacted = s.compacted || total < s.length;
+  s.compacted = s.compacted || shorter;
   s.length = total;
+  s.lacks.clear();
+  for (size_t l = 0; each && l < kept.size(); ++l) {
+    s.lacks.push_back(total - static_cast<int64_t>(kept[l].size()));
+  }
+  if (std::ranges::all_of(s.lacks, [](int64_t n) { return n == 0; })) s.lacks.clear();
   plan.freed = allocator_.release(given_up);
   return plan;
 }

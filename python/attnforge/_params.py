@@ -183,6 +183,11 @@ class PagedParams(NamedTuple):
     window_right: int
     softcap: float
     num_splits: int = 0
+    # A plan of the splits (``paged_fwd``), above num_splits; both or neither. Piece n is keys
+    # [1, n] .. [2, n] - 1 of sequence [0, n], or unused (-1); those of sequence b are first[b] ..
+    # first[b + 1] - 1, ascending and without a gap.
+    split_pieces: Tensor | None = None  # [3, N] int32
+    split_first: Tensor | None = None  # [B + 1 or more] int32
 
 
 class PagedWrite(NamedTuple):

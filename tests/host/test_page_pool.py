@@ -106,8 +106,8 @@ def test_sinks_and_recent_tokens_outlive_compaction() -> None:
     pages = pool.pages(name)
     moves, freed = pool.compact(name, [0, 0, 5, 5, -math.inf, 9, 0, 0], 4, 1, 1)
     # kept: 0 (sink), 2 (a tie: the earlier), 5 (best), 7 (recent)
-    assert table(moves) == [pages[1], 0, pages[0], 1, pages[2], 1, pages[1], 0,
-                            pages[3], 1, pages[1], 1]  # fmt: skip
+    assert table(moves) == [pages[1], 0, pages[0], 1, -1, pages[2], 1, pages[1], 0, -1,
+                            pages[3], 1, pages[1], 1, -1]  # fmt: skip
     assert freed == pages[2:]
 
 
@@ -119,8 +119,34 @@ def test_compaction_leaves_shared_pages_alone() -> None:
     twin, old = pool.fork(name), pool.pages(name)
     moves, freed = pool.compact(name, [1, 0, 1, 1], 2)
     (new,) = pool.pages(name)
-    assert table(moves) == [old[0], 0, new, 0, old[1], 0, new, 1]
+    assert table(moves) == [old[0], 0, new, 0, -1, old[1], 0, new, 1, -1]
     assert (new in old, freed, pool.pages(twin)) == (False, [], old)
+
+
+def test_lanes_of_different_lengths() -> None:
+    """They lie in the same pages, grow together and write in different places."""
+    pool = _host.PagePool(9, 2, lanes=3)
+    name = pool.create()[0]
+    pool.extend([name], [5])
+    pages = pool.pages(name)
+    assert table(pool.lane_lengths([name])) == []
+    moves, freed = pool.compact(name, [0, 1, 0, 1, 0] * 3, [5, 2, 0])
+    assert table(moves) == [pages[0], 1, pages[0], 0, 1, pages[1], 1, pages[0], 1, 1]
+    assert freed == []
+    assert table(pool.lane_lengths([name])) == [5, 2, 0]
+    assert table(pool.lengths([name])) == [5]
+    twin = pool.fork(name)
+    source, target, _ = pool.extend([twin], [1])  # slots 5, 2 and 0: all three pages
+    assert (source, pool.pages(twin)) == (pages, target)
+    assert pool.extend([name], [1])[0] == []  # the last holder writes in place
+    with pytest.raises(ValueError, match=r"whose lane 2 holds 1; lanes .* truncate to 5 or more"):
+        pool.truncate(name, 4)
+    pool.truncate(name, 5)
+    assert table(pool.lane_lengths([name, twin])) == [5, 2, 0, 6, 3, 1]
+    moves, freed = pool.compact(name, [], [2, 2, 0])  # equals: the first tokens
+    assert (table(moves), freed) == ([], pages[1:])
+    pool.compact(name, [], [0, 0, 0])
+    assert table(pool.lane_lengths([name])) == []  # alike again
 
 
 def test_a_page_in_use_protects_what_lies_before_it() -> None:
@@ -161,6 +187,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "columns": (lambda p: p.block_table([seq(p)], 1), "1 columns, but a sequence has 2 pages"),
     "scores": (lambda p: p.compact(seq(p), [1.0], 1), "1 scores for sequence 1 of 3 tokens"),
     "NaN": (lambda p: p.compact(seq(p), [1, math.nan, 1], 1), "score of token 1 is NaN"),
+    "lanes": (lambda p: p.compact(seq(p), [1.0] * 6, [1, 1]), "keep has 2 entries; pass one for"),
     "budget": (lambda p: p.compact(seq(p), [1, 1, 1], 1, 1, 1), "keep 2 tokens already"),
 }
 

@@ -26,8 +26,8 @@ def test_opcheck(backend: str, code: str) -> None:
     scales = [x.view(1, 1, -1) for x in o["kv_scales"]] if code else [None, None]
     cache = (o["block_table"].clamp(0, 5), o["cache_seqlens"], *scales, None, None)
     pages = [x if code else x.nan_to_num(1.0) for x in (inputs.k_pages, inputs.v_pages)]
-    tail = (2, 0.25, -1, 0, 0.0, 0, backend)
-    torch.library.opcheck(OPS.paged_fwd.default, (inputs.q, *pages, *cache, *[None] * 4, *tail))
+    plan = (2, 0.25, -1, 0, 0.0, 0, ints(0, 1, 0, 0, 20, 9).view(3, 2), ints(0, 1, 2), backend)
+    torch.library.opcheck(OPS.paged_fwd.default, (inputs.q, *pages, *cache, *[None] * 4, *plan))
     groups = (ints(0, 1, 2), ints(4, 0))
     cascade = (inputs.q, *pages, *groups, *cache, None, None, 2, 0.25, 0.0, 0, backend)
     torch.library.opcheck(OPS.cascade_fwd.default, cascade)

@@ -3,7 +3,8 @@
 // Algorithm (Flash-Decoding, Dao et al. 2023): the keys are cut into splits of fixed length; each
 // (batch, split, range of kv heads) is a task that leaves (m, l, O) per row; a second pass merges
 // the splits in ascending order. Splits are anchored at key 0 and their length does not depend on
-// the machine or the batch, so neither do results. Tuning may choose another length (FlashTiles).
+// the machine or the batch, so neither do results. Tuning may choose another length (FlashTiles),
+// and a call may bring a plan of its own (SplitTable).
 //
 //   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
 //              read from memory once, from cache once per four rows
@@ -59,6 +60,12 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t bits, bool planes
                         : chosen(params.tiles.split_keys, kSplitKeys, kMaxChunk, kMaxSplitKeys);
   plan.splits =
       params.num_splits > 0 ? params.num_splits : max64(1, ceil_div(p.seqlen_k, plan.split_keys));
+  if (params.plan.first) {
+    plan.splits = 1;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      plan.splits = max64(plan.splits, split_count(params, plan.split_keys, b));
+    }
+  }
   const int64_t row_bytes = max64(1, p.head_dim * bits / 8);
   const int64_t chunk = max64(8, min64(kMaxChunk, kChunkBytes / row_bytes / 8 * 8));
   plan.chunk = chosen(params.tiles.chunk_keys, chunk, 8, kMaxChunk);
@@ -207,10 +214,9 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
     }
   }
   // Chunks are anchored at the split, whatever the window leaves of it.
-  const int64_t split_keys = split_length(params, plan.split_keys, batch),
-                split0 = split * split_keys;
-  hi = min64(hi, split0 + split_keys);
-  lo = split0 + max64(0, lo - split0) / plan.chunk * plan.chunk;
+  const Interval own = split_keys_of(params, plan.split_keys, batch, split);
+  hi = min64(hi, own.hi);
+  lo = own.lo + max64(0, lo - own.lo) / plan.chunk * plan.chunk;
   typename Store::Places places[2];
   int64_t here = 0;
   if (lo < hi) kv.locate(first, lo, min64(plan.chunk, hi - lo), places[here]);
@@ -270,8 +276,8 @@ template <class Store>
 AF_INLINE void merge_head(const FlashFwdParams& params, const Plan& plan, const Store& kv,
                           const Memory& memory, const Sequence& seq, int64_t kv_head) {
   const int64_t pair = seq.batch * params.problem.heads_k + kv_head;
-  const int64_t length = split_length(params, plan.split_keys, seq.batch);
-  merge_rows(memory.partials, pair, max64(1, ceil_div(seq.k_len, length)), seq.q_len * plan.group,
+  const int64_t splits = split_count(params, plan.split_keys, seq.batch);
+  merge_rows(memory.partials, pair, splits, seq.q_len * plan.group,
              [&](int64_t r, float m, float l, float z, float* o) {
                const int64_t head = kv_head * plan.group + r / seq.q_len;
                finish_row(params, kv, seq, head, r % seq.q_len, m, l, z, o);
@@ -303,8 +309,7 @@ AF_INLINE void run_decode(const FlashFwdParams& params, const Store& kv,
     const int64_t batch = task / plan.ranges / plan.splits;
     const Sequence seq = sequence(p, batch);
     if (!served_here(params, seq) || seq.q_len == 0) return;
-    if (split > 0 && split * split_length(params, plan.split_keys, batch) >= longest_keys(p, batch))
-      return;
+    if (split >= split_count(params, plan.split_keys, batch)) return;
     run_split(params, plan, kv, memory, batch, split, range * plan.heads, worker);
   });
   parallel_tasks(workers, p.batch * p.heads_k, [&](int64_t pair, int64_t) {

@@ -81,10 +81,31 @@ AF_INLINE int64_t longest_keys(const FlashProblem& p, int64_t batch) {
   return longest;
 }
 
-// Keys of a split of one sequence, where `fixed` is the length without num_splits.
+// Keys of a split of one sequence, where `fixed` is the length without num_splits and plan.
 AF_INLINE int64_t split_length(const FlashFwdParams& params, int64_t fixed, int64_t batch) {
   if (params.num_splits == 0) return fixed;
   return max64(1, ceil_div(longest_keys(params.problem, batch), params.num_splits));
+}
+
+// The keys of one split of a sequence of k_len keys; empty where it has no such split.
+AF_INLINE Interval split_keys_of(const FlashFwdParams& params, int64_t fixed, int64_t batch,
+                                 int64_t split) {
+  if (const SplitTable& plan = params.plan; plan.first) {
+    const int64_t piece = plan.first[batch] + split;
+    if (piece >= plan.first[batch + 1]) return {0, 0};
+    return {plan.begin[piece], plan.end[piece]};
+  }
+  const int64_t length = split_length(params, fixed, batch), lo = split * length;
+  return {lo, max64(lo, min64(lo + length, longest_keys(params.problem, batch)))};
+}
+
+// Splits of a sequence that leave a partial: at least one, for a sequence without keys.
+AF_INLINE int64_t split_count(const FlashFwdParams& params, int64_t fixed, int64_t batch) {
+  if (const SplitTable& plan = params.plan; plan.first) {
+    return max64(1, plan.first[batch + 1] - plan.first[batch]);
+  }
+  return max64(1,
+               ceil_div(longest_keys(params.problem, batch), split_length(params, fixed, batch)));
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

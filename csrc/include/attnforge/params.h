@@ -122,6 +122,13 @@ struct FlashTiles {
 // Which sequences a forward kernel serves.
 enum class RowRoute : int32_t { kAll = 0, kManyRows = 1, kFewRows = 2 };
 
+// Decode: the keys of sequence b are cut into pieces first[b] .. first[b + 1] - 1, of which piece n
+// is keys begin[n] .. end[n] - 1, ascending and without a gap. Host code has checked it.
+struct SplitTable {
+  const int32_t* first = nullptr;  // [batch + 1]; null: no plan
+  const int32_t *begin = nullptr, *end = nullptr;
+};
+
 struct FlashFwdParams {
   FlashProblem problem;
   TensorRef q, k, v, out;
@@ -132,6 +139,7 @@ struct FlashFwdParams {
   int64_t most_rows = int64_t{1} << 40;
   int64_t split_keys = 0;  // decode: keys per split, above what the tiles say
   int64_t num_splits = 0;  // decode: above that, equal splits of each sequence
+  SplitTable plan;         // decode: above that, pieces as they were planned
   FlashTiles tiles;
   void* workspace = nullptr;
 };

@@ -16,7 +16,8 @@ from attnforge.ops import _checks
 from attnforge.ops._checks import _name, _shape, fail
 
 __all__ = ["boundary_tensor", "channels", "groups", "index_values", "new_rows", "pages",
-           "quantisation", "queries", "rope", "tables", "tree_mask", "written_values"]  # fmt: skip
+           "quantisation", "queries", "rope", "split_plan", "split_values", "tables", "tree_mask",
+           "written_values"]  # fmt: skip
 
 
 def channels(pages: Tensor) -> int:
@@ -293,7 +294,43 @@ def groups(op: str, cu_groups: Any, prefix_lens: Any, like: Tensor, batch: int) 
         )
 
 
+def split_plan(op: str, plan: Any, like: Tensor, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """(pieces [3, N], first [batch + 1 or more]), both int32, or None."""
+    if plan is None:
+        return None, None
+    if not isinstance(plan, (tuple, list)) or len(plan) != 2:
+        fail(op, f"split_plan is {type(plan).__name__}; want a pair of tensors (pieces, first), as "
+                 "SplitPlan.tensors has them", TypeError)  # fmt: skip
+    pieces, first = plan
+    _int32(op, "split_plan pieces", pieces, like)
+    _int32(op, "split_plan first", first, like)
+    if pieces.dim() != 2 or pieces.shape[0] != 3 or first.dim() != 1 or first.shape[0] <= batch:
+        fail(op, f"split_plan has shapes {_shape(pieces)} and {_shape(first)}; want pieces "
+                 f"[3, N] (sequence, first key, end) and the first piece of each sequence "
+                 f"[{batch + 1} or more]")  # fmt: skip
+    return pieces, first
+
+
 # ---- values ----
+
+
+def split_values(op: str, plan: tuple[Tensor | None, Tensor | None], lengths: Tensor) -> None:
+    """The pieces of each sequence cover its keys, ascending, each key once."""
+    pieces, first = plan
+    if pieces is None or first is None:
+        return
+    longest = (lengths if lengths.dim() == 1 else lengths.amax(1)).tolist()
+    (owner, begin, end), at = pieces.tolist(), first.tolist()
+    for b, length in enumerate(longest):
+        mine = range(at[b], at[b + 1])
+        good = 0 <= at[b] <= at[b + 1] <= len(owner) and at[0] == 0
+        edges = [0, *(end[n] for n in mine)] if good else []
+        good = good and all(owner[n] == b and begin[n] < end[n] for n in mine)
+        if not good or edges[:-1] != [begin[n] for n in mine] or edges[-1] != length:
+            cuts = [(begin[n], end[n]) for n in mine if 0 <= n < len(owner)][:4]
+            fail(op, f"split_plan cuts sequence {b} into pieces {at[b]} .. {at[b + 1] - 1}: {cuts} "
+                     f".. for {length} keys; want keys 0 .. {length - 1} in ascending pieces, each "
+                     "key once; plan again for these lengths")  # fmt: skip
 
 
 def index_values(op: str, cache: PagedCache, first: Tensor, last: Tensor | None = None) -> None:

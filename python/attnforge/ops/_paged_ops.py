@@ -45,6 +45,7 @@ def metadata(q: Tensor, cache: PagedCache, p: PagedParams) -> tuple[Any, ...]:
             softcap=p.softcap > 0,
             window_left=p.window_left >= 0,
             window_right=p.window_right >= 0,
+            split_plan=p.split_pieces is not None,
         ),
     )
 
@@ -110,6 +111,7 @@ def _checked(op: str, q: Tensor, cache: PagedCache, p: PagedParams) -> PagedPara
     if p.window_left >= 0:
         first = (least - rows - p.window_left).clamp_min(0)
     _paged_checks.index_values(op, cache, first)
+    _paged_checks.split_values(op, (p.split_pieces, p.split_first), lengths)
     return p._replace(max_seqlen_q=longest)
 
 
@@ -212,8 +214,8 @@ def _append_fake(k: Tensor, v: Tensor | None, *rest: Any) -> None:
 paged_fwd = _ops.define(
     f"paged_fwd(Tensor q, Tensor k_pages, Tensor v_pages, {_CACHE}Tensor? cu_seqlens_q, "
     f"Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask, {_SCORES}SymInt window_left, "
-    "SymInt window_right, float softcap, SymInt num_splits, str? backend) "
-    "-> (Tensor out, Tensor lse)",
+    "SymInt window_right, float softcap, SymInt num_splits, Tensor? split_pieces, "
+    "Tensor? split_first, str? backend) -> (Tensor out, Tensor lse)",
     _fwd,
     _fwd_fake,
 )

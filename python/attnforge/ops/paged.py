@@ -88,6 +88,7 @@ def _attention(
     kv_layout: str = "NHD",
     softmax_scale: float | None = None,
     num_splits: int = 0,
+    split_plan: Pair | None = None,
     op: str = "paged_attention",
 ) -> tuple[Tensor, PagedCache, PagedParams]:
     batch = _batch(q, cu_seqlens_q)
@@ -100,13 +101,14 @@ def _attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     _checks.scalars(op, scale, softcap)
     _checks.num_splits(op, num_splits)
+    plan = _paged_checks.split_plan(op, split_plan, cache.k_pages, batch)
     _checks.per_head(op, q, batch, alibi_slopes, sinks)
     _no_grad(op, q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
     alibi_slopes, sinks = _stat_inputs(q, alibi_slopes, sinks)
     mask = _paged_checks.tree_mask(op, tree_mask, q)
     longest = _longest(op, q, cu_seqlens_q, max_seqlen_q)
     return q, cache, PagedParams(cu_seqlens_q, alibi_slopes, sinks, mask, longest, scale, left,
-                                 right, softcap, num_splits)  # fmt: skip
+                                 right, softcap, num_splits, *plan)  # fmt: skip
 
 
 def _attention_requests(
@@ -137,6 +139,7 @@ def paged_attention(
     kv_layout: str = "NHD",
     softmax_scale: float | None = None,
     num_splits: int = 0,
+    split_plan: Pair | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -160,6 +163,11 @@ def paged_attention(
     kv_zeros: (k_zero, v_zero) fp32 of the shape of the scales, for int8 and int4; default 0 and 8.
     num_splits: 0 splits every 2048 keys; n > 0 makes n equal splits of each sequence. Either way
         a sequence's result does not depend on its neighbours.
+    split_plan: (pieces [3, N], first [B + 1 or more]), int32, in place of both: piece n is keys
+        pieces[1, n] .. pieces[2, n] - 1 of sequence pieces[0, n], and those of sequence b, first[b]
+        .. first[b + 1] - 1, follow each other from key 0 to its last one (of its longest head).
+        ``attnforge.paged_cache.SplitPlan`` makes one. Rows that are not decode may be split
+        otherwise; what changes is the order of sums alone.
 
     Other arguments are those of ``flash_attention``. Returns out [B, Sq, Hq, Dv] of q's dtype, or
     (out, lse) with lse [B, Hq, Sq] fp32; packed [T, Hq, Dv] and [Hq, T].
@@ -187,6 +195,7 @@ def paged_attention(
         kv_layout=kv_layout,
         softmax_scale=softmax_scale,
         num_splits=num_splits,
+        split_plan=split_plan,
     )
     out, lse = _paged_ops.paged_fwd(q, *cache, *p, _choice("paged_attention", backend))
     return (out, lse) if return_lse else out

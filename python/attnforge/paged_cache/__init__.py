@@ -9,9 +9,10 @@ from typing import Any
 
 from attnforge.paged_cache._runtime import host
 from attnforge.paged_cache.cache import PagedKVCache
+from attnforge.paged_cache.split_plan import SplitPlan
 from attnforge.paged_cache.step import Step
 
-__all__ = ["OutOfPages", "PagedKVCache", "Step"]
+__all__ = ["OutOfPages", "PagedKVCache", "SplitPlan", "Step"]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,7 +85,8 @@ class PagedKVCache:
         page_bounds: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._pool: Any = host().PagePool(num_pages, page_size)
+        lanes = max(num_layers * num_kv_heads, 1)  # what may have a length of its own
+        self._pool: Any = host().PagePool(num_pages, page_size, lanes)
         self.num_layers, self.page_size = num_layers, page_size
         self.device = torch.device(device)
         dims = (head_dim, head_dim if v_head_dim is None else v_head_dim)
@@ -123,25 +124,86 @@ class PagedKVCache:
                 self._freed(self._pool.free(sequence))
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens from `length` on (rejected drafts)."""
+        """Forget the tokens from `length` on (rejected drafts).
+
+        Where heads have lengths of their own, all lose as many tokens as the longest one.
+        """
         with self._lock:
             self._freed(self._pool.truncate(sequence, length))
 
     def compact(
-        self, sequence: int, scores: Tensor, keep: int, *, sink: int = 0, recent: int = 0
+        self,
+        sequence: int,
+        scores: Tensor,
+        keep: int | Tensor,
+        *,
+        sink: int = 0,
+        recent: int = 0,
     ) -> None:
-        """Keep the `keep` tokens of highest score and close the gaps, in all layers.
+        """Keep the `keep` tokens of highest score and close the gaps.
 
-        scores: [length], finite or -inf (attention mass of H2O or SnapKV, say). The first `sink`
-        and last `recent` tokens are kept in any case. Keys keep the rotation of their position;
-        the length shrinks, so that positions of later tokens are the caller's to count.
+        scores: [length], finite or -inf (attention mass of H2O or SnapKV, say): one choice for all
+            heads and layers. [Hk, length] or [L, Hk, length]: each KV head keeps its own tokens.
+        keep: an int, or an int tensor [Hk] or [L, Hk]: then KV heads have lengths of their own
+            from here on (`head_seqlens`), 0 among them. Scores behind a head's length are ignored.
+        sink, recent: the first and last tokens of each head that are kept in any case.
+
+        Keys keep the rotation of their position; the lengths shrink, so that positions of later
+        tokens are the caller's to count. `length` is that of the longest head, and pages become
+        free as it shrinks: a page holds all heads. Shorter heads are less to read.
         """
-        with self._lock:
-            moves, freed = self._pool.compact(
-                sequence, scores.double().tolist(), keep, sink, recent
+        if scores.dim() == 1 and isinstance(keep, int):
+            self._compact(sequence, scores.double().tolist(), keep, sink, recent)
+            return
+        lanes = (self.num_layers, self.storage.heads)
+        budget = torch.as_tensor(keep)
+        if budget.is_floating_point() or budget.dim() > 2:
+            raise ValueError(
+                f"{_WHERE}.compact: keep is {budget.dtype} {tuple(budget.shape)}; want an int, or "
+                f"an int tensor [{lanes[1]}] or {list(lanes)}, one per KV head (and layer)"
             )
+        each = (self._per_lane("scores", scores, scores.shape[-1:]), self._per_lane("keep", budget))
+        self._compact(sequence, each[0].double().tolist(), each[1].tolist(), sink, recent)
+
+    def stream(
+        self, sequence: int, heads: Tensor | Sequence[int], *, sink: int, recent: int
+    ) -> None:
+        """Keep the first `sink` and last `recent` tokens of some KV heads, all of the others.
+
+        heads: bool [Hk] or [L, Hk], or numbers of heads, of all layers. Streaming heads are cut
+        when this is called, not by themselves: between calls they grow with the others. Sources:
+        StreamingLLM, Xiao et al., 2024; DuoAttention, Xiao et al., 2025.
+        """
+        if not isinstance(heads, Tensor) or heads.dtype is not torch.bool:
+            chosen = torch.zeros(self.storage.heads, dtype=torch.bool)
+            chosen[torch.as_tensor(heads, dtype=torch.long)] = True
+            heads = chosen
+        streams = self._per_lane("heads", heads.cpu())
+        if min(sink, recent) < 0:
+            raise ValueError(
+                f"{_WHERE}.stream: sink {sink} and recent {recent}; want numbers of tokens >= 0"
+            )
+        lengths = self._lane_lengths([sequence]).flatten()
+        keep = torch.where(streams, lengths.clamp_max(sink + recent), lengths)
+        self._compact(sequence, [], keep.tolist(), sink, recent)
+
+    def _per_lane(self, name: str, x: Tensor, last: tuple[int, ...] = ()) -> Tensor:
+        """x [*last], [Hk, *last] or [L, Hk, *last], flat in the order of lanes."""
+        shape = (self.num_layers, self.storage.heads, *last)
+        if tuple(x.shape) not in (shape, shape[1:], shape[2:]):
+            raise ValueError(
+                f"{_WHERE}: {name} has shape {tuple(x.shape)}; want {list(shape[2:])}, "
+                f"{list(shape[1:])} or {list(shape)}: for all KV heads, each, or each of each layer"
+            )
+        return x.expand(shape).flatten()
+
+    def _compact(
+        self, sequence: int, scores: list[float], keep: int | list[int], sink: int, recent: int
+    ) -> None:
+        with self._lock:
+            moves, freed = self._pool.compact(sequence, scores, keep, sink, recent)
             if len(moves):
-                self.storage.move_slots(int32(moves, (-1, 4), self.device).long())
+                self.storage.move_slots(int32(moves, (-1, 5), self.device).long())
             self._freed(freed)
 
     # ---- prefixes ----
@@ -185,7 +247,12 @@ class PagedKVCache:
             self._freed(evicted)
             if source:
                 self.storage.copy_pages(source, target)
-        return Step(self, ids, counts, self.block_table(ids), self.cache_seqlens(ids))
+        return self._step(ids, counts)
+
+    def _step(self, ids: list[int], counts: list[int]) -> Step:
+        table, lengths = self.block_table(ids), self._pool.lane_lengths(ids)
+        per_head = self._lanes(lengths, len(ids)).to(self.device) if len(lengths) else None
+        return Step(self, ids, counts, table, self.cache_seqlens(ids), per_head)
 
     def append(
         self,
@@ -231,8 +298,7 @@ class PagedKVCache:
         """
         ids = list(sequences)
         counts = [q.shape[1]] * len(ids) if rows is None else list(rows)
-        step = Step(self, ids, counts, self.block_table(ids), self.cache_seqlens(ids))
-        return step.attention(q, layer=layer, **options)
+        return self._step(ids, counts).attention(q, layer=layer, **options)
 
     # ---- tables and facts ----
 
@@ -243,12 +309,28 @@ class PagedKVCache:
         return int32(table, (len(ids), -1 if ids else max(columns, 1)), self.device)
 
     def cache_seqlens(self, sequences: Sequence[int]) -> Tensor:
-        """[B] int32 lengths."""
+        """[B] int32 lengths, of the longest KV heads."""
         ids = list(sequences)
         return int32(self._pool.lengths(ids), (len(ids),), self.device)
 
+    def head_seqlens(self, sequences: Sequence[int], *, layer: int = 0) -> Tensor:
+        """[B, Hk] int32 lengths of each KV head of a layer."""
+        return self._lane_lengths(list(sequences))[layer].to(self.device)
+
+    def _lane_lengths(self, ids: list[int]) -> Tensor:
+        """[L, B, Hk] int32."""
+        lengths = self._pool.lane_lengths(ids)
+        if len(lengths) or not ids:
+            return self._lanes(lengths, len(ids))
+        return self._lanes(self._pool.lengths(ids), len(ids), lanes=False)
+
+    def _lanes(self, lengths: Any, batch: int, lanes: bool = True) -> Tensor:
+        shape = (batch, self.num_layers if lanes else 1, self.storage.heads if lanes else 1)
+        each = int32(lengths, shape, torch.device("cpu")).transpose(0, 1)
+        return each.expand(self.num_layers, batch, self.storage.heads).contiguous()
+
     def length(self, sequence: int) -> int:
-        """Tokens of one sequence."""
+        """Tokens of one sequence, in its longest KV head."""
         return int(self.cache_seqlens([sequence])[0])
 
     def memory_bytes(self, pages: int | None = None) -> int:

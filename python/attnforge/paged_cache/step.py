@@ -25,9 +25,9 @@ class Step:
         sequences: ids, one per row of the tables.
         rows: new tokens of each.
         block_table: [B, columns] int32 page ids, -1 behind a sequence's last page.
-        seqlens_before, seqlens_after: [B] int32 lengths without and with the new tokens.
+        seqlens_before, seqlens_after: [B] int32 lengths without and with the new tokens, of the
+            longest head. `head_seqlens` tells those of each head, where they differ.
         cu_seqlens: [B + 1] int32 boundaries of the packed new tokens.
-        page, slot: [T] int64, where each new token goes.
 
     Sequences that are extended, truncated, compacted or freed later make a step stale.
     """
@@ -39,38 +39,49 @@ class Step:
         rows: list[int],
         block_table: Tensor,
         seqlens_after: Tensor,
+        head_seqlens: Tensor | None = None,
     ) -> None:
+        """head_seqlens: [L, B, Hk] int32 lengths with the new tokens, where heads differ."""
         device = block_table.device
         self.sequences, self.rows = sequences, rows
         self.block_table, self.seqlens_after = block_table, seqlens_after
         counts = torch.tensor(rows, dtype=torch.int32, device=device)
         self.seqlens_before = seqlens_after - counts
         self.cu_seqlens = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        self._cache = cache
+        self._cache, self._counts, self._head_seqlens = cache, counts, head_seqlens
         self._places: tuple[Tensor, Tensor] | None = None
         self._groups: tuple[Tensor, Tensor] | None = None
         self._shares_prefix = False
 
-    def _where(self) -> tuple[Tensor, Tensor]:
-        """Page and slot of each new token [T], made at first use."""
-        if self._places is None:
-            device, size = self.block_table.device, self._cache.page_size
-            counts = torch.tensor(self.rows, device=device)
-            owner = torch.arange(len(self.rows), device=device).repeat_interleave(counts)
-            first = (self.seqlens_before - self.cu_seqlens[:-1]).long()
-            token = torch.arange(owner.numel(), device=device) + first[owner]
-            self._places = self.block_table[owner, token // size].long(), token % size
-        return self._places
-
     @property
-    def page(self) -> Tensor:
-        """The page of each new token [T]."""
-        return self._where()[0]
+    def ragged(self) -> bool:
+        """Whether KV heads of some sequence have lengths of their own."""
+        return self._head_seqlens is not None
 
-    @property
-    def slot(self) -> Tensor:
-        """The slot of each new token in its page [T]."""
-        return self._where()[1]
+    def head_seqlens(self, layer: int = 0) -> Tensor:
+        """Lengths with the new tokens as the operators take them: [B], or [B, Hk] if `ragged`."""
+        return self.seqlens_after if self._head_seqlens is None else self._head_seqlens[layer]
+
+    def _lengths_before(self, layer: int) -> Tensor:
+        if self._head_seqlens is None:
+            return self.seqlens_before
+        return self._head_seqlens[layer] - self._counts.unsqueeze(1)
+
+    def places(self, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Page and slot of each new token, int64: [T], or [T, Hk] if `ragged`."""
+        if self._places is not None:
+            return self._places
+        device, size = self.block_table.device, self._cache.page_size
+        owner = torch.arange(len(self.rows), device=device).repeat_interleave(self._counts)
+        row = torch.arange(owner.numel(), device=device) - self.cu_seqlens[:-1].long()[owner]
+        before = self._lengths_before(layer).long()[owner]
+        if before.dim() == 2:
+            owner, row = owner.unsqueeze(1), row.unsqueeze(1)
+        token = before + row
+        found = self.block_table[owner, token // size].long(), token % size
+        if not self.ragged:  # then of every layer
+            self._places = found
+        return found
 
     def _packed(self, x: Tensor, name: str) -> bool:
         """Whether x is [T, H, D]; else it must be [B, S, H, D] with S new tokens of each."""
@@ -99,7 +110,8 @@ class Step:
 
         k, v: [B, S, Hk, D] and Dv, or packed [T, Hk, D] in the order of `sequences`. rope turns k
         on the way, as in `attnforge.paged_append`; not with int8 and int4 pages, whose scales are
-        taken from the keys as they come.
+        taken from the keys as they come, and with `positions` alone where heads have lengths of
+        their own, which are no positions.
         """
         cache = self._cache
         store = cache.storage
@@ -112,7 +124,12 @@ class Step:
                     "that are stored: turn k before append"
                 )
             flat = (k, v) if packed else (k.flatten(0, 1), v.flatten(0, 1))
-            store.write_ranges(layer, flat, *self._where())
+            store.write_ranges(layer, flat, *self.places(layer))
+        if self.ragged and rope is not None and positions is None:
+            raise ValueError(
+                f"{_WHERE}: rope= without positions=, but KV heads have lengths of their own here; "
+                "pass the position of each new token in its sequence"
+            )
         bounds = own.bounds or (None, None)
         paged_append(
             k,
@@ -120,7 +137,7 @@ class Step:
             own.k_pages,
             own.v_pages,
             block_table=self.block_table,
-            cache_seqlens=self.seqlens_before,
+            cache_seqlens=self._lengths_before(layer),
             cu_seqlens=self.cu_seqlens if packed else None,
             kv_scales=own.kv_scales,
             kv_zeros=own.kv_zeros,
@@ -149,7 +166,7 @@ class Step:
             }
         options |= {
             "block_table": self.block_table,
-            "cache_seqlens": self.seqlens_after,
+            "cache_seqlens": self.head_seqlens(layer),
             "kv_scales": own.kv_scales,
             "kv_zeros": own.kv_zeros,
             "kv_layout": self._cache.storage.kv_layout,
@@ -174,7 +191,10 @@ class Step:
         """
         if self._groups is None:
             size, table = self._cache.page_size, self.block_table.cpu()
-            full = (self.seqlens_before.cpu() // size).tolist()
+            before = self.seqlens_before
+            if self._head_seqlens is not None:  # what all heads of all layers have
+                before = self._head_seqlens.amin((0, 2)) - self._counts
+            full = (before.cpu() // size).tolist()
             same = (table[1:] == table[:-1]) & (table[1:] >= 0)
             shared = same.to(torch.int32).cumprod(1).sum(1).tolist()
             ends, prefixes = [0], []

@@ -75,6 +75,7 @@ class Storage:
                 f"{_WHERE}: head dims {dims} with int4 pages; want even ones, two codes per byte"
             )
         layers, pages, size, heads = shape
+        self.heads = heads
         self.kv_layout = kv_layout
         inner = (size, heads) if kv_layout == "NHD" else (heads, size)
 
@@ -125,29 +126,59 @@ class Storage:
             t[:, b] = t[:, a]
 
     def move_slots(self, moves: Tensor) -> None:
-        """moves [n, 4] int64: page and slot from, page and slot to; all read before any write.
+        """moves [n, 5] int64: page and slot from, page and slot to, and the lane.
+
+        That is layer * Hk + head, or -1, in all moves, for all lanes. All are read before any is
+        written.
 
         Bounds of a page that receives tokens become those of all pages they come from: true, if
         wider than need be.
         """
-        a, i, b, j = moves.unbind(1)
+        a, i, b, j, lane = moves.unbind(1)
+        if moves.numel() == 0:
+            return
+        source: Any = (slice(None), a, i)
+        target: Any = (slice(None), b, j)
+        if int(lane[0]) >= 0:
+            layer, head = lane // self.heads, lane % self.heads
+            source, target = (layer, a, i, head), (layer, b, j, head)
         slots = [t.view(torch.uint8) if t.dtype is torch.float8_e4m3fn else t
                  for t in (self._k, self._v)]  # fmt: skip
         if self.kv_layout == "HND":
             slots = [t.transpose(2, 3) for t in slots]
         for t in (*slots, *self._scales, *self._zeros):
-            t[:, b, j] = t[:, a, i]
-        for t, name in zip(self._bounds, ("amin", "amax"), strict=False):
-            pages, where = torch.unique(b, return_inverse=True)
-            stays = moves.new_zeros(pages.shape).index_fill(0, where[(a != b) & (j == 0)], 1) == 0
-            fold = t.new_full((t.shape[0], pages.numel(), *t.shape[2:]), float("inf"))
-            fold = fold if name == "amin" else -fold
-            fold[:, stays] = t[:, pages[stays]]
-            index = where.view(1, -1, 1, 1).expand(t.shape[0], -1, *t.shape[2:])
-            t[:, pages] = fold.scatter_reduce(1, index, t[:, a], name)
+            t[target] = t[source]
+        if self._bounds:
+            self._move_bounds(a, b, j, lane)
+
+    def _move_bounds(self, a: Tensor, b: Tensor, j: Tensor, lane: Tensor) -> None:
+        """Bounds after `move_slots`; a page whose first slot comes from another keeps nothing."""
+        count, heads = self._k.shape[1], self.heads
+        keys, where = torch.unique(lane * count + b, return_inverse=True)
+        stays = torch.ones_like(keys, dtype=torch.bool)
+        stays[where[(a != b) & (j == 0)]] = False
+        pages, owner = keys % count, keys.div(count, rounding_mode="floor")
+        at: Any
+        for t, name in zip(self._bounds, ("amin", "amax"), strict=True):
+            if int(lane[0]) < 0:  # as [P, L, Hk, D]: all lanes of a page are one row
+                rows = t.transpose(0, 1)
+                at, source = pages, rows[a]
+            else:  # as [L, Hk, P, D]
+                rows = t.transpose(1, 2)
+                at = (owner // heads, owner % heads, pages)
+                source = rows[lane // heads, lane % heads, a]
+            fold = rows[at]
+            fold[~stays] = float("inf") if name == "amin" else -float("inf")
+            index = where.view(-1, *[1] * (source.dim() - 1)).expand_as(source)
+            rows[at] = fold.scatter_reduce(0, index, source, name)
 
     def write_ranges(self, n: int, x: tuple[Tensor, Tensor], page: Tensor, slot: Tensor) -> None:
-        """Scales (and zeros) of new tokens, before they are written; x is k and v [T, Hk, D]."""
+        """Scales (and zeros) of new tokens, before they are written; x is k and v [T, Hk, D], page
+        and slot are [T], or [T, Hk] where heads have lengths of their own.
+        """
+        where: Any = (n, page, slot)
+        if page.dim() == 2:
+            where = (*where, torch.arange(self.heads, device=page.device))
         for which, values in enumerate(x):
             wide = values.float().nan_to_num(0.0, 0.0, 0.0)  # as the codes treat NaN; inf clamps
             if self._zeros:
@@ -156,9 +187,9 @@ class Storage:
             else:
                 scale = wide.abs().amax(-1) / 127
             scale = torch.where(scale > 0, scale, 1.0)
-            self._scales[which][n, page, slot] = scale
+            self._scales[which][where] = scale
             if self._zeros:
-                self._zeros[which][n, page, slot] = (-low / scale).round()
+                self._zeros[which][where] = (-low / scale).round()
 
     def poison(self, pages: list[int] | None) -> None:
         """Make these pages (None: all) unreadable: NaN in the values or in their scales."""

@@ -62,6 +62,7 @@ _PAGES_ONLY = {
     "int8 pages": "kv_int8",
     "int4 pages": "kv_int4",
     "lengths per KV head": "lengths_per_head",
+    "split plans": "split_plan",
     "page bounds": "page_bounds",
 }
 _FEATURES = _FOUNDATION | _MODS | _PAGES_ONLY

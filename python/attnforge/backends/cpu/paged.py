@@ -45,7 +45,8 @@ def fwd(q: Tensor, cache: PagedCache, p: PagedParams, out: Tensor, lse: Tensor) 
     """Launcher of ``paged_fwd``."""
     _native_op("paged_fwd")(
         *(_unit(q), *cache[:2], *_pool(cache)),
-        *(*map(_plain, p[:4]), out, lse, p.max_seqlen_q, _longest(cache), *p[5:]),
+        *(*map(_plain, p[:4]), out, lse, p.max_seqlen_q, _longest(cache), *p[5:10]),
+        *map(_plain, p[10:]),
     )
 
 
@@ -118,7 +119,7 @@ _COMMON = (
 )
 _CODES = ("kv_fp8", "kv_int8", "kv_int4", "lengths_per_head", "varlen")
 _FWD = Features(
-    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask"),
+    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask", "split_plan"),
 )
 
 
