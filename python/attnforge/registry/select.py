@@ -182,8 +182,8 @@ def launcher(
     found = _MEMO.get(key)
     if found is None:
         request = describe(op, metadata)
-        if tuned.activate(op, request):
-            return launcher(op, metadata, describe, backend, *call)
+        if tuned.activate(op, request):  # the first results: from now on sizes are looked at
+            key = (*key, tuned.call_key(op, call), torch.get_num_threads())
         if op in tuned.active:
             request = replace(request, sizes=tuned.call_sizes(op, call))
         # The operator gets one string; that it equals the override says where it came from.

@@ -23,6 +23,7 @@ __all__ = [
     "activate",
     "active",
     "bucket",
+    "bucket_alone",
     "call_key",
     "call_sizes",
     "find",
@@ -45,12 +46,18 @@ class Sized(NamedTuple):
         it is named, not imported: it stands with the proof (``testing``), above this floor.
     problems: ``"module:function"``; the requests of an operator that are tuned if nobody names
         any.
+    alone: the sizes of a call that each of its sequences has alone too, where the last bits may
+        depend on them, such as ``("heads",)``.
+    layouts: features that say how sequences lie in a call, such as packed ones, and nothing of
+        what is computed for each.
     """
 
     names: tuple[str, ...]
     read: Callable[..., Sizes]
     workload: str
     problems: str
+    alone: tuple[str, ...] = ()
+    layouts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -151,14 +158,22 @@ def bucket(sizes: Mapping[str, int]) -> dict[str, int]:
     return {**found, "pairs": _round_up(pairs)}
 
 
+def bucket_alone(op: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that every call with the same sequence has, rounded up to powers of two."""
+    how = _SIZED.get(op)
+    names = how.alone if how is not None else ()
+    return {name: _round_up(size) for name, size in sizes.items() if name in names}
+
+
 def _round_up(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
 def call_key(op: str, call: tuple[Any, ...]) -> Sizes:
-    """The bucket of a call as part of a memo key."""
+    """The buckets of a call as part of a memo key."""
     how = _SIZED[op]
-    return tuple(bucket(dict(zip(how.names, how.read(*call), strict=True))).values())
+    sizes = dict(zip(how.names, how.read(*call), strict=True))
+    return (*bucket(sizes).values(), *bucket_alone(op, sizes).values())
 
 
 def call_sizes(op: str, call: tuple[Any, ...]) -> tuple[tuple[str, int], ...]:
