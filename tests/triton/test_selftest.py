@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from attnforge import _settings
-from attnforge.backends.triton import _selftest, _selftest_flash, cope, flash, reductions
+from attnforge.backends import _selftest as shared
+from attnforge.backends import _selftest_flash
+from attnforge.backends.triton import _selftest, cope, flash, reductions
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import Decision, decide
 
@@ -47,10 +49,10 @@ def test_right_kernels_pass_with_features(kind: str, group: str) -> None:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests for sm_90 are of this machine's GPU, whose problems run here."""
-    check = _selftest.check
-    monkeypatch.setattr(_selftest, "_on_gpu", lambda request: request.arch == "sm_90")
-    monkeypatch.setattr(_selftest, "_VERDICTS", {})
-    monkeypatch.setattr(_selftest, "check", lambda *what: check(*what[:3], CPU))
+    check = shared.check
+    monkeypatch.setattr(_selftest.TRITON, "ready", lambda request: request.arch == "sm_90")
+    monkeypatch.setattr(shared, "_VERDICTS", {})
+    monkeypatch.setattr(shared, "check", lambda *what: check(*what[:4], CPU, what[5]))
 
 
 def choose(op: str, backend: str | None = None, features: tuple[str, ...] = ()) -> Decision:
