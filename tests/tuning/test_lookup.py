@@ -167,6 +167,34 @@ def test_calls_look_at_sizes_only_once_there_are_results(toy: Any, add: Add) -> 
     assert launch(toy, 128) == "good"
 
 
+def test_a_call_that_shows_no_sizes_gets_the_default(toy: Any, add: Add) -> None:
+    put(add("good"), toy.request(100), "good")
+    assert launch(toy, 100) == "good"
+    x = torch.ones(1, 8)
+    describe = lambda op, metadata: replace(toy.request(), sizes=())  # noqa: E731
+    launcher("toy_scan", ("meta",), describe, None)(x, x.clone())
+    assert toy.ran[-1] == "plain"
+
+
+def test_a_kernel_that_cannot_run_is_not_asked_for_its_environment(toy: Any, add: Add) -> None:
+    """Its library may be what is missing, and what would have to tell."""
+    here = [True]
+
+    def isa() -> dict[str, str]:
+        if not here[0]:
+            raise RuntimeError("no library")
+        return {"isa": "wide"}
+
+    space = toy.space("good", environment=isa)
+    spec = add(space=space, requires=(lambda request: None if here[0] else "no library",))
+    other = add("slow", id="other.scan", score=-5.0)
+    put(spec, toy.request(100), "good")
+    assert decide(toy.request(100), None).chosen is spec
+    here[0] = False
+    tuned.refresh()
+    assert decide(toy.request(100), None).chosen is other
+
+
 def test_the_call_that_finds_the_first_results_is_traced_once(
     toy: Any, add: Add, tmp_path: Path
 ) -> None:

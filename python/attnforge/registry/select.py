@@ -142,9 +142,10 @@ def decide(request: Request, backend: str | None, outer: bool = False) -> Decisi
 def _preferred(specs: tuple[KernelSpec, ...], request: Request) -> KernelSpec | None:
     """The kernel that a tuning run measured to beat the one with the best score, if it serves."""
     for spec in specs:
-        found = tuned.find(spec, request)
-        if found is not None and found.preferred and not spec.reasons(request):
-            return spec
+        if not spec.reasons(request):  # results need what the kernel needs, such as its library
+            found = tuned.find(spec, request)
+            if found is not None and found.preferred:
+                return spec
     return None
 
 

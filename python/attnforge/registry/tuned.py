@@ -170,7 +170,9 @@ def _round_up(size: int) -> int:
 
 
 def call_key(op: str, call: tuple[Any, ...]) -> Sizes:
-    """The buckets of a call as part of a memo key."""
+    """The buckets of a call as part of a memo key; () for a call that shows no sizes."""
+    if not call:
+        return ()
     how = _SIZED[op]
     sizes = dict(zip(how.names, how.read(*call), strict=True))
     return (*bucket(sizes).values(), *bucket_alone(op, sizes).values())
