@@ -1,7 +1,12 @@
-"""The self-test at first use: right kernels pass it, wrong ones are routed around, by features."""
+"""The self-test at first use: right kernels pass it, wrong ones are routed around, by features.
+
+What is wrong in a test is a reference launcher in the kernel's place: right but for one thing, and
+without the interpreter's minutes.
+"""
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -65,6 +70,12 @@ def why(decision: Decision, kernel: str) -> str:
     return {spec.id: " ".join(reasons) for spec, reasons in decision.rejected}[kernel]
 
 
+def right(kernel: str) -> Any:
+    """The launcher of the reference for ``family.kind``."""
+    family, kind = kernel.split(".")
+    return getattr(importlib.import_module(f"attnforge.backends.reference.{family}"), kind)
+
+
 def wrong(launch: Any, place: int, *args: Any, **options: Any) -> None:
     """A launcher one of whose results, the first of a tuple, is off by a factor."""
     launch(*args, **options)
@@ -81,7 +92,7 @@ def silent(*_: Any) -> None:
 
 
 @pytest.mark.parametrize(("launch", "text"), [
-    (partial(wrong, flash.fwd, 4), "off by 0."), (silent, "off by inf"),
+    (partial(wrong, right("flash.fwd"), 4), "off by 0."), (silent, "off by inf"),
     (crash, "RuntimeError: PassManager::run failed"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("on_gpu")
@@ -123,7 +134,7 @@ def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -
     family, kind = kernel.split(".")
     module = {"cope": cope, "flash": flash, "reductions": reductions}[family]
     op, place = PLACES[kernel]
-    monkeypatch.setattr(module, kind, partial(wrong, getattr(module, kind), place))
+    monkeypatch.setattr(module, kind, partial(wrong, right(kernel), place))
     with pytest.warns(RuntimeWarning, match=rf"triton\.{kernel} is not used"):
         decision = choose(op)
     assert decision.chosen is not None
@@ -134,12 +145,13 @@ def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -
 @pytest.mark.usefixtures("on_gpu")
 def test_a_failing_feature_takes_its_own_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A softcap is forgotten: calls with it or what is tested beside it go to the reference."""
-    right = flash.fwd
+    forward = right("flash.fwd")
 
     def forgets(q: Any, k: Any, v: Any, p: Any, *rest: Any) -> None:
-        right(q, k, v, p._replace(softcap=0.0), *rest)
+        forward(q, k, v, p._replace(softcap=0.0), *rest)
 
     monkeypatch.setattr(flash, "fwd", forgets)
+    monkeypatch.setattr(flash, "bwd", right("flash.bwd"))
     plain = choose("flash_fwd", features=("window_left", "sinks", "sigmoid"))
     assert plain.chosen is not None
     assert plain.chosen.id == "triton.flash.fwd"
