@@ -49,6 +49,16 @@ def test_a_row_serves_every_call_with_the_same_sequence(toy: Any, add: Add, ship
     assert mode(replace(sized(toy, 1, 4, 100), dims=(("head_dim", 16),))) == "plain"
 
 
+def test_a_row_without_sizes_costs_calls_no_look_at_them(toy: Any, add: Add, ship: Ship) -> None:
+    how = tuned.operator("toy_scan")
+    assert how is not None
+    tuned.sized("toy_scan", how._replace(alone=()))
+    ship(add("good"), toy.request(), {"mode": "good"})
+    assert mode(replace(toy.request(), sizes=())) == "good"
+    assert mode(sized(toy, 3, 100, 7, "packed")) == "good"
+    assert "toy_scan" not in tuned.active
+
+
 @pytest.mark.parametrize(
     "bucket",
     [{"rows": 128, "pairs": 4}, {"heads": 4, "rows": 128}, {"heads": 4, "batch": 1}, {}],

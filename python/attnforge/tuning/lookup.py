@@ -50,8 +50,12 @@ class Tables:
         self._rows = {}
 
     def has(self, op: str, request: Request) -> bool:
-        """Whether there is any well-formed result for ``op`` on the request's device."""
-        return bool(self._read(op, request))
+        """Whether results for ``op`` on the request's device depend on sizes.
+
+        Those of the package do where they name heads: other calls go on without a look at sizes.
+        """
+        rows = self._read(op, request)
+        return any(row.entry.problem.bucket or not row.shipped for row in rows)
 
     def find(self, spec: KernelSpec, request: Request) -> Found | None:
         """The result for ``spec`` that is closest to the request's bucket."""
@@ -128,7 +132,7 @@ def _usable(
         if row.shipped:
             if entry.problem == alone:
                 yield (math.inf, ""), row
-        elif entry.problem.same_but_sizes(problem):
+        elif request.sizes and entry.problem.same_but_sizes(problem):
             distances = [
                 abs(math.log2(max(size, 1) / max(entry.problem.bucket[name], 1)))
                 for name, size in problem.bucket.items()
