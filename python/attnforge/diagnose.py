@@ -14,6 +14,7 @@ from attnforge import _native, _settings
 from attnforge._version import __version__
 from attnforge.registry import list_kernels
 from attnforge.registry.predicates import Available
+from attnforge.tuning.lookup import shipped
 
 __all__ = ["examine"]
 
@@ -77,12 +78,21 @@ def _backend_report() -> dict[str, Any]:
     return report
 
 
+def _tuning_report() -> list[dict[str, Any]]:
+    """Results of tuning that come with the package for this machine, and which are not used."""
+    return [
+        {"kernel": row.spec, "config": dict(row.config), "not_used": why or None}
+        for row, why in shipped()
+    ]
+
+
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as plain data; ``problems`` is empty on a healthy install."""
     native = _native_report()
     kernels, kernel_error = _attempt(_backend_report)
+    tuning, tuning_error = _attempt(_tuning_report) if native["loaded"] else ([], None)
     cuda = torch.cuda.is_available()
-    problems = [text for text in (native["reason"], kernel_error) if text]
+    problems = [text for text in (native["reason"], kernel_error, tuning_error) if text]
     return {
         "attnforge": __version__,
         "python": platform.python_version(),
@@ -106,5 +116,6 @@ def examine() -> dict[str, Any]:
         "host": _host_report(),
         "triton": _triton_report(),
         "backends": kernels or {},
+        "tuning": tuning or [],
         "problems": problems,
     }

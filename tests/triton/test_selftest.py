@@ -1,7 +1,12 @@
-"""The self-test at first use: right kernels pass it, wrong ones are routed around, by features."""
+"""The self-test at first use: right kernels pass it, wrong ones are routed around, by features.
+
+What is wrong in a test is a reference launcher in the kernel's place: right but for one thing, and
+without the interpreter's minutes.
+"""
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 from typing import Any
 
@@ -9,10 +14,11 @@ import pytest
 import torch
 
 from attnforge import _settings
+from attnforge.backends import _selftest as shared
+from attnforge.backends import _selftest_flash
 from attnforge.backends.triton import (
     _selftest,
     _selftest_block_sparse,
-    _selftest_flash,
     block_sparse,
     cope,
     flash,
@@ -61,10 +67,10 @@ def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) ->
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests for sm_90 are of this machine's GPU, whose problems run here."""
-    check = _selftest.check
-    monkeypatch.setattr(_selftest, "_on_gpu", lambda request: request.arch == "sm_90")
-    monkeypatch.setattr(_selftest, "_VERDICTS", {})
-    monkeypatch.setattr(_selftest, "check", lambda *what: check(*what[:3], CPU))
+    check = shared.check
+    monkeypatch.setattr(_selftest.TRITON, "ready", lambda request: request.arch == "sm_90")
+    monkeypatch.setattr(shared, "_VERDICTS", {})
+    monkeypatch.setattr(shared, "check", lambda *what: check(*what[:4], CPU, what[5]))
 
 
 def choose(op: str, backend: str | None = None, features: tuple[str, ...] = ()) -> Decision:
@@ -75,6 +81,12 @@ def choose(op: str, backend: str | None = None, features: tuple[str, ...] = ()) 
 
 def why(decision: Decision, kernel: str) -> str:
     return {spec.id: " ".join(reasons) for spec, reasons in decision.rejected}[kernel]
+
+
+def right(kernel: str) -> Any:
+    """The launcher of the reference for ``family.kind``."""
+    family, kind = kernel.split(".")
+    return getattr(importlib.import_module(f"attnforge.backends.reference.{family}"), kind)
 
 
 def wrong(launch: Any, place: int, *args: Any, **options: Any) -> None:
@@ -93,7 +105,7 @@ def silent(*_: Any) -> None:
 
 
 @pytest.mark.parametrize(("launch", "text"), [
-    (partial(wrong, flash.fwd, 4), "off by 0."), (silent, "off by inf"),
+    (partial(wrong, right("flash.fwd"), 4), "off by 0."), (silent, "off by inf"),
     (crash, "RuntimeError: PassManager::run failed"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("on_gpu")
@@ -143,7 +155,7 @@ def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -
     family, kind = kernel.split(".")
     module = MODULES[family]
     op, place = PLACES[kernel]
-    monkeypatch.setattr(module, kind, partial(wrong, getattr(module, kind), place))
+    monkeypatch.setattr(module, kind, partial(wrong, right(kernel), place))
     with pytest.warns(RuntimeWarning, match=rf"triton\.{kernel} is not used"):
         decision = choose(op)
     assert decision.chosen is not None
@@ -154,12 +166,13 @@ def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -
 @pytest.mark.usefixtures("on_gpu")
 def test_a_failing_feature_takes_its_own_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A softcap is forgotten: calls with it or what is tested beside it go to the reference."""
-    right = flash.fwd
+    forward = right("flash.fwd")
 
     def forgets(q: Any, k: Any, v: Any, p: Any, *rest: Any) -> None:
-        right(q, k, v, p._replace(softcap=0.0), *rest)
+        forward(q, k, v, p._replace(softcap=0.0), *rest)
 
     monkeypatch.setattr(flash, "fwd", forgets)
+    monkeypatch.setattr(flash, "bwd", right("flash.bwd"))
     plain = choose("flash_fwd", features=("window_left", "sinks", "sigmoid"))
     assert plain.chosen is not None
     assert plain.chosen.id == "triton.flash.fwd"

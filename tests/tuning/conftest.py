@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 from attnforge.registry import Config, KernelSpec, Request, SearchSpace, register, tuned, unregister
 from attnforge.registry.predicates import Device
 from attnforge.tuning import measure, store
+from attnforge.tuning.device import device_name, shipped_environment
+from attnforge.tuning.entry import Entry, Problem
 
 OP = "toy_scan"
 
@@ -113,7 +116,10 @@ def toy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     monkeypatch.setitem(sys.modules, "toy_tuning", module)
     monkeypatch.setattr(tuned, "_SIZED", dict(tuned._SIZED))
     names = ("batch", "heads", "rows")
-    how = tuned.Sized(names, lambda *sizes: sizes, "toy_tuning:workload", "toy_tuning:problems")
+    how = tuned.Sized(
+        names, lambda *sizes: sizes, "toy_tuning:workload", "toy_tuning:problems",
+        alone=("heads",), layouts=frozenset({"packed"}),
+    )  # fmt: skip
     tuned.sized(OP, how)
     yield made
     from attnforge.registry.spec import list_kernels
@@ -126,3 +132,32 @@ def toy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
 def add(toy: Toy) -> Callable[..., KernelSpec]:
     """Register a toy kernel with these modes beside ``plain``."""
     return lambda *modes, **options: register(toy.spec(*modes, **options))
+
+
+@pytest.fixture
+def tables(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory in the place of the package's tables."""
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    monkeypatch.setattr(store, "tables_directory", lambda: folder)
+    tuned.refresh()
+    return folder
+
+
+@pytest.fixture
+def ship(tables: Path) -> Callable[..., Entry]:
+    """Write a row of the package for every call with the sequences of a request."""
+
+    def write(spec: KernelSpec, request: Request, config: Any, **changes: Any) -> Entry:
+        measured = {"date": "2026-01-31", "gain": 1.12}
+        problem, holds_for = Problem.alone(request), shipped_environment(spec)
+        row = replace(Entry(spec.id, problem, holds_for, config, {}, measured), **changes)
+        device = device_name(request)
+        assert device is not None
+        path = store.file_of(tables, request.op, device)
+        old = json.loads(path.read_text())["entries"] if path.exists() else {}
+        path.write_text(json.dumps({"entries": {**old, row.key: row.to_json()}}))
+        tuned.refresh()
+        return row
+
+    return write

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import attnforge
-from attnforge.registry import KernelSpec, Request, list_kernels, tuned
-from attnforge.tuning import confirm, runner, store
-from attnforge.tuning.lookup import Tables
+from attnforge.registry import KernelSpec, Request, list_kernels
+from attnforge.tuning import confirm, runner
 from attnforge.tuning.measure import Gain
 from attnforge.tuning.race import REPEATS
 
 Add = Callable[..., KernelSpec]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def gain(low: float, repeats: int = REPEATS) -> Gain:
@@ -84,39 +78,3 @@ def test_a_kernel_that_only_this_process_knows_is_refused(cpu: str) -> None:
     mine, default = replace(spec, id="my.own"), spec.space.config(spec.space.default(request))
     with pytest.raises(RuntimeError, match=r"my\.own cannot be confirmed .*no kernel my\.own"):
         confirm.elsewhere(mine, default, request, time.monotonic() + 1.0)
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("tuning_tables", ROOT / "tools/tuning_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_table_of_the_package_holds_winners_alone(
-    toy: Any, add: Add, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Written from a run, removed by one that nobody won, and found by calls."""
-    tool, tables = load_tool(), tmp_path / "tables"
-    add("good")
-    monkeypatch.setattr(sys, "argv", ["tuning_tables.py", "toy", "--budget", "1e9"])
-    monkeypatch.setattr(store, "tables_directory", lambda: tables)
-    monkeypatch.setattr(runner, "elsewhere", lambda *_: gain(1.2))
-    monkeypatch.setattr(runner, "_requests", lambda *_: [toy.request(100), toy.request(1000)])
-    toy.costs = {"good": 0.7e-3}
-    tool.main()
-    (table,) = tables.iterdir()
-    entries = json.loads(table.read_text())["entries"]
-    assert [entry["config"]["mode"] for entry in entries.values()] == ["good", "good"]
-    monkeypatch.setenv("ATTNFORGE_CACHE_DIR", str(tmp_path / "empty"))
-    tuned.refresh()
-    spec = next(s for s in list_kernels("toy_scan") if s.id == "toy.scan")
-    found = Tables().find(spec, toy.request(100))
-    assert found is not None
-    assert found.config["mode"] == "good"
-    assert found.origin.startswith("shipped table")
-    monkeypatch.setattr(runner, "elsewhere", lambda *_: gain(0.9))
-    tool.main()
-    assert not list(tables.iterdir())

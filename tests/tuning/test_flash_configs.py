@@ -87,6 +87,20 @@ def test_a_config_gives_the_same_bits_for_any_number_of_threads(op: str) -> None
             assert all(same_bits(got[name], want[name]) for name in want), (config, threads)
 
 
+def test_waves_change_no_bit(level: Target) -> None:
+    """How many heads are packed at a time; a byte is one head, as far as threads allow."""
+    del level
+    for features in PROBLEMS.values():
+        asked = request("flash_fwd", features, torch.float32, batch=3, heads=8, window=70)
+        spec, work = cpu_spec("flash_fwd"), workload(asked)
+        assert spec.space is not None
+        default = spec.space.default(asked)
+        want = answer(work, spec, default)
+        for value in (1, 1 << 20, 32 << 20):
+            got = answer(work, spec, spec.space.config({**default, "wave_bytes": value}))
+            assert all(same_bits(got[name], want[name]) for name in want), (features, value)
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("value", [1, 7, 13, 1 << 39])
 def test_no_tile_size_is_unsafe(cpu: str, op: str, value: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import attnforge
+from attnforge import tuning
 from attnforge.registry import KernelSpec, Request, tuned
 from attnforge.registry.select import Decision, decide, launcher
 from attnforge.tuning import lookup, store
@@ -35,13 +35,6 @@ def made(spec: KernelSpec, request: Request, mode: str, **changes: Any) -> Entry
     measured = {"date": "2026-01-31", "gain": 1.12}
     entry = Entry(spec.id, Problem.of(request), environment(spec), {"mode": mode}, {}, measured)
     return replace(entry, **changes)
-
-
-def ship(folder: Path, entry: Entry, request: Request) -> None:
-    device = device_name(request)
-    assert device is not None
-    data = {"entries": {entry.key: entry.to_json()}}
-    store.file_of(folder, request.op, device).write_text(json.dumps(data))
 
 
 def mode(request: Request) -> str:
@@ -79,19 +72,19 @@ def test_a_result_serves_its_bucket(toy: Any, add: Add) -> None:
     assert mode(replace(toy.request(), sizes=())) == "plain"  # nobody said how large
 
 
-def test_order(toy: Any, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """User cache, shipped table, nearest bucket, default."""
-    monkeypatch.setattr(store, "tables_directory", lambda: tmp_path)
+def test_order(toy: Any, add: Add, ship: Any) -> None:
+    """User cache, its nearest bucket, shipped table, default."""
     spec = add("near", "shipped", "mine")
     assert mode(toy.request(100)) == "plain"
+    ship(spec, toy.request(), {"mode": "shipped"})
+    assert mode(toy.request(100)) == "shipped"
+    said = decide(toy.request(100), None).config_source
+    assert said == "tuned: shipped table, bucket heads=4, 2026-01-31, x1.12 over default"
     put(spec, toy.request(250), "near")
     assert mode(toy.request(100)) == "near"
-    ship(tmp_path, made(spec, toy.request(100), "shipped"), toy.request())
-    tuned.refresh()
-    assert mode(toy.request(100)) == "shipped"
-    assert decide(toy.request(100), None).config_source.startswith("tuned: shipped table, bucket")
     put(spec, toy.request(100), "mine")
     assert mode(toy.request(100)) == "mine"
+    assert mode(toy.request(10_000)) == "shipped"
 
 
 def test_nearest_bucket(toy: Any, add: Add) -> None:
@@ -108,10 +101,8 @@ def test_nearest_bucket(toy: Any, add: Add) -> None:
     assert "nearest bucket rows=128" in decide(toy.request(256), None).config_source
 
 
-def test_environment_must_be_the_same(
-    toy: Any, add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Source, versions and the kernel's own keys; a shipped table does not ask for versions."""
+def test_environment_must_be_the_same(toy: Any, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Source, versions and the kernel's own keys."""
     state = {"digest": "one", "threads": 2}
     space = toy.space("good", source=lambda: str(state["digest"]),
                       environment=lambda: {"threads": state["threads"]})  # fmt: skip
@@ -131,12 +122,6 @@ def test_environment_must_be_the_same(
     assert lookup.foreign(replace(other, environment=then), environment(spec)) == {
         "torch": "2.10, now 9.9"
     }
-    monkeypatch.setattr(store, "tables_directory", lambda: tmp_path)
-    ship(tmp_path, replace(other, environment=then), toy.request())
-    tuned.refresh()
-    assert mode(toy.request()) == "good"
-    state["digest"] = "two"
-    assert mode(toy.request()) == "plain"
 
 
 def test_source_of_the_launcher_counts_without_a_digest_of_its_own(toy: Any, add: Add) -> None:
@@ -180,6 +165,44 @@ def test_calls_look_at_sizes_only_once_there_are_results(toy: Any, add: Add) -> 
     assert "toy_scan" in tuned.active
     assert launch(toy, 100_000) == "plain"
     assert launch(toy, 128) == "good"
+
+
+def test_a_call_that_shows_no_sizes_gets_the_default(toy: Any, add: Add) -> None:
+    put(add("good"), toy.request(100), "good")
+    assert launch(toy, 100) == "good"
+    x = torch.ones(1, 8)
+    describe = lambda op, metadata: replace(toy.request(), sizes=())  # noqa: E731
+    launcher("toy_scan", ("meta",), describe, None)(x, x.clone())
+    assert toy.ran[-1] == "plain"
+
+
+def test_a_kernel_that_cannot_run_is_not_asked_for_its_environment(toy: Any, add: Add) -> None:
+    """Its library may be what is missing, and what would have to tell."""
+    here = [True]
+
+    def isa() -> dict[str, str]:
+        if not here[0]:
+            raise RuntimeError("no library")
+        return {"isa": "wide"}
+
+    space = toy.space("good", environment=isa)
+    spec = add(space=space, requires=(lambda request: None if here[0] else "no library",))
+    other = add("slow", id="other.scan", score=-5.0)
+    put(spec, toy.request(100), "good")
+    assert decide(toy.request(100), None).chosen is spec
+    here[0] = False
+    tuned.refresh()
+    assert decide(toy.request(100), None).chosen is other
+
+
+def test_the_call_that_finds_the_first_results_is_traced_once(
+    toy: Any, add: Add, tmp_path: Path
+) -> None:
+    put(add("good"), toy.request(100), "good")
+    with attnforge.trace_shapes(tmp_path / "trace"):
+        assert launch(toy, 100) == "good"
+    ((_, count),) = tuning.read_trace(tmp_path / "trace")
+    assert count == 1
 
 
 def test_an_untuned_call_reads_no_sizes_and_no_file(

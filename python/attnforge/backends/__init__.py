@@ -18,6 +18,8 @@ def discover() -> list[KernelSpec]:
     """The specs of every family module of every backend package, found by the file system."""
     found: list[KernelSpec] = []
     for backend in pkgutil.iter_modules(__path__):
+        if not backend.ispkg:  # what backends share
+            continue
         package = importlib.import_module(f"{__name__}.{backend.name}")
         for family in pkgutil.iter_modules(package.__path__):
             if not family.name.startswith("_"):

@@ -34,9 +34,18 @@ def _lines(report: dict[str, Any]) -> list[str]:
     for name, entry in report["backends"].items():
         state = "ok" if entry["available"] else f"not available: {entry['reason']}"
         lines.append(f"backend   {name:10} {len(entry['kernels'])} kernels  {state}")
+    lines += [_tuning_line(report["tuning"])] if report["tuning"] else []
     lines += [f"problem   {text}" for text in report["problems"]]
     lines.append("healthy" if not report["problems"] else f"{len(report['problems'])} problem(s)")
     return lines
+
+
+def _tuning_line(rows: list[dict[str, Any]]) -> str:
+    """How many results of the package are for this machine, and why some are not used."""
+    idle = sorted({f"{row['kernel']}: {row['not_used']}" for row in rows if row["not_used"]})
+    used = sum(not row["not_used"] for row in rows)
+    text = f"tuning    {used} of {len(rows)} results that come with the package are in use"
+    return f"{text} (not: {'; '.join(idle)})" if idle else text
 
 
 def register(app: typer.Typer) -> None:

@@ -104,6 +104,9 @@ for _op in ("flash_fwd", "flash_bwd", "flash_decode"):
             sizes,
             workload="attnforge.testing.tune_flash:workload",
             problems="attnforge.testing.tune_flash:problems",
+            # The backward cuts keys into chunks by the number of heads; the order of dQ follows.
+            alone=("heads",) if _op == "flash_bwd" else (),
+            layouts=frozenset({"varlen", "seqused_k"}),
         ),
     )
 

@@ -142,9 +142,10 @@ def decide(request: Request, backend: str | None, outer: bool = False) -> Decisi
 def _preferred(specs: tuple[KernelSpec, ...], request: Request) -> KernelSpec | None:
     """The kernel that a tuning run measured to beat the one with the best score, if it serves."""
     for spec in specs:
-        found = tuned.find(spec, request)
-        if found is not None and found.preferred and not spec.reasons(request):
-            return spec
+        if not spec.reasons(request):  # results need what the kernel needs, such as its library
+            found = tuned.find(spec, request)
+            if found is not None and found.preferred:
+                return spec
     return None
 
 
@@ -182,8 +183,8 @@ def launcher(
     found = _MEMO.get(key)
     if found is None:
         request = describe(op, metadata)
-        if tuned.activate(op, request):
-            return launcher(op, metadata, describe, backend, *call)
+        if tuned.activate(op, request):  # the first results: from now on sizes are looked at
+            key = (*key, tuned.call_key(op, call), torch.get_num_threads())
         if op in tuned.active:
             request = replace(request, sizes=tuned.call_sizes(op, call))
         # The operator gets one string; that it equals the override says where it came from.

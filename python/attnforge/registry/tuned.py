@@ -23,6 +23,7 @@ __all__ = [
     "activate",
     "active",
     "bucket",
+    "bucket_alone",
     "call_key",
     "call_sizes",
     "find",
@@ -45,12 +46,18 @@ class Sized(NamedTuple):
         it is named, not imported: it stands with the proof (``testing``), above this floor.
     problems: ``"module:function"``; the requests of an operator that are tuned if nobody names
         any.
+    alone: the sizes of a call that each of its sequences has alone too, where the last bits may
+        depend on them, such as ``("heads",)``.
+    layouts: features that say how sequences lie in a call, such as packed ones, and nothing of
+        what is computed for each.
     """
 
     names: tuple[str, ...]
     read: Callable[..., Sizes]
     workload: str
     problems: str
+    alone: tuple[str, ...] = ()
+    layouts: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Table(Protocol):
     """Results of tuning runs."""
 
     def has(self, op: str, request: Request) -> bool:
-        """Whether there may be results for this operator on the request's device."""
+        """Whether results for this operator on the request's device may depend on sizes."""
 
     def find(self, spec: KernelSpec, request: Request) -> Found | None:
         """The result for this kernel and the request's sizes."""
@@ -80,6 +87,7 @@ recorder: Callable[[str, tuple[Any, ...], Callable[..., Request], tuple[Any, ...
     None  # set while ``trace_shapes`` is open
 )
 _SIZED: dict[str, Sized] = {}
+_PAIRS = frozenset({"batch", "heads"})
 _table: Table | None = None
 _asked: frozenset[tuple[str, str]] = frozenset()  # (operator, device type) looked up in the table
 
@@ -130,10 +138,8 @@ def activate(op: str, request: Request) -> bool:
 
 
 def find(spec: KernelSpec, request: Request) -> Found | None:
-    """The table's result for this kernel, or None: also for a request without sizes."""
-    if _table is None or not request.sizes:
-        return None
-    return _table.find(spec, request)
+    """The table's result for this kernel, or None."""
+    return None if _table is None else _table.find(spec, request)
 
 
 def bucket(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -144,11 +150,18 @@ def bucket(sizes: Mapping[str, int]) -> dict[str, int]:
     """
     pairs, found = 1, {}
     for name, size in sizes.items():
-        if name in ("batch", "heads"):
+        if name in _PAIRS:
             pairs *= max(size, 1)
         else:
             found[name] = _round_up(size)
     return {**found, "pairs": _round_up(pairs)}
+
+
+def bucket_alone(op: str, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes that every call with the same sequence has, rounded up to powers of two."""
+    how = _SIZED.get(op)
+    names = how.alone if how is not None else ()
+    return {name: _round_up(size) for name, size in sizes.items() if name in names}
 
 
 def _round_up(size: int) -> int:
@@ -156,9 +169,16 @@ def _round_up(size: int) -> int:
 
 
 def call_key(op: str, call: tuple[Any, ...]) -> Sizes:
-    """The bucket of a call as part of a memo key."""
+    """What the buckets of a call follow from, as part of a memo key; () if it shows no sizes."""
+    if not call:
+        return ()
     how = _SIZED[op]
-    return tuple(bucket(dict(zip(how.names, how.read(*call), strict=True))).values())
+    sizes, pairs = how.read(*call), 1
+    for name, size in zip(how.names, sizes, strict=True):
+        if name in _PAIRS:
+            pairs *= max(size, 1)
+    # Exponents of the powers of two, without a mapping: every call comes by here.
+    return tuple([max(size - 1, 0).bit_length() for size in (*sizes, pairs)])
 
 
 def call_sizes(op: str, call: tuple[Any, ...]) -> tuple[tuple[str, int], ...]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import attnforge
+from attnforge.registry import tuned
 from attnforge.testing import cases_mods, oracle
 from attnforge.testing.oracle_mods import GRADS
 
@@ -56,14 +57,22 @@ class Target(NamedTuple):
 
 @contextmanager
 def use_isa(level: str) -> Iterator[str]:
-    """Run a block on one ISA level of the CPU kernels, then go back; "" changes nothing."""
+    """Run a block on one ISA level of the CPU kernels, then go back; "" changes nothing.
+
+    Choices of kernels and configs are made anew: results of tuning hold for one level.
+    """
+    if not level:
+        yield ""
+        return
     select = torch.ops.attnforge_native.cpu_isa
-    before = select("") if level else ""
+    before = select("")
     try:
-        yield select(level) if level else ""
+        chosen = select(level)
+        tuned.refresh()
+        yield chosen
     finally:
-        if level:
-            select(before)
+        select(before)
+        tuned.refresh()
 
 
 def place(x: Tensor, layout: Layout) -> Tensor:

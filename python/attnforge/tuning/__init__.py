@@ -4,7 +4,7 @@
     with attnforge.trace_shapes("shapes.jsonl"): serve()   # what a program really calls
     attnforge.tune("flash", trace="shapes.jsonl")
 
-Look-up at a call, once per bucket of sizes: user cache, shipped table, nearest bucket, default.
+Look-up at a call, once per bucket of sizes: user cache, nearest bucket, shipped table, default.
 """
 
 from attnforge.tuning.lookup import Tables

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import platform
 import re
 from functools import cache
@@ -15,10 +16,17 @@ import torch
 from attnforge.registry.space import Scalar
 from attnforge.registry.spec import KernelSpec, Request
 
-__all__ = ["cpu_model", "device_name", "environment", "source_digest"]
+__all__ = [
+    "cpu_model",
+    "device_name",
+    "environment",
+    "processors",
+    "shipped_environment",
+    "source_digest",
+]
 
 VERSIONS = ("attnforge", "torch")
-"""Keys of the environment that a shipped table does not insist on."""
+"""Keys of the environment that a shipped table does not hold."""
 
 
 def _cpu_field(name: str) -> str:
@@ -82,3 +90,21 @@ def environment(spec: KernelSpec) -> dict[str, Scalar]:
         "source": source_digest(spec),
         **own,
     }
+
+
+def processors() -> int:
+    """Of the machine, whatever of them this process may use."""
+    return os.cpu_count() or 1
+
+
+def shipped_environment(spec: KernelSpec) -> dict[str, Scalar]:
+    """``environment`` of results that come with the package.
+
+    The number of threads in use must not change an answer, so where it counts, the machine's
+    processors stand in its place. Versions do not count: the table stands beside the source it was
+    measured with.
+    """
+    found = {k: v for k, v in environment(spec).items() if k not in VERSIONS}
+    if found.pop("threads", None) is not None:
+        found["processors"] = processors()
+    return found

@@ -39,6 +39,22 @@ class Problem:
             tuned.bucket(dict(request.sizes)),
         )
 
+    @classmethod
+    def alone(cls, request: Request) -> Problem:
+        """What a request has in common with every call that its sequences may stand in.
+
+        No length: of a call only the longest shows. No layout: packed or dense, each sequence is
+        the same.
+        """
+        how = tuned.operator(request.op)
+        layouts = how.layouts if how is not None else frozenset()
+        return cls(
+            dtype_name(request.dtype),
+            dict(request.dims),
+            tuple(sorted(request.features - layouts)),
+            tuned.bucket_alone(request.op, dict(request.sizes)),
+        )
+
     def same_but_sizes(self, other: Problem) -> bool:
         """Whether only the bucket differs, in values and not in names."""
         return (

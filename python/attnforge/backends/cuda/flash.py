@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnforge import _native_cuda
 from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
@@ -152,7 +153,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         op=op,
         backend="cuda",
         launch=f"{__name__}:{kind}",
-        requires=_MERGE if kind == "merge" else _COMMON,
+        requires=(*(_MERGE if kind == "merge" else _COMMON), SelfTest(f"flash.{kind}")),
         # Below Triton's 50: proved under the host emulator, not run on a GPU yet.
         score=40.0,
         notes=notes,

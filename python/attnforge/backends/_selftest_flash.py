@@ -1,4 +1,4 @@
-"""Problems of the self-test of the flash kernels: one per kernel and group of features."""
+"""Problems of the self-tests of flash kernels: one per kernel and group of features."""
 
 from __future__ import annotations
 
@@ -164,5 +164,5 @@ _PROBLEMS = {"fwd": _forward, "bwd": _backward, "decode": _decode, "merge": _mer
 def problem(
     kind: str, group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(results of the launcher ``run``, results of the reference) of ``triton.flash.<kind>``."""
+    """(results of the launcher ``run``, results of the reference) of ``<backend>.flash.<kind>``."""
     return _PROBLEMS[kind](group, run, dtype, device)

@@ -1,0 +1,136 @@
+"""The self-test at first use: right kernels pass it, wrong ones are routed around, by features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from attnforge import _native_cuda
+from attnforge.backends import _selftest as shared
+from attnforge.backends.cuda import flash
+from attnforge.backends.cuda._selftest import CUDA
+from attnforge.registry import Request, list_kernels
+from attnforge.registry.select import Decision, decide
+
+CPU = torch.device("cpu")
+OPS = {"fwd": "flash_fwd", "bwd": "flash_bwd", "decode": "flash_decode", "merge": "merge_states"}
+SOFTCAP = "softcap, ALiBi and used keys"
+
+
+def test_every_kernel_has_one() -> None:
+    kernels = [spec for spec in list_kernels() if spec.backend == "cuda"]
+    assert {spec.op for spec in kernels} >= set(OPS.values())
+    for spec in kernels:
+        (test,) = (need for need in spec.requires if isinstance(need, shared.SelfTest))
+        assert isinstance(spec.launch, str)
+        module, _, name = spec.launch.partition(":")
+        assert (test.backend, test.launcher) == (CUDA, name), spec.id
+        assert module.endswith(f".{test.kernel.partition('.')[0]}")
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(
+    ("kind", "group", "dtype"),
+    [
+        *((kind, "", torch.float16) for kind in OPS),
+        ("fwd", "", torch.float32),
+        ("bwd", SOFTCAP, torch.bfloat16),
+        ("decode", SOFTCAP, torch.float32),
+        ("fwd", "packed sequences", torch.bfloat16),
+        ("bwd", "packed sequences", torch.float16),
+    ],
+)
+def test_right_kernels_pass(kind: str, group: str, dtype: torch.dtype) -> None:
+    assert shared.check(CUDA, f"flash.{kind}", group, dtype, CPU) is None
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests for sm_80 are of this machine's GPU, whose problems run here."""
+    check = shared.check
+    monkeypatch.setattr(_native_cuda, "_state", [None])
+    monkeypatch.setattr(CUDA, "ready", lambda request: request.arch == "sm_80")
+    monkeypatch.setattr(CUDA, "version", lambda: "CUDA 99.1 and a driver for CUDA 99.2")
+    monkeypatch.setattr(shared, "_VERDICTS", {})
+    monkeypatch.setattr(shared, "check", lambda *what: check(*what[:4], CPU, what[5]))
+
+
+def choose(op: str, backend: str | None = "cuda", features: tuple[str, ...] = ()) -> Decision:
+    dims = (("head_dim", 64), ("v_head_dim", 64))
+    return decide(Request(op, "cuda", "sm_80", torch.float16, dims, frozenset(features)), backend)
+
+
+def why(decision: Decision, op: str) -> str:
+    return next(
+        " ".join(r) for spec, r in decision.rejected if (spec.op, spec.backend) == (op, "cuda")
+    )
+
+
+def silent(*_: Any) -> None:
+    """A launcher that writes nothing, into memory that the tests poison."""
+
+
+def crash(*_: Any) -> None:
+    raise RuntimeError("the driver has no code for this GPU")
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize(("launch", "text"), [(silent, "off by inf"), (crash, "has no code")])
+def test_a_failing_kernel_is_routed_around(
+    monkeypatch: pytest.MonkeyPatch, kind: str, launch: Any, text: str
+) -> None:
+    monkeypatch.setattr(flash, kind, launch)
+    with pytest.warns(RuntimeWarning, match=rf"cuda\.flash\.{kind} is not used: its self-test in "):
+        decision = choose(OPS[kind])
+    assert decision.chosen is None
+    assert "failed with CUDA 99.1 and a driver for CUDA 99.2" in why(decision, OPS[kind])
+    assert text in why(decision, OPS[kind])
+    other = choose(OPS[kind], None)  # one test per process: no warning
+    assert other.chosen is not None
+    assert other.chosen.backend != "cuda"
+
+
+@pytest.mark.usefixtures("on_gpu", "twin")
+def test_a_failing_feature_takes_its_own_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softcap is forgotten: calls with it or what is tested beside it go elsewhere."""
+    right = flash.decode
+
+    def forgets(q: Any, k: Any, v: Any, p: Any, *rest: Any) -> None:
+        right(q, k, v, p._replace(softcap=0.0), *rest)
+
+    monkeypatch.setattr(flash, "decode", forgets)
+    plain = choose("flash_decode", features=("window_left", "sinks"))
+    assert plain.chosen is not None
+    assert plain.chosen.id == "cuda.flash.decode.sm80"
+    with pytest.warns(RuntimeWarning, match=f"is not used for calls with {SOFTCAP}"):
+        capped = choose("flash_decode", features=("alibi",))
+    assert capped.chosen is None
+    assert f"of {SOFTCAP} in float16" in why(capped, "flash_decode")
+
+
+def test_nothing_runs_where_there_is_no_such_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Described GPUs, and a library that is missing: no self-test, and no reason of its own."""
+    monkeypatch.setattr(shared, "check", lambda *what: pytest.fail("a self-test ran"))
+    request = Request("flash_fwd", "cuda", "sm_80", torch.float16, (("head_dim", 64),))
+    test = next(n for n in flash.SPECS[0].requires if isinstance(n, shared.SelfTest))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert test(request) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert test(request) is None  # another GPU is described
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(_native_cuda, "_state", ["it is not built"])
+    assert test(request) is None
+    monkeypatch.setattr(_native_cuda, "_state", [None])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert test(request) is None
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(shared, "_VERDICTS", {})
+    monkeypatch.setattr(shared, "check", lambda *what: ran.append(what[1]))
+    assert test(request) is None
+    assert ran == ["flash.fwd"]
