@@ -74,6 +74,7 @@ __device__ void products(float* out) {
   ptx::wgmma_e4m3<kN>(d, a, y, true);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::wgmma_pin(d);
   for (int i = 0; i < kN / 2; ++i) out[128 * i + threadIdx.x] = d[i];
 }
 
