@@ -2,8 +2,9 @@
 
 The emulated twin of the library is built by the first test that needs it (``build/emulated``) and
 registered as the backends ``emulated`` (the sm_80 class) and ``emulated90`` (sm_90a): the
-launchers, specs and requirements of ``cuda`` but for the device. The emulator reports races, reads of memory that nobody wrote and the like as errors of
-the call. ``ATTNFORGE_CUDA=on`` builds of the real library are looked at by ``test_compiled.py``.
+launchers, specs and requirements of ``cuda`` but for the device. The emulator reports races, reads
+of memory that nobody wrote and the like as errors of the call. ``ATTNFORGE_CUDA=on`` builds of the
+real library are looked at by ``test_compiled.py``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""``cuda.flash.*``: the CUDA C++ kernels of ``csrc/cuda/flash``, for every GPU from sm_80 on (``sm80``)
-and for sm_90a alone (``sm90``).
+"""``cuda.flash.*``: the CUDA C++ kernels of ``csrc/cuda/flash``, for every GPU from sm_80 on
+(``sm80``) and for sm_90a alone (``sm90``).
 
 A launcher hands over tensors, scalars and the stream in the order of the native schema; what a
 kernel writes apart from its results is allocated here. Tensors whose rows do not start at
@@ -192,7 +192,7 @@ SPECS = (
     _spec("fwd", "flash_fwd", "mma.sync and cp.async, heads of a group packed in short calls"),
     _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
     _spec("decode", "flash_decode", "rows of a group packed, warps share out keys, fixed splits"),
-    _spec("merge", "merge_states", "a warp per row, parts added in their order", (*_SM80, _LIBRARY)),
+    _spec("merge", "merge_states", "a warp per row, parts added in order", (*_SM80, _LIBRARY)),
     _spec(
         "fwd", "flash_fwd", "TMA and wgmma, persistent, a producer and two consumer warpgroups",
         (*_SM90, *_SHAPES, Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)),
