@@ -33,10 +33,10 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
 }
 
 // Of this thread's own chunks of a tile that has landed for this thread (its wait is done, the
-// barrier that shows the tile to others is not). Only the first `rows` rows say something: the
-// others are nobody's, and whatever they hold becomes finite.
-template <class Team, class Tile>
-AF_DEVICE bool tame(const Tile& tile, int rows = Tile::kRows AF_SITE) {
+// barrier that shows the tile to others is not). Rows where counts(row) is false say nothing:
+// whatever they hold becomes finite.
+template <class Team, class Tile, class Counts>
+AF_DEVICE bool tame(const Tile& tile, const Counts& counts AF_SITE) {
   using S = Share<Team, Tile>;
   bool wild = false;
 #pragma unroll 1
@@ -47,10 +47,14 @@ AF_DEVICE bool tame(const Tile& tile, int rows = Tile::kRows AF_SITE) {
     auto chunk = ptx::load_shared<ptx::U32x4>(address AF_PASS_SITE);
     if (tame_chunk<typename Tile::Element>(chunk)) {
       ptx::store_shared(address, chunk AF_PASS_SITE);
-      wild |= row < rows;
+      wild |= counts(row);
     }
   }
   return wild;
+}
+template <class Team, class Tile>
+AF_DEVICE bool tame(const Tile& tile AF_SITE) {
+  return tame<Team>(tile, [](int) { return true; } AF_PASS_SITE);
 }
 
 // acc[m][d] + what is not finite of one row x [dim] of the other operand, for the rows of acc that

@@ -287,7 +287,7 @@ __global__ void tame_and_multiply(const __grid_constant__ TensorMap map, int row
   using Tile = PanelTile<BFloat16, 64, 64>;
   const Tile tile = {ptx::dynamic_shared_memory()};
   fill_tile(tile, map, tile.base + Tile::kBytes, 0);
-  const bool found = tame<BlockTeam<4>>(tile, rows);
+  const bool found = tame<BlockTeam<4>>(tile, [&](int r) { return r < rows; });
   if (kFence) ptx::fence_proxy_async();
   wild[threadIdx.x] = BlockTeam<4>::any(found, tile.base + Tile::kBytes + 16);
   Accumulators<1, 8> s, o;

@@ -69,6 +69,9 @@ struct Sm90Walk {
   // By all threads of the block, before the roles part.
   AF_DEVICE void start() const {
     if (threadIdx.x == 0) {
+      ptx::prefetch_tensor_map(&maps.q);
+      ptx::prefetch_tensor_map(&maps.k);
+      ptx::prefetch_tensor_map(&maps.v);
       q_stage().init(Team::kWarps);
       k_stages().init(Team::kWarps);
       v_stages().init(Team::kWarps);
@@ -154,7 +157,7 @@ struct Sm90Walk {
 
     Scores s;
     Weights<kBlockN> weights;
-    float kept[1][2];
+    float kept[2];
     // Products of tile j become weights. V of a tile that is partly hidden is tamed meanwhile.
     const auto weigh = [&](int j) {
       const int key = range.lo + j * kBlockN;
@@ -162,13 +165,14 @@ struct Sm90Walk {
       if (!whole) {
         partly = true;
         v_stages().wait(n + j);
-        wild |= tame<Team>(v_tile(n + j), seq.k_len - key);
+        wild |= tame<Team>(v_tile(n + j), [&](int r) { return key + r < seq.k_len; });
         ptx::fence_proxy_async();
         Team::sync();
       }
       row_logits<kTile.features, 1, kBlockN / 8>(s, map, places, key, [](int, int, int, float) {});
       if (!whole) hide<1, kBlockN / 8>(s, places, key, seq.k_len, map.keys);
-      softmax_step<1, kBlockN / 8>(s, result.sums, kept);
+      softmax_step<1, kBlockN / 8>(s, result.sums,
+                                   [&](int, int h, float factor) { kept[h] = factor; });
     };
 
     take_turn();
@@ -201,8 +205,10 @@ struct Sm90Walk {
       weigh(j);
       ptx::wgmma_wait<0>();
       ptx::wgmma_pin(flat<kValueDim / 8>(result.out));
+      ptx::wgmma_pin(weights);
       v_stages().release(n + j - 1);
-      rescale<1, kValueDim / 8>(result.out, kept);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) rescale<1, kValueDim / 8>(result.out, 0, h, kept[h]);
       pack_weights<T, kBlockN>(weights, s);
     }
 
@@ -213,6 +219,7 @@ struct Sm90Walk {
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat<kValueDim / 8>(result.out));
+    ptx::wgmma_pin(weights);
     v_stages().release(last);
     if (partly && Team::any(wild, scratch())) {
       add_hidden<T, 1, kValueDim / 8>(
