@@ -92,15 +92,37 @@ def test_budgets(table: dict[str, dict[str, int]], measured: dict[str, dict[str,
     assert set(measured) <= set(table)
 
 
-@needs_library
-def test_sm90a_kernels_use_what_that_gpu_has(sass: dict[str, str]) -> None:
-    hopper = {name: text for name, text in sass.items() if name.startswith("sm_90a/")}
-    if "fwd_sm90" not in _native_cuda.build()["kernels"]:
+@pytest.fixture(scope="module")
+def hopper(sass: dict[str, str]) -> dict[str, str]:
+    found = {name: text for name, text in sass.items() if name.startswith("sm_90a/")}
+    if not found:
+        assert "sm90" not in _native_cuda.build()["kernels"]
         pytest.skip("the library was built without 90a")
-    assert len(hopper) == 2 * 2 * len(flash.HEAD_DIMS)
+    assert len(found) == 2 * 2 * len(flash.HEAD_DIMS)
+    return found
+
+
+@needs_library
+def test_sm90a_kernels_use_what_that_gpu_has(
+    hopper: dict[str, str], table: dict[str, dict[str, int]]
+) -> None:
     for name, text in hopper.items():
-        used = set(re.findall(r"\b(HGMMA|UTMALDG|SYNCS|USETMAXREG|LDL|STL|HMMA|LDGSTS)\b", text))
+        used = set(re.findall(r"\b(HGMMA|UTMALDG|SYNCS|USETMAXREG|HMMA|LDGSTS)\b", text))
         assert used == {"HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"}, name
+        assert table[name]["hot_spills"] == 0, name
+
+
+@needs_library
+def test_roles_stay_inside_their_registers(hopper: dict[str, str]) -> None:
+    # code of the producer lies between the two setmaxnreg, that of the consumers behind them
+    for name, text in hopper.items():
+        _, producer, consumers = re.split(r"\bUSETMAXREG\b", text)
+        assert "UTMALDG" in producer, name
+        assert "UTMALDG" not in consumers, name
+        assert "HGMMA" not in producer, name
+        three = ".d64x64" in name and not name.endswith("features")
+        for part, most in ((producer, 32 if three else 24), (consumers, 160 if three else 240)):
+            assert max(map(int, re.findall(r"\bR(\d+)\b", part))) < most, name
 
 
 def test_explain_shows_the_kernels_for_a_gpu() -> None:

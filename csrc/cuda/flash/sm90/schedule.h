@@ -7,6 +7,8 @@
 // memory, the same assignment every time.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/flash/schedule.h"
 
 namespace attnforge::cuda {
@@ -22,11 +24,11 @@ struct Sm90Schedule {
     const RowGrid grid = RowGrid::of(p, block_m, pack, 1);
     const int pairs = grid.heads * grid.batch;
     const int64_t sharing = p.heads_q / p.heads_k / pack;  // pairs of one K and V
-    const int64_t bytes = 2 * (p.head_dim + p.v_head_dim) * at_least<int64_t>(p.seqlen_k, 1);
-    const int64_t section = at_least<int64_t>(1, kL2Bytes / bytes) * sharing;
-    return {grid, pairs, static_cast<int>(at_most<int64_t>(section, pairs)), pairs * grid.tiles};
+    const int64_t bytes = 2 * (p.head_dim + p.v_head_dim) * std::max<int64_t>(p.seqlen_k, 1);
+    const int64_t section = std::max<int64_t>(1, kL2Bytes / bytes) * sharing;
+    return {grid, pairs, static_cast<int>(std::min<int64_t>(section, pairs)), pairs * grid.tiles};
   }
-  unsigned blocks(int most) const { return static_cast<unsigned>(at_most(work, most)); }
+  unsigned blocks(int most) const { return static_cast<unsigned>(std::min(work, most)); }
 
   // f(work) for each piece with rows of this block. Every role of a block walks the same list.
   template <class F>
