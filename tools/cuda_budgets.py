@@ -38,7 +38,7 @@ def tool(name: str) -> Path:
 
 def kernel_id(symbol: str) -> str | None:
     """``fwd.bf16.d64x64.features`` for a mangled kernel name, None for kernels without a tile."""
-    case = re.search(r"\d(Fwd|Decode|Bwd)CaseI(.*?)EEE", symbol + "EEE")
+    case = re.search(r"\d(Fwd|Decode|Bwd|Sm90)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None
     found = re.match(
@@ -47,7 +47,8 @@ def kernel_id(symbol: str) -> str | None:
         case[2] + "E",
     )
     assert found is not None, symbol
-    kind = case[1].lower() if case[1] != "Bwd" else GRADIENTS[int(found["gradient"])]
+    kinds = {"Fwd": "fwd", "Decode": "decode", "Sm90": "fwd_sm90"}
+    kind = kinds.get(case[1]) or GRADIENTS[int(found["gradient"])]
     tail = ".features" if case[1] == "Decode" or found["features"] == "1" else ""
     return f"{kind}.{DTYPES[int(found['dtype'])]}.d{HEAD_DIMS[int(found['dims'])]}{tail}"
 
@@ -62,7 +63,7 @@ def hot_spills(sass: str) -> int:
         start = first.get(branch[1], number) if branch else number
         if start < number:
             body = "\n".join(lines[start:number])
-            best = max(best, (len(re.findall(r"\bHMMA\b", body)),
+            best = max(best, (len(re.findall(r"\bH(?:G)?MMA\b", body)),
                               len(re.findall(r"\b(?:LDL|STL)\b", body))))  # fmt: skip
     return best[1] if best[0] else 0
 
@@ -79,7 +80,7 @@ def usage(library: Path = LIBRARY) -> dict[str, Row]:
     arch = ""
     name: str | None = None
     for line in _run("cuobjdump", "-res-usage", library).splitlines():
-        if found := re.match(r"arch = (sm_\d+)", line.strip()):
+        if found := re.match(r"arch = (sm_\d+a?)", line.strip()):
             arch = found[1]
         elif found := re.match(r"Function (\S+):", line.strip()):
             name = kernel_id(found[1])
@@ -88,25 +89,25 @@ def usage(library: Path = LIBRARY) -> dict[str, Row]:
     return rows
 
 
-def spills(library: Path = LIBRARY) -> dict[str, int]:
-    """``sm_80/<kernel id>`` -> accesses to local memory in the hot loop."""
-    found: dict[str, int] = {}
+def code(library: Path = LIBRARY) -> dict[str, str]:
+    """``sm_80/<kernel id>`` -> disassembly."""
+    found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", library, cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
-            arch = re.findall(r"sm_\d+", cubin.name)[-1]
+            arch = re.findall(r"sm_\d+a?", cubin.name)[-1]
             for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
                 name = kernel_id(part.split(",")[0])
                 if name is not None:
-                    found[f"{arch}/{name}"] = hot_spills(part)
+                    found[f"{arch}/{name}"] = part
     return found
 
 
-def measure(library: Path = LIBRARY) -> dict[str, Row]:
-    """The table of a library."""
-    in_loops = spills(library)
+def measure(library: Path = LIBRARY, sass: dict[str, str] | None = None) -> dict[str, Row]:
+    """The table of a library, or of its disassembly."""
+    sass = code(library) if sass is None else sass
     rows = usage(library)
-    return {name: {**rows[name], "hot_spills": in_loops[name]} for name in sorted(rows)}
+    return {name: {**rows[name], "hot_spills": hot_spills(sass[name])} for name in sorted(rows)}
 
 
 def main() -> None:

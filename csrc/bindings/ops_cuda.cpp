@@ -26,7 +26,7 @@ using cpu::Tensor;
 
 void check(int error, const char* op) {
   STD_TORCH_CHECK(error != kNoKernel, "attnforge_native::", op,
-                  ": no kernel has room for the head dims");
+                  ": no kernel has room for the head dims, or was built for the dtype");
   STD_TORCH_CHECK(error == 0, "attnforge_native::", op, ": ", error_text(error));
 }
 
@@ -53,6 +53,32 @@ void set_tensors(FlashFwdParams& params, const Tensor& q, const Tensor& k, const
   params.lse = stat(lse);
 }
 
+// Kernels of the sm_80 class, or those for sm_90a.
+enum class Class { kSm80, kSm90 };
+
+template <Class kClass>
+int launch_fwd(const FlashFwdParams& params, void* stream) {
+  if constexpr (kClass == Class::kSm80) {
+    return with_dtype(params.problem.dtype, [&]<DType kDType>() {
+      return flash_fwd_rows<kDType>(params, SplitParams{}, false, stream);
+    });
+  }
+#if defined(ATTNFORGE_SM90A)
+  // TMA has no rows that lie on top of each other.
+  const FlashProblem& p = params.problem;
+  const bool apart = (params.k.seq_stride != 0 && params.v.seq_stride != 0) ||
+                     (p.cu_seqlens_k == nullptr ? p.seqlen_k : p.total_k) <= 1;
+  const int64_t rows = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
+  STD_TORCH_CHECK(
+      apart && (params.q.seq_stride != 0 || rows <= 1),
+      "attnforge_native::cuda_flash_fwd_sm90: rows of q, k and v must not be broadcast");
+  if (p.dtype == DType::kFloat16) return flash_fwd_sm90<DType::kFloat16>(params, stream);
+  if (p.dtype == DType::kBFloat16) return flash_fwd_sm90<DType::kBFloat16>(params, stream);
+#endif
+  return kNoKernel;
+}
+
+template <Class kClass>
 void fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
          const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k,
          const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
@@ -66,11 +92,8 @@ void fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor
   if (empty(p)) return;
   set_tensors(params, q, k, v, out, lse);
   params.out_lo = ref(out_lo, p.dtype);
-  check(with_dtype(p.dtype,
-                   [&]<DType kDType>() {
-                     return flash_fwd_rows<kDType>(params, SplitParams{}, false, stream_of(stream));
-                   }),
-        "cuda_flash_fwd");
+  check(launch_fwd<kClass>(params, stream_of(stream)),
+        kClass == Class::kSm80 ? "cuda_flash_fwd" : "cuda_flash_fwd_sm90");
 }
 
 // parts, part_lses: fp32 [splits, B, Sq, Hq, Dv] and [splits, B, Hq, Sq] for several splits.
@@ -171,6 +194,11 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
 #define ATTNFORGE_EXTRAS "Tensor? alibi_slopes, Tensor? sinks, "
 #define ATTNFORGE_VARLEN "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
 
+#define ATTNFORGE_FWD                                                          \
+  "(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS          \
+  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int " \
+  "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()"
+
 #if defined(ATTNFORGE_EMULATE)
 #define ATTNFORGE_NAMESPACE attnforge_emulated
 #define ATTNFORGE_KEY CPU
@@ -180,9 +208,8 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
-  m.def("cuda_flash_fwd(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
-        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int "
-        "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
+  m.def("cuda_flash_fwd" ATTNFORGE_FWD);
+  m.def("cuda_flash_fwd_sm90" ATTNFORGE_FWD);
   m.def(
       "cuda_flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES
@@ -200,7 +227,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
-  m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd));
+  m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm80>));
+  m.impl("cuda_flash_fwd_sm90", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm90>));
   m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode));
   m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd));
   m.impl("cuda_merge_states", TORCH_BOX(&attnforge::cuda::merge));

@@ -35,10 +35,27 @@ using attnforge::emulate::threadIdx;
 
 #define ATTNFORGE_LAUNCH(kernel, grid, block, bytes, stream, ...) \
   ::attnforge::emulate::launch(#kernel, kernel, grid, block, bytes, stream, __VA_ARGS__)
+
+namespace attnforge::cuda {
+
+// Few, so that blocks of a persistent kernel get several pieces of work.
+inline int multiprocessors() {
+  return 3;
+}
+
+}  // namespace attnforge::cuda
 #else
 #include <cuda_runtime_api.h>
 
 namespace attnforge::cuda {
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
 
 // Beyond 48 KiB a kernel has to opt in; the attribute is set on every launch, as it is per device.
 template <typename... Parameters, typename... Arguments>

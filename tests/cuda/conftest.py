@@ -1,9 +1,10 @@
 """CUDA C++ kernels without a GPU: the same sources under the host emulator, on CPU tensors.
 
 The emulated twin of the library is built by the first test that needs it (``build/emulated``) and
-registered as the backend ``emulated``: the launchers, specs and requirements of ``cuda`` but for
-the device. The emulator reports races, reads of memory that nobody wrote and the like as errors of
-the call. ``ATTNFORGE_CUDA=on`` builds of the real library are looked at by ``test_compiled.py``.
+registered as the backends ``emulated`` (the sm_80 class) and ``emulated90`` (sm_90a): the
+launchers, specs and requirements of ``cuda`` but for the device. The emulator reports races, reads
+of memory that nobody wrote and the like as errors of the call. ``ATTNFORGE_CUDA=on`` builds of the
+real library are looked at by ``test_compiled.py``.
 """
 
 from __future__ import annotations
@@ -71,16 +72,17 @@ def emulated_operator(name: str) -> Any:
 
 
 def emulated(spec: KernelSpec) -> KernelSpec:
-    """A spec of ``cuda`` as one of ``emulated``."""
+    """A spec of ``cuda`` as one of ``emulated`` or, for sm_90a, ``emulated90``."""
     elsewhere = (Device, Arch, Available)
     needs = tuple(need for need in spec.requires if not isinstance(need, elsewhere))
-    name = spec.id.replace("cuda.", "emulated.")
-    return replace(spec, id=name, backend="emulated", score=-1.0, requires=(Device("cpu"), *needs))
+    backend = "emulated90" if spec.id.endswith(".sm90") else "emulated"
+    name = spec.id.replace("cuda.", f"{backend}.")
+    return replace(spec, id=name, backend=backend, score=-1.0, requires=(Device("cpu"), *needs))
 
 
 @pytest.fixture(scope="session")
 def twin() -> Iterator[None]:
-    """Kernels of the backend ``emulated``."""
+    """Kernels of the backends ``emulated`` and ``emulated90``."""
     torch.ops.load_library(str(build_twin()))
     patch = pytest.MonkeyPatch()
     patch.setattr(flash, "_operator", emulated_operator)
@@ -91,14 +93,14 @@ def twin() -> Iterator[None]:
     patch.undo()
 
 
-def _check(case: FlashCase, grad: bool = True, **more: object) -> Report:
+def _check(case: FlashCase, grad: bool = True, backend: str = "emulated", **more: object) -> Report:
     """Run a case, with gradients or forward alone, and hold it to the bounds of 16-bit P."""
     inputs = case.make()
-    got = inputs.run("emulated") if grad else inputs.forward("emulated", **more)
+    got = inputs.run(backend) if grad else inputs.forward(backend, **more)
     return compare(got, inputs.truth(grad, rounded=True), inputs.context).check()
 
 
 @pytest.fixture
 def check() -> Callable[..., Report]:
-    """``check(case, grad=True, **keywords of the call)``."""
+    """``check(case, grad=True, backend="emulated", **keywords of the call)``."""
     return _check

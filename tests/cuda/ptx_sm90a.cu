@@ -60,20 +60,22 @@ __device__ void products(float* out) {
   const uint32_t shared = ptx::dynamic_shared_memory();
   const uint64_t x = ptx::wgmma_descriptor(shared, 16, 1024, ptx::MatrixSwizzle::k128);
   const uint64_t y = ptx::wgmma_descriptor(shared + 8192, 4096, 1024, ptx::MatrixSwizzle::k128);
-  const uint32_t a[4] = {1, 2, 3, 4};
+  uint32_t a[1][4] = {{1, 2, 3, 4}};
   float d[kN / 2];
   ptx::wgmma_fence();
   ptx::wgmma_bf16<kN>(d, x, y, false);
   ptx::wgmma_bf16<kN, true, true>(d, x, y, true);
-  ptx::wgmma_bf16<kN>(d, a, y, true);
-  ptx::wgmma_bf16<kN, true>(d, a, y, true);
+  ptx::wgmma_bf16<kN>(d, a[0], y, true);
+  ptx::wgmma_bf16<kN, true>(d, a[0], y, true);
   ptx::wgmma_f16<kN>(d, x, y, true);
   ptx::wgmma_f16<kN, false, true>(d, x, y, true);
-  ptx::wgmma_f16<kN, true>(d, a, y, true);
+  ptx::wgmma_f16<kN, true>(d, a[0], y, true);
   ptx::wgmma_e4m3<kN>(d, x, y, true);
-  ptx::wgmma_e4m3<kN>(d, a, y, true);
+  ptx::wgmma_e4m3<kN>(d, a[0], y, true);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::wgmma_pin(d);
+  ptx::wgmma_pin(a);
   for (int i = 0; i < kN / 2; ++i) out[128 * i + threadIdx.x] = d[i];
 }
 

@@ -31,9 +31,14 @@ def table() -> dict[str, dict[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, int]]:
+def sass() -> dict[str, str]:
     pytest.importorskip("triton", reason="cuobjdump and nvdisasm come with Triton's wheel")
-    return cuda_budgets.measure()
+    return cuda_budgets.code()
+
+
+@pytest.fixture(scope="module")
+def measured(sass: dict[str, str]) -> dict[str, dict[str, int]]:
+    return cuda_budgets.measure(sass=sass)
 
 
 @needs_library
@@ -65,9 +70,12 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     dims = {tuple(map(int, m)) for name in ids for m in re.findall(r"\.d(\d+)x(\d+)", name)}
     assert dims == set(flash.HEAD_DIMS)
     kinds = {spec.id.split(".")[2] for spec in flash.SPECS} - {"merge"}
-    owners = {"dk": "bwd", "dv": "bwd", "dkdv": "bwd", "dq": "bwd"}
+    owners = {"dk": "bwd", "dv": "bwd", "dkdv": "bwd", "dq": "bwd", "fwd_sm90": "fwd"}
     assert {owners.get(name.split(".")[0], name.split(".")[0]) for name in ids} == kinds
-    assert {row.split("/")[1] for row in table} == set(ids)
+    for arch in ("sm_80", "sm_90a"):
+        mine = {name for name in ids if ("sm90" in name) == (arch == "sm_90a")}
+        rows = {row.split("/")[1] for row in table if row.startswith(f"{arch}/")}
+        assert mine == rows or (arch == "sm_90a" and not mine)  # which a build may leave out
 
 
 @needs_library
@@ -84,6 +92,39 @@ def test_budgets(table: dict[str, dict[str, int]], measured: dict[str, dict[str,
     assert set(measured) <= set(table)
 
 
+@pytest.fixture(scope="module")
+def hopper(sass: dict[str, str]) -> dict[str, str]:
+    found = {name: text for name, text in sass.items() if name.startswith("sm_90a/")}
+    if not found:
+        assert "sm90" not in _native_cuda.build()["kernels"]
+        pytest.skip("the library was built without 90a")
+    assert len(found) == 2 * 2 * len(flash.HEAD_DIMS)
+    return found
+
+
+@needs_library
+def test_sm90a_kernels_use_what_that_gpu_has(
+    hopper: dict[str, str], table: dict[str, dict[str, int]]
+) -> None:
+    for name, text in hopper.items():
+        used = set(re.findall(r"\b(HGMMA|UTMALDG|SYNCS|USETMAXREG|HMMA|LDGSTS)\b", text))
+        assert used == {"HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"}, name
+        assert table[name]["hot_spills"] == 0, name
+
+
+@needs_library
+def test_roles_stay_inside_their_registers(hopper: dict[str, str]) -> None:
+    # code of the producer lies between the two setmaxnreg, that of the consumers behind them
+    for name, text in hopper.items():
+        _, producer, consumers = re.split(r"\bUSETMAXREG\b", text)
+        assert "UTMALDG" in producer, name
+        assert "UTMALDG" not in consumers, name
+        assert "HGMMA" not in producer, name
+        three = ".d64x64" in name and not name.endswith("features")
+        for part, most in ((producer, 32 if three else 24), (consumers, 160 if three else 240)):
+            assert max(map(int, re.findall(r"\bR(\d+)\b", part))) < most, name
+
+
 def test_explain_shows_the_kernels_for_a_gpu() -> None:
     shape = (1, 4096, 32, 128)
     text = str(
@@ -91,8 +132,10 @@ def test_explain_shows_the_kernels_for_a_gpu() -> None:
                           device="cuda:sm_90")
     )  # fmt: skip
     assert "cuda.flash.fwd.sm80" in text
+    assert "cuda.flash.fwd.sm90" in text
     old = str(
         attnforge.explain(attnforge.flash_attention, shape, shape, shape, dtype="bf16",
                           device="cuda:sm_75")
     )  # fmt: skip
     assert "sm_80 or newer" in old
+    assert "needs arch sm_90; the device is sm_75" in old

@@ -1,6 +1,6 @@
-// Launchers of the flash kernels of the sm_80 class. They launch on the current device, allocate
-// nothing, wait for nothing, and may be captured into a graph. They return a cudaError_t as int, or
-// kNoKernel for head dims that no kernel has room for.
+// Launchers of the flash kernels, of the sm_80 class but for one. They launch on the current
+// device, allocate nothing, wait for nothing, and may be captured into a graph. They return a
+// cudaError_t as int, or kNoKernel for head dims that no kernel has room for.
 #pragma once
 
 #include "attnforge/params.h"
@@ -48,6 +48,14 @@ ATTNFORGE_DECLARE_DTYPE(kFloat32)
 ATTNFORGE_DECLARE_DTYPE(kFloat16)
 ATTNFORGE_DECLARE_DTYPE(kBFloat16)
 #undef ATTNFORGE_DECLARE_DTYPE
+
+// The forward for sm_90a, which is the architecture of its code, unlike the others'.
+template <DType kDType>
+int flash_fwd_sm90(const FlashFwdParams& params, void* stream);
+template <>
+int flash_fwd_sm90<DType::kFloat16>(const FlashFwdParams&, void*);
+template <>
+int flash_fwd_sm90<DType::kBFloat16>(const FlashFwdParams&, void*);
 
 // fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is
 // nothing.

@@ -48,16 +48,12 @@ struct RowWork {
   }
 };
 
+// One (split, tile, head, sequence) of a grid.
 AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
-                           int block_m, int block_n) {
-  int id = static_cast<int>(blockIdx.x);
+                           int split, int tile, int head, int batch, int block_m, int block_n) {
   RowWork w;
-  w.split = id % grid.splits;
-  id /= grid.splits;
-  const int tile = grid.tiles - 1 - id % grid.tiles;
-  id /= grid.tiles;
-  const int head = id % grid.heads;
-  w.seq = sequence(p, id / grid.heads);
+  w.split = split;
+  w.seq = sequence(p, batch);
   w.rows = {tile * block_m, w.seq.q_len * grid.pack, grid.pack, head * grid.pack};
   w.kv_head = w.rows.first_head / static_cast<int>(p.heads_q / p.heads_k);
   w.some = w.rows.first < w.rows.rows;
@@ -69,6 +65,17 @@ AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const Spl
     w.keys = w.keys.within(w.split * size, w.split * size + size);
   }
   return w;
+}
+
+// Of this block, where a grid has one for each.
+AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
+                           int block_m, int block_n) {
+  int id = static_cast<int>(blockIdx.x);
+  const int split = id % grid.splits;
+  id /= grid.splits;
+  const int tile = grid.tiles - 1 - id % grid.tiles;
+  id /= grid.tiles;
+  return row_work(p, grid, splits, split, tile, id % grid.heads, id / grid.heads, block_m, block_n);
 }
 
 }  // namespace attnforge::cuda

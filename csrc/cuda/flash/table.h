@@ -40,6 +40,13 @@ inline std::vector<KernelRow> kernel_table() {
       }
     }
   }
+#if defined(ATTNFORGE_SM90A)
+  for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+    for (HeadDims dims : kHeadDims) {
+      for (bool features : {false, true}) rows.push_back({"fwd_sm90", dtype, dims, features});
+    }
+  }
+#endif
   return rows;
 }
 

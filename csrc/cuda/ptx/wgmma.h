@@ -70,6 +70,28 @@ AF_DEVICE void wgmma_wait(AF_ONLY_SITE) {
 #endif
 }
 
+// No instruction: the compiler moves no access to these registers across it, and gives them to
+// nobody else before it. It stands after wgmma_wait, which does not name the registers, of D and A,
+// that it waits for.
+template <int kCount>
+AF_DEVICE void wgmma_pin(float (&d)[kCount]) {
+#if AF_EMULATE
+  (void)d;
+#else
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+}
+template <int kCount>
+AF_DEVICE void wgmma_pin(uint32_t (&a)[kCount][4]) {
+#if AF_EMULATE
+  (void)a;
+#else
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+#endif
+}
+
 #if !AF_EMULATE
 // Both operands in shared memory. `tail` holds the transpositions, which e4m3 has not.
 #define AF_WGMMA_SS(n, D, S, a, b, accumulate, trans_a, trans_b, ...)                       \

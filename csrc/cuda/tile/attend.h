@@ -109,25 +109,15 @@ struct Attend {
       product_nn<kM, kBlockN / 8, Traits::kValueDim / 8>(out, s, v_tile(slot), 0);
     }
     ptx::cp_async_wait<0>();
-    if (Team::any(wild, scratch())) add_hidden(out);
+    if (Team::any(wild, scratch())) {
+      add_hidden<T, kM, Traits::kValueDim / 8>(out, range, Team::index(), Team::kTeams, kBlockN, v,
+                                               v_stride, static_cast<int>(p.v_head_dim), places,
+                                               seq.k_len, map.keys);
+    }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) sums.total[m][h] = quad_sum(sums.total[m][h]);
-    }
-  }
-
-  AF_DEVICE void add_hidden(Output& out) const {
-    for (int j = 0; j < tiles(); ++j) {
-      const int first = first_key(j);
-      if (range.whole(first, kBlockN)) continue;
-      for (int key = first; key < at_most(first + kBlockN, range.hi); ++key) {
-        const auto seen = [&](int m, int h) {
-          return sees(places.at[m][h], key, seq.k_len, map.keys);
-        };
-        add_wild<T, kM, Traits::kValueDim / 8>(out, v + key * v_stride,
-                                               static_cast<int>(p.v_head_dim), seen);
-      }
     }
   }
 };

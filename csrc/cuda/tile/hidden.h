@@ -33,9 +33,10 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
 }
 
 // Of this thread's own chunks of a tile that has landed for this thread (its wait is done, the
-// barrier that shows the tile to others is not).
-template <class Team, class Tile>
-AF_DEVICE bool tame(const Tile& tile AF_SITE) {
+// barrier that shows the tile to others is not). Rows where counts(row) is false say nothing:
+// whatever they hold becomes finite.
+template <class Team, class Tile, class Counts>
+AF_DEVICE bool tame(const Tile& tile, const Counts& counts AF_SITE) {
   using S = Share<Team, Tile>;
   bool wild = false;
 #pragma unroll 1
@@ -46,10 +47,14 @@ AF_DEVICE bool tame(const Tile& tile AF_SITE) {
     auto chunk = ptx::load_shared<ptx::U32x4>(address AF_PASS_SITE);
     if (tame_chunk<typename Tile::Element>(chunk)) {
       ptx::store_shared(address, chunk AF_PASS_SITE);
-      wild = true;
+      wild |= counts(row);
     }
   }
   return wild;
+}
+template <class Team, class Tile>
+AF_DEVICE bool tame(const Tile& tile AF_SITE) {
+  return tame<Team>(tile, [](int) { return true; } AF_PASS_SITE);
 }
 
 // acc[m][d] + what is not finite of one row x [dim] of the other operand, for the rows of acc that
@@ -68,6 +73,21 @@ AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Se
 #pragma unroll
         for (int h = 0; h < 2; ++h) acc[m][d][2 * h + i] += seen(m, h) ? wild : 0.0f;
       }
+    }
+  }
+}
+
+// The same for V of all keys in partly hidden tiles of a range, after a loop over its tiles from
+// number `tile` on in steps of `step`.
+template <class T, int kM, int kD>
+AF_DEVICE void add_hidden(Accumulators<kM, kD>& acc, const TileRange& range, int tile, int step,
+                          int block, const T* v, int64_t stride, int dim,
+                          const RowPlaces<kM>& places, int keys, Window window) {
+  for (int first = range.lo + tile * block; first < range.hi; first += step * block) {
+    if (range.whole(first, block)) continue;
+    for (int key = first; key < at_most(first + block, range.hi); ++key) {
+      const auto seen = [&](int m, int h) { return sees(places.at[m][h], key, keys, window); };
+      add_wild<T, kM, kD>(acc, v + key * stride, dim, seen);
     }
   }
 }

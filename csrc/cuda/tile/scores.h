@@ -38,24 +38,27 @@ AF_DEVICE void to_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const Ali
                          const OnSlope& on_slope) {
   const bool capped = kFeatures && map.cap > 0.0f;
   const bool sloped = kFeatures && map.sloped;
+  const auto each = [&](const auto& f) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+      for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[m][n][i];
-        if (capped) {
-          const float t = tanh_of_exp2(x * map.gain);
-          on_slope(m, n, i, 1.0f - t * t);
-          x = t * map.cap;
-        } else {
-          x *= map.scale;
-        }
-        if (sloped) x -= alibi(m, n, i);
+        for (int i = 0; i < 4; ++i) f(m, n, i, s[m][n][i]);
       }
     }
+  };
+  // One branch for all elements.
+  if (capped) {
+    each([&](int m, int n, int i, float& x) {
+      const float t = tanh_of_exp2(x * map.gain);
+      on_slope(m, n, i, 1.0f - t * t);
+      x = t * map.cap;
+    });
+  } else {
+    each([&](int, int, int, float& x) { x *= map.scale; });
   }
+  if (sloped) each([&](int m, int n, int i, float& x) { x -= alibi(m, n, i); });
 }
 
 // Logits of a tile of rows and keys, and -inf for keys that a row does not see.

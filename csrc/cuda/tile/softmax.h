@@ -32,12 +32,11 @@ struct RowSums {
   }
 };
 
-// One step: logits s become 2^(s - top), the sums and what was accumulated under the old maximum
-// follow. A row that has seen only -inf keeps top = -inf and gets zeros; a NaN that the maximum
-// drops stays in the sum and the weights.
-template <int kM, int kN, int kD>
-AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
-                              Accumulators<kM, kD>& out AF_SITE) {
+// One step: logits s become weights 2^(s - top), the sums follow, and kept(m, h, factor) gets what
+// outputs of a row under the old maximum are worth under the new one. A row that has seen only -inf
+// keeps top = -inf and gets zeros; a NaN that the maximum drops stays in the sum and the weights.
+template <int kM, int kN, class Kept>
+AF_DEVICE void softmax_step(Accumulators<kM, kN>& s, RowSums<kM>& sums, const Kept& kept AF_SITE) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -48,7 +47,7 @@ AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
         top = ptx::max(top, ptx::max(s[m][n][2 * h], s[m][n][2 * h + 1]));
       top = quad_max(top AF_PASS_SITE);
       const float base = top == -kInf ? 0.0f : top;
-      const float kept = ptx::exp2_approx(sums.top[m][h] - base);
+      const float factor = ptx::exp2_approx(sums.top[m][h] - base);
       sums.top[m][h] = top;
       float total = 0.0f;
 #pragma unroll
@@ -59,14 +58,28 @@ AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
           total += s[m][n][i];
         }
       }
-      sums.total[m][h] = ptx::fma(sums.total[m][h], kept, total);
-#pragma unroll
-      for (int d = 0; d < kD; ++d) {
-        out[m][d][2 * h] *= kept;
-        out[m][d][2 * h + 1] *= kept;
-      }
+      sums.total[m][h] = ptx::fma(sums.total[m][h], factor, total);
+      kept(m, h, factor);
     }
   }
+}
+
+// Half h of the rows of fragment m.
+template <int kM, int kD>
+AF_DEVICE void rescale(Accumulators<kM, kD>& out, int m, int h, float factor) {
+#pragma unroll
+  for (int d = 0; d < kD; ++d) {
+    out[m][d][2 * h] *= factor;
+    out[m][d][2 * h + 1] *= factor;
+  }
+}
+
+// A step, and outputs that follow it at once.
+template <int kM, int kN, int kD>
+AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
+                              Accumulators<kM, kD>& out AF_SITE) {
+  const auto kept = [&](int m, int h, float factor) { rescale<kM, kD>(out, m, h, factor); };
+  softmax_step<kM, kN>(s, sums, kept AF_PASS_SITE);
 }
 
 // The end of a row: what multiplies its accumulated output, and its natural LSE. The sink is a

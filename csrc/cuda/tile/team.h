@@ -15,6 +15,21 @@ AF_DEVICE int warp_id() {
   return static_cast<int>(threadIdx.x) / 32;
 }
 
+// Whether any thread of a team of several warps says so. scratch: 4 bytes of shared memory per
+// warp, for this call alone.
+template <class Team>
+AF_DEVICE bool any_of_team(bool mine, uint32_t scratch AF_SITE) {
+  mine = ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
+  if (ptx::lane_id() == 0)
+    ptx::store_shared(scratch + 4 * Team::warp(), uint32_t{mine} AF_PASS_SITE);
+  Team::sync(AF_PASS_ONLY_SITE);
+  uint32_t all = 0;
+  for (int w = 0; w < Team::kWarps; ++w) {
+    all |= ptx::load_shared<uint32_t>(scratch + 4 * w AF_PASS_SITE);
+  }
+  return all != 0;
+}
+
 template <int kWarps_>
 struct BlockTeam {
   static constexpr int kWarps = kWarps_;
@@ -24,17 +39,9 @@ struct BlockTeam {
   AF_DEVICE static int index() { return 0; }
   AF_DEVICE static int row_warp() { return warp_id(); }  // which rows of a tile are this warp's
   AF_DEVICE static void sync(AF_ONLY_SITE) { ptx::sync_threads(AF_PASS_ONLY_SITE); }
-  // Whether any thread says so. scratch: 4 bytes of shared memory per warp, for this call alone.
+  AF_DEVICE static int warp() { return warp_id(); }
   AF_DEVICE static bool any(bool mine, uint32_t scratch AF_SITE) {
-    mine = ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
-    if (ptx::lane_id() == 0)
-      ptx::store_shared(scratch + 4 * warp_id(), uint32_t{mine} AF_PASS_SITE);
-    ptx::sync_threads(AF_PASS_ONLY_SITE);
-    uint32_t all = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      all |= ptx::load_shared<uint32_t>(scratch + 4 * w AF_PASS_SITE);
-    }
-    return all != 0;
+    return any_of_team<BlockTeam>(mine, scratch AF_PASS_SITE);
   }
 };
 

@@ -49,6 +49,8 @@ class Arch:
         return f"needs {self}; the device is {request.arch or 'of unknown architecture'}"
 
     def __str__(self) -> str:
+        if self.lowest == self.highest:
+            return f"arch sm_{self.lowest}"
         top = "" if self.highest == 1 << 30 else f"..sm_{self.highest}"
         return f"arch sm_{self.lowest}{top or ' or newer'}"
 

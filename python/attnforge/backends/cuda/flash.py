@@ -1,4 +1,5 @@
-"""``cuda.flash.*.sm80``: the CUDA C++ kernels of ``csrc/cuda/flash`` for every GPU from sm_80 on.
+"""``cuda.flash.*``: the CUDA C++ kernels of ``csrc/cuda/flash``, for every GPU from sm_80 on
+(``sm80``) and for sm_90a alone (``sm90``).
 
 A launcher hands over tensors, scalars and the stream in the order of the native schema; what a
 kernel writes apart from its results is allocated here. Tensors whose rows do not start at
@@ -19,7 +20,7 @@ from attnforge._params import FlashGrads, FlashParams, FlashTape
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
-from attnforge.registry.spec import KernelSpec
+from attnforge.registry.spec import KernelSpec, Predicate
 
 __all__ = ["HEAD_DIMS", "SPECS"]
 
@@ -52,6 +53,12 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _rows_apart(x: Tensor) -> Tensor:
+    """The same for TMA, which has no rows that are one and the same in memory."""
+    broadcast = x.stride(-3) == 0 and x.shape[-3] > 1
+    return x.clone(memory_format=torch.contiguous_format) if broadcast else _rows(x)
+
+
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -64,6 +71,20 @@ def fwd(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
 ) -> None:
     """Launcher of ``flash_fwd``."""
+    _fwd("flash_fwd", *map(_rows, (q, k, v)), p, out, lse, out_lo)
+
+
+def fwd_sm90(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd`` for sm_90a, where TMA reads ``q``, ``k`` and ``v``."""
+    _fwd("flash_fwd_sm90", *map(_rows_apart, (q, k, v)), p, out, lse, out_lo)
+
+
+def _fwd(
+    name: str, q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor,
+    out_lo: Tensor,
+) -> None:  # fmt: skip
     if p.cu_seqlens_q is not None:  # rows of no sequence
         lse.fill_(-math.inf)
         for x in (out, out_lo):
@@ -71,10 +92,9 @@ def fwd(
     if out.numel() == 0:
         return
     with _on(q.device):
-        _operator("flash_fwd")(
-            *map(_rows, (q, k, v)), *map(_contiguous, p[:5]), out, lse,
-            out_lo if out_lo.dim() > 1 else None, p.max_seqlen_q, p.max_seqlen_k, *_scores(p),
-            _stream(q.device),
+        _operator(name)(
+            q, k, v, *map(_contiguous, p[:5]), out, lse, out_lo if out_lo.dim() > 1 else None,
+            p.max_seqlen_q, p.max_seqlen_k, *_scores(p), _stream(q.device),
         )  # fmt: skip
 
 
@@ -133,29 +153,39 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
         _operator("merge_states")(parts, stats, out, lse, True, _stream(out.device))
 
 
-_COMMON = (
-    Device("cuda"),
-    Arch(80),
-    Dtypes(torch.float32, torch.bfloat16, torch.float16),
+def _sm90_unavailable() -> str | None:
+    why = _native_cuda.unavailable()
+    if why is None and "fwd_sm90." not in _native_cuda.build()["kernels"]:
+        why = "libattnforge_cuda.so has no code for sm_90a; build with 90a in ATTNFORGE_CUDA_ARCHS"
+    return why
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+_SHAPES = (
     Dim("head_dim", 8, 256, 8),
     Dim("v_head_dim", 8, 256, 8),
     Features(
         *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
     ),
-    Available("libattnforge_cuda.so", _native_cuda.unavailable),
 )
-_MERGE = (*_COMMON[:3], _COMMON[-1])
+_LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
+_SM80 = (Device("cuda"), Arch(80), Dtypes(torch.float32, *_HALVES))
+_SM90 = (Device("cuda"), Arch(90, 90), Dtypes(*_HALVES))
 
 
-def _spec(kind: str, op: str, notes: str) -> KernelSpec:
+def _spec(
+    kind: str, op: str, notes: str, requires: tuple[Predicate, ...] = (*_SM80, *_SHAPES, _LIBRARY),
+    arch: str = "sm80", score: float = 40.0,
+) -> KernelSpec:  # fmt: skip
+    # Scores are below Triton's 50: proved under the host emulator, not run on a GPU yet.
+    launcher = kind if arch == "sm80" else f"{kind}_{arch}"
     return KernelSpec(
-        id=f"cuda.flash.{kind}.sm80",
+        id=f"cuda.flash.{kind}.{arch}",
         op=op,
         backend="cuda",
-        launch=f"{__name__}:{kind}",
-        requires=(*(_MERGE if kind == "merge" else _COMMON), SelfTest(f"flash.{kind}")),
-        # Below Triton's 50: proved under the host emulator, not run on a GPU yet.
-        score=40.0,
+        launch=f"{__name__}:{launcher}",
+        requires=(*requires, SelfTest(f"flash.{kind}", launcher)),
+        score=score,
         notes=notes,
     )
 
@@ -164,5 +194,10 @@ SPECS = (
     _spec("fwd", "flash_fwd", "mma.sync and cp.async, heads of a group packed in short calls"),
     _spec("bwd", "flash_bwd", "recomputed probabilities, one owner per sum, no atomics"),
     _spec("decode", "flash_decode", "rows of a group packed, warps share out keys, fixed splits"),
-    _spec("merge", "merge_states", "a warp per row, parts added in their order"),
-)
+    _spec("merge", "merge_states", "a warp per row, parts added in order", (*_SM80, _LIBRARY)),
+    _spec(
+        "fwd", "flash_fwd", "TMA and wgmma, persistent, a producer and two consumer warpgroups",
+        (*_SM90, *_SHAPES, Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)),
+        "sm90", 45.0,
+    ),
+)  # fmt: skip

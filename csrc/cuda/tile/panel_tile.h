@@ -1,0 +1,64 @@
+// Tiles of 16-bit rows in shared memory as TMA leaves them and wgmma reads them: [kRows, kDim] in
+// panels of 64 columns, row after row of 128 bytes, with the 128-byte swizzle. A panel of a
+// multiple of 8 rows is a multiple of the swizzle's period, and `base` is one too (1024 bytes).
+//
+// A tile is either operand of a product as it lies: rows with contiguous k (Q and K of Q K^T), or
+// rows that are k themselves (V of P V). Columns past the true head dim are out of the tensor's
+// bounds, so they are zeros.
+#pragma once
+
+#include "cuda/ptx/tma.h"
+#include "cuda/ptx/wgmma.h"
+#include "cuda/tile/element.h"
+
+namespace attnforge::cuda {
+
+template <class T, int kRows_, int kDim_>
+struct PanelTile {
+  using Element = T;
+  static constexpr int kRows = kRows_, kDim = kDim_;
+  static constexpr int kPanels = (kDim + 63) / 64;
+  static constexpr int kPerChunk = 8, kPeriod = 8;
+  static constexpr int kChunks = kPanels * kPeriod;  // of a row
+  static constexpr int kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
+  static_assert(sizeof(T) == 2 && kDim % 16 == 0 && kRows % 8 == 0);
+
+  uint32_t base;
+
+  AF_DEVICE uint32_t chunk(int row, int c) const {
+    return base + static_cast<uint32_t>(c / kPeriod * kPanelBytes + row * 128 +
+                                        ((c % kPeriod) ^ (row & 7)) * 16);
+  }
+
+  // Descriptors. Rows from `row` on, a multiple of 8, with k along them: columns 0..15.
+  AF_DEVICE uint64_t along_rows(int row) const {
+    return ptx::wgmma_descriptor(base + static_cast<uint32_t>(row * 128), 16, 1024,
+                                 ptx::MatrixSwizzle::k128);
+  }
+  // From there to columns 16 step.., in the descriptor's units.
+  AF_DEVICE static constexpr uint64_t columns_on(int step) {
+    return static_cast<uint64_t>(step / 4 * kPanelBytes + step % 4 * 32) / 16;
+  }
+  // All columns, with k across the rows: rows 0..15.
+  AF_DEVICE uint64_t across_rows() const {
+    return ptx::wgmma_descriptor(base, kPanelBytes, 1024, ptx::MatrixSwizzle::k128);
+  }
+  // From there to rows 16 step...
+  AF_DEVICE static constexpr uint64_t rows_on(int step) {
+    return static_cast<uint64_t>(step * 16 * 128) / 16;
+  }
+};
+
+// Starts the copy of a tile by one thread: a box of 64 columns per panel, at (y, z, w) of the
+// tensor's outer dimensions. kBytes land on the barrier.
+template <class Tile>
+AF_DEVICE void load_panels(const Tile& tile, const TensorMap& map, uint32_t barrier, int y, int z,
+                           int w AF_SITE) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    ptx::tma_load_4d(tile.base + static_cast<uint32_t>(panel * Tile::kPanelBytes), &map, barrier,
+                     64 * panel, y, z, w AF_PASS_SITE);
+  }
+}
+
+}  // namespace attnforge::cuda
