@@ -31,8 +31,8 @@ def test_page_sizes(page_size: int) -> None:
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_mixed_rows(dtype: torch.dtype, layout: str) -> None:
     """Decode, drafts and a prefill in one call: three launches."""
-    check(PagedCase(lengths=(100, 47, 33, 7, 0), rows=(70, 1, 11, 0, 2), page_size=8, head_dim=24,
-                    dtype=dtype, layout=layout, strided=True))  # fmt: skip
+    check(PagedCase(lengths=(80, 47, 33, 7, 0), rows=(66, 1, 11, 0, 2), page_size=8, head_dim=24,
+                    heads_q=2, heads_k=1, dtype=dtype, layout=layout, strided=True))  # fmt: skip
 
 
 @pytest.mark.parametrize("group", [1, 3, 24])
@@ -165,3 +165,133 @@ def test_reads_stay_inside_tensors(case: PagedCase) -> None:
     fencedin = moved(inputs, fences)
     assert_same(fencedin.forward("triton"), inputs.forward("triton"))
     assert all(f.intact() for f in fences)
+
+
+HEADS, DIM, DV = 3, 24, 40
+
+
+def pools(count: int, size: int, dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
+    """K and V pages of 77 or NaN, in larger buffers of them."""
+    found = []
+    for n, dim in enumerate((DIM, DV)):
+        width = dim // 2 if dtype is torch.uint8 else dim
+        shape = (count, size + n, HEADS, width + 8)
+        room = torch.full(shape, 77 if dtype.itemsize == 1 else torch.nan).to(dtype)
+        x = room[:, :size, :, 4 : 4 + width]
+        found.append(x.transpose(1, 2) if layout == "HND" else x)
+    return found[0], found[1]
+
+
+def assert_written_alike(
+    size: int,
+    dtype: torch.dtype,
+    lengths: Any,
+    k: Tensor,
+    v: Tensor,
+    layout: str = "NHD",
+    **options: Any,
+) -> None:
+    """Every slot and bound as the reference leaves it, those that nobody writes among them."""
+    batch = len(lengths)
+    width = -(-40 // size)
+    table = torch.randperm(batch * width).view(batch, width).to(torch.int32)
+    found = []
+    for backend in ("triton", "reference"):
+        held = pools(batch * width, size, dtype, layout)
+        low = torch.full((batch * width, HEADS, DIM), torch.nan)
+        attnforge.paged_append(
+            k, v, *held, block_table=table, cache_seqlens=torch.tensor(lengths, dtype=torch.int32),
+            kv_layout=layout, backend=backend, page_min=low, page_max=(high := low.clone()),
+            **options,
+        )  # fmt: skip
+        found.append((*(x.contiguous() for x in held), low, high))
+    for got, want in zip(*found, strict=True):
+        assert same_bits(*(x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+                           for x in (got, want)))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(("size", "layout"), [(1, "NHD"), (5, "HND"), (16, "NHD")])
+def test_append(dtype: torch.dtype, size: int, layout: str) -> None:
+    rows, options = (7, 9, 0, 1), {}
+    k, v = (torch.randn(sum(rows) + 2, HEADS, d).to(DTYPES[size % 3]) for d in (DIM, DV))
+    if dtype.itemsize == 1:
+        per = {1: (HEADS,), 5: (4 * 8, 5, HEADS), 16: (4 * 3, HEADS)}[size]
+        k *= 4
+        v[2, 1, 3], v[3, 0, 2], v[4, 0, 3], v[5, 1, :4] = torch.nan, 3e4, -torch.inf, 0.001
+        options["kv_scales"] = (torch.rand(per) * 0.1 + 0.01, torch.rand(per) * 0.1 + 0.01)
+        if dtype is not torch.float8_e4m3fn and size > 1:
+            options["kv_zeros"] = (torch.rand(per) * 4, torch.rand(per) * 4)
+    else:
+        k, v = k.to(dtype), v.to(dtype)
+        v[2, 1, 3] = k[9, 1, 3] = torch.nan  # of a page's last key and of a later one
+    ends = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+    assert_written_alike(size, dtype, (5, 0, 14, 3), k, v, layout, cu_seqlens=ends, **options)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_append_of_batches(per_head: bool) -> None:
+    lengths = ((0, 5, 2), (7, 3, 1)) if per_head else (3, 30)
+    new = torch.randn(2, 6, 2, HEADS, DV)
+    k, v = new[:, :, 0, :, :DIM], new[:, :, 1]
+    assert_written_alike(4, torch.float32, lengths, k, v)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("own_positions", [False, True])
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_append_turns_keys(interleaved: bool, own_positions: bool, heads: int) -> None:
+    table = torch.arange(6, dtype=torch.int32).view(2, 3)
+    k = torch.randn(2, 5, HEADS, DIM)
+    cos, sin = (torch.rand(heads, 9, 8) * 2 - 1 for _ in range(2))
+    found = []
+    for backend in ("triton", "reference"):
+        pages = torch.zeros(6, 4, HEADS, DIM)
+        attnforge.paged_append(
+            k, None, pages, None, block_table=table, rope=(cos, sin), rope_interleaved=interleaved,
+            cache_seqlens=torch.tensor([0, 6], dtype=torch.int32), backend=backend,
+            positions=torch.arange(-2, 8, dtype=torch.int32).view(2, 5) if own_positions else None,
+        )  # fmt: skip
+        found.append(pages)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+
+
+def test_token_by_token_leaves_the_same_bounds() -> None:
+    k = torch.randn(1, 11, HEADS, DIM)
+    table = torch.tensor([[2, 0, 1]], dtype=torch.int32)
+    found = []
+    for step in (1, 3, 11):
+        pages, low = torch.zeros(3, 4, HEADS, DIM), torch.full((3, HEADS, DIM), torch.nan)
+        high = low.clone()
+        for first in range(0, 11, step):
+            attnforge.paged_append(
+                k[:, first : first + step], None, pages, None, block_table=table, page_min=low,
+                cache_seqlens=torch.tensor([first], dtype=torch.int32), page_max=high,
+                backend="triton",
+            )  # fmt: skip
+        found.append((low, high))
+    assert torch.equal(found[0][0][2], k[0, :4].amin(0))
+    assert all(same_bits(*x) for f in found[1:] for x in zip(found[0], f, strict=True))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"dtype": torch.bfloat16, "rows": (3, 1, 9, 0, 2, 5)}, {"sinks": True, "softcap": 6.0},
+    {"code": "int8", "layout": "HND", "strided": True},
+    {"heads_q": 20, "heads_k": 1, "rows": (12,) * 6},
+], ids=lambda o: "_".join(o) or "plain")  # fmt: skip
+def test_cascade(options: dict[str, Any]) -> None:
+    groups, lens = [0, 3, 3, 4, 6], [48, 32, 0, 16]
+    base: dict[str, Any] = {"lengths": (60, 90, 65, 30, 28, 110), "rows": (1,) * 6, "head_dim": 16}
+    inputs = PagedCase(**{**base, **options}).make()
+    table = inputs.options["block_table"].clone()
+    for g, length in enumerate(lens):
+        if groups[g] < groups[g + 1]:
+            table[groups[g] : groups[g + 1], : length // 16] = table[groups[g], : length // 16]
+    inputs = inputs.with_(block_table=table)
+    rest = {n: x for n, x in inputs.options.items() if n not in ("causal", "window_size")}
+    out, lse = attnforge.cascade_attention(
+        inputs.q, inputs.k_pages, inputs.v_pages, return_lse=True, backend="triton",
+        cu_groups=torch.tensor(groups, dtype=torch.int32),
+        prefix_lens=torch.tensor(lens, dtype=torch.int32), **rest,
+    )  # fmt: skip
+    compare({"out": out, "lse": lse}, inputs.truth(rounded=True)).check()

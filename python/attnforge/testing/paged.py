@@ -150,7 +150,8 @@ class PagedCase:
             if self.zeros:
                 options["kv_zeros"] = (pairs[0][1], pairs[1][1])
         if self.latent:
-            found[1] = found[0][..., : v.shape[-1]]
+            width = v.shape[-1] // (2 if self.code == "int4" else 1)
+            found[1] = found[0][..., :width]
         else:
             found = [self._placed(x, n) for n, x in enumerate(found)]
         return (found[0], found[1]), options

@@ -29,15 +29,15 @@ def padded(size: int) -> int:
 
 def sizes(
     kernel: str, q: Tensor, v: Tensor, heavy: bool = False, config: Config | None = None,
-    *, itemsize: int = 0, v_dim: int = 0, tables: Any = tiles_of,
+    *, itemsize: int = 0, tables: Any = tiles_of,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time constants of a kernel: head dims, padded ones, the tile.
 
     config: of the launcher; the kernel's part of it begins with its name where there are several.
-    itemsize: bytes of what is multiplied, where it is wider than v. v_dim: where v's last dim is
-    another. tables: the module that has the tiles.
+    itemsize: bytes of what is multiplied, where it is wider than q. tables: the module that has the
+    tiles.
     """
-    d, dv = q.shape[-1], v_dim or v.shape[-1]
+    d, dv = q.shape[-1], v.shape[-1]
     widths = {"BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
     if config is not None:
         own = {name.removeprefix(f"{kernel}."): value for name, value in config.items()}

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from attnforge import _settings
-from attnforge._params import FLOAT8, FlashMods, FlashParams, PagedCache, PagedParams
+from attnforge._params import (
+    FLOAT8,
+    KV_CODES,
+    FlashMods,
+    FlashParams,
+    PagedCache,
+    PagedParams,
+    PagedWrite,
+)
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._flash_tiles import padded, space
 from attnforge.backends.triton._flash_tiles import sizes as sizes_of
@@ -34,9 +42,10 @@ from attnforge.backends.triton.flash import (
     _unit,
     _view,
 )
-from attnforge.registry.predicates import Features
+from attnforge.reference.paged import cascade_parts
+from attnforge.registry.predicates import Dim, Features
 from attnforge.registry.space import Config, SearchSpace
-from attnforge.registry.spec import KernelSpec
+from attnforge.registry.spec import KernelSpec, Request
 from attnforge.triton_kernels.paged import config as tiles_of
 
 __all__ = ["SPECS"]
@@ -162,8 +171,10 @@ def _launch(
     dims = (q.shape[-1], out.shape[-1])
     heads, heads_kv = q.shape[-2], cache.k_pages.shape[2]
     group, batch = heads // heads_kv, cache.block_table.shape[0]
-    sizes = sizes_of(launch.kernel, q, out, p.mask is not None, config, itemsize=q.element_size(),
-                     tables=tiles_of)  # fmt: skip
+    heavy = p.mask is not None or cache.k_pages.dtype in KV_CODES
+    values_like = q.new_empty((0, out.shape[-1]))  # a part of a cascade is fp32
+    sizes = sizes_of(launch.kernel, q, values_like, heavy, config, tables=tiles_of)
+    sizes["num_stages"] = tiles_of.stages(sizes, cache.page_size)
     keys, most = max(1, cache.capacity), min(launch.most, p.max_seqlen_q)
     splits = _tiles(keys, launch.split) if launch.split else 1
     if p.num_splits > 0 and launch.split:  # a split has at least one tile
@@ -197,6 +208,82 @@ def _workspace(splits: int, batch: int, most: int, q: Tensor, out: Tensor) -> tu
     return values, values.new_empty((splits, *rows[:-1], heads, rows[-1]))
 
 
+def cascade(
+    q: Tensor, cache: PagedCache, cu_groups: Tensor, prefix_lens: Tensor, p: PagedParams,
+    out: Tensor, lse: Tensor, *, config: Config | None = None,
+) -> None:  # fmt: skip
+    """Launcher of ``cascade_fwd``: two forwards in fp32 and their merge.
+
+    Few groups have many rows, so that prefixes are cut into shorter splits.
+    """
+    if cache.block_table.shape[0] == 0:
+        out.zero_()
+        lse.fill_(-math.inf)
+        return
+    rows, prefix, rest = cascade_parts(q, cache, cu_groups, prefix_lens, p)
+    values = out.new_empty((2, *rows.shape[:-1], out.shape[-1]), dtype=torch.float32)
+    stats = values.new_empty((2, rows.shape[-2], rows.shape[0]))
+    for n, (part, splits) in enumerate(((prefix, _Splits(1024, 1024)), (rest, _Splits()))):
+        _forward(rows, *part, values[n], stats[n], splits, config)
+    if out.numel() == 0:
+        return
+    values = values.view(2, *out.shape)
+    if lse.dim() == 3:
+        stats = stats.view(2, stats.shape[1], *out.shape[:2]).transpose(1, 2)
+    with _on(q.device):
+        _merge(values, stats, out, lse)
+
+
+def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> None:
+    """Launcher of ``paged_append``: one launch, and one more for the bounds of pages."""
+    seq_rows, dims = k.shape[1], (k.shape[-1], 0 if v is None else v.shape[-1])
+    if p.cu_seqlens is None:
+        k, v = k.flatten(0, 1), None if v is None else v.flatten(0, 1)
+    k, v = _unit(k), None if v is None else _unit(v)
+    total, heads = k.shape[:2]
+    k_pages, v_pages, table, lengths = _store(cache, (1, 1))
+    widths = [tiles_of.row_width(x) for x in dims]
+    block = tiles_of.append_rows(max(widths))
+    tiles, rope, turned = _tiles(total, block), None, p.rope_cos is not None
+    if p.rope_cos is not None and p.rope_sin is not None:
+        cos, sin = p.rope_cos.contiguous(), p.rope_sin.contiguous()
+        half = cos.shape[2]
+        rope = importlib.import_module("attnforge.triton_kernels.rope").Rope(
+            cos, sin, _step(cos, 0), cos.shape[1], half, None, None,
+            1 if p.rope_interleaved else half,
+        )  # fmt: skip
+    ends, batch = _contiguous(p.cu_seqlens), cache.block_table.shape[0]
+    at = None if p.positions is None or not turned else p.positions.contiguous().view(-1)
+    with _on(k.device):
+        _kernel("append", "append")[(tiles * heads,)](
+            _view(k), _view(k if v is None else v), k_pages, v_pages, table, lengths, ends, at,
+            rope, total, seq_rows, batch, tiles,
+            CODES=cache.k_pages.dtype in KV_CODES, FLOAT8=cache.k_pages.dtype is FLOAT8,
+            VALUES=v is not None, TURNED=turned, D=dims[0], DV=dims[1],
+            BLOCK_T=block, BLOCK_D=widths[0], BLOCK_DV=widths[1], num_warps=4,
+        )  # fmt: skip
+        if p.page_min is not None and p.page_max is not None:
+            low, high = (
+                _tensors().View(x, x.stride(0), 0, x.stride(1)) for x in (p.page_min, p.page_max)
+            )
+            _kernel("append", "bounds")[(total * heads,)](
+                k_pages, table, lengths, ends, low, high, total, seq_rows, batch,
+                D=dims[0], BLOCK_D=widths[0], num_warps=1 if widths[0] <= 256 else 4,
+            )  # fmt: skip
+
+
+class _RowDims:
+    """Rows are one tile, whole bytes of codes in it."""
+
+    _dims = (Dim("head_dim", 2, 1024, 2), Dim("v_head_dim", 2, 1024, 2))
+
+    def __call__(self, request: Request, /) -> str | None:
+        return self._dims[0](request) or self._dims[1](request)
+
+    def __str__(self) -> str:
+        return "head_dim and v_head_dim 2..1024 in steps of 2"
+
+
 _FEATURES = ("varlen", "kv_fp8", "kv_int8", "kv_int4", "lengths_per_head")
 _SCORES = ("alibi", "sinks", "softcap", "window_left", "window_right", "mask")
 
@@ -220,4 +307,10 @@ SPECS = (
     _spec("fwd", "paged_fwd", (_DecodeDims(), Features(*_FEATURES, *_SCORES)),
           "tiles of keys by the block table, fixed splits over keys, codes decoded in registers",
           space("few", "many", tables=tiles_of)),
+    _spec("cascade", "cascade_fwd", (_DecodeDims(), Features(*_FEATURES, *_SCORES)),
+          "prefixes once for all rows of a group, the rest per request, merged by LSE",
+          space("few", "many", tables=tiles_of)),
+    _spec("append", "paged_append",
+          (_RowDims(), Features(*_FEATURES, "rope", "page_bounds")),
+          "rows to slots through rotation and codes; one owner per page for its bounds"),
 )  # fmt: skip
