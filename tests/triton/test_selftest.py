@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from attnforge import _settings
-from attnforge.backends.triton import _selftest, _selftest_flash, cope, flash, reductions
+from attnforge.backends.triton import (
+    _selftest,
+    _selftest_flash,
+    _selftest_paged,
+    cope,
+    flash,
+    paged,
+    reductions,
+)
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import Decision, decide
 
@@ -42,6 +50,19 @@ def test_right_kernels_pass_in_other_dtypes(kind: str, dtype: torch.dtype) -> No
 )
 def test_right_kernels_pass_with_features(kind: str, group: str) -> None:
     assert _selftest.check(f"flash.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [
+        *(("fwd", group) for group in list(_selftest_paged.GROUPS)[:6]),
+        ("cascade", "packed rows and lengths per head"),
+        ("cascade", "int4 pages"),
+        *(("append", group) for group in list(_selftest_paged.GROUPS)[3:]),
+    ],
+)
+def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
+    assert _selftest.check(f"paged.{kind}", group, torch.float16, CPU) is None
 
 
 @pytest.fixture
@@ -112,6 +133,9 @@ PLACES = {
     "reductions.head_gradient": ("reductions_head_gradient", 2),
     "cope.fwd": ("cope_fwd", 5),
     "cope.bwd": ("cope_bwd", 5),
+    "paged.fwd": ("paged_fwd", 3),
+    "paged.cascade": ("cascade_fwd", 5),
+    "paged.append": ("paged_append", 2),
 }
 
 
@@ -119,7 +143,7 @@ PLACES = {
 @pytest.mark.usefixtures("on_gpu")
 def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     family, kind = kernel.split(".")
-    module = {"cope": cope, "flash": flash, "reductions": reductions}[family]
+    module = {"cope": cope, "flash": flash, "paged": paged, "reductions": reductions}[family]
     op, place = PLACES[kernel]
     monkeypatch.setattr(module, kind, partial(wrong, getattr(module, kind), place))
     with pytest.warns(RuntimeWarning, match=rf"triton\.{kernel} is not used"):

@@ -39,16 +39,16 @@ def part_first(part, first_row):
     return tl.where(part.batch == 0, first_row, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "tiles", "most"])
+@triton.jit(do_not_specialize=["rows", "parts", "tiles", "fewest", "most"])
 def merge(
     part, part_stat, out, lse, rows, heads, parts, tiles, next_part, next_stat,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INF_IS_EMPTY: tl.constexpr,
-    SUM: tl.constexpr, cu_rows=None, most=0,
+    SUM: tl.constexpr, cu_rows=None, fewest=0, most=0,
 ):  # fmt: skip
     """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one.
 
-    cu_rows: int32 [B + 1] boundaries of packed rows, of which sequences of up to ``most`` are
-    merged; their parts are packed as well, or a batch of their first rows (``part_first``).
+    cu_rows: int32 [B + 1] boundaries of packed rows; sequences of ``fewest`` to ``most`` are
+    merged, and their parts are packed as well, or a batch of their first rows (``part_first``).
     """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_M
@@ -57,7 +57,7 @@ def merge(
     at = first + tl.arange(0, BLOCK_M)
     first_row, rows = packed_span(cu_rows, rows, b)
     if cu_rows is not None:
-        rows = tl.where(rows <= most, rows, 0)
+        rows = tl.where((rows >= fewest) & (rows <= most), rows, 0)
         if first >= rows:
             return
     some = at < rows

@@ -53,7 +53,7 @@ def sequence_of(ends, rows, seq_rows, batch):
 
 @triton.jit
 def slots_of(rows, total, ends, seq_rows, batch, table, lengths, h):
-    """(key, (page, slot, real)) of new rows: where they go, and whether there is such a place."""
+    """(sequence, its first row, key, (page, slot, real)) of new rows: where they go, if they do."""
     b, first = sequence_of(ends, rows, seq_rows, batch)
     real = (rows < total) & (b >= 0)
     b = tl.where(real, b, 0)
@@ -63,7 +63,7 @@ def slots_of(rows, total, ends, seq_rows, batch, table, lengths, h):
     page = tl.load(entry, mask=real, other=-1)
     real = real & (page >= 0) & (page < table.pages)
     slot = tl.where(real, key % table.size, 0)
-    return key, (tl.where(real, page, 0).to(tl.int64), slot.to(tl.int64), real)
+    return b, first, key, (tl.where(real, page, 0).to(tl.int64), slot.to(tl.int64), real)
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def append(
     """
     rows = tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     h = tl.program_id(0) // tiles
-    key, found = slots_of(rows, total, ends, seq_rows, batch, table, lengths, h)
+    _, _, key, found = slots_of(rows, total, ends, seq_rows, batch, table, lengths, h)
     real = found[2][:, None]
     columns = tl.arange(0, BLOCK_D)[None, :]
     source = head_ptr(k, 0, h, 0) + rows.to(tl.int64)[:, None] * k.row
@@ -164,11 +164,10 @@ def bounds(
     """Fold what ``append`` stored into low and high, Views of [P, 1, Hk, D]."""
     row = tl.program_id(0) % total
     h = tl.program_id(0) // total
-    one = tl.arange(0, 1)
-    key, found = slots_of(row + one, total, ends, seq_rows, batch, table, lengths, h)
-    _, first = sequence_of(ends, row + one, seq_rows, batch)
+    rows = row + tl.arange(0, 1)
+    b, first, _, found = slots_of(rows, total, ends, seq_rows, batch, table, lengths, h)
     slot = tl.sum(found[1])
-    owner = found[2] & ((found[1] == 0) | (row == first))
+    owner = found[2] & ((found[1] == 0) | (rows == first))
     if tl.sum(owner.to(tl.int32)) == 0:
         return
     page = tl.sum(found[0])
@@ -179,12 +178,12 @@ def bounds(
     held = mask & (slot > 0)
     least = tl.load(low_at, mask=held, other=INF).to(tl.float32)
     most = tl.load(high_at, mask=held, other=-INF).to(tl.float32)
-    last = tl.sum(first) + seq_rows
-    if ends is not None:
-        b, _ = sequence_of(ends, row + one, seq_rows, batch)
-        last = tl.sum(tl.load(ends + 1 + b))
+    if ends is None:
+        last = tl.sum(first) + seq_rows
+    else:
+        last = tl.minimum(tl.sum(tl.load(ends + 1 + b)), total)
     head = pages.ptr + tl.cast(h, tl.int64) * pages.head
-    for n in tl.range(0, tl.minimum(table.size - slot, tl.minimum(last, total) - row)):
+    for n in tl.range(0, tl.minimum(table.size - slot, last - row)):
         here = (found[0], found[1] + n, found[2])
         x = load_slots(head, here, pages, BLOCK_D, D).to(tl.float32)
         if pages.zero is not None:

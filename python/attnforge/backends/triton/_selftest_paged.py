@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge._params import FLOAT8, PagedCache, PagedParams
+from attnforge._params import FLOAT8, PagedCache, PagedParams, PagedWrite
 from attnforge.reference import paged as reference
 
 __all__ = ["GROUPS", "problem"]
@@ -21,6 +21,8 @@ GROUPS: dict[str, frozenset[str]] = {
     "fp8 pages": frozenset({"kv_fp8"}),
     "int8 pages": frozenset({"kv_int8"}),
     "int4 pages": frozenset({"kv_int4"}),
+    "rope": frozenset({"rope"}),
+    "bounds of pages": frozenset({"page_bounds"}),
 }
 _CODES = {"fp8 pages": FLOAT8, "int8 pages": torch.int8, "int4 pages": torch.uint8}
 _HEADS, _HEADS_KV, _DIM, _SIZE, _PAGES, _WIDTH = 4, 2, 64, 8, 70, 34
@@ -82,7 +84,66 @@ def _forward(
     return found
 
 
-_PROBLEMS = {"fwd": _forward}
+def _cascade(
+    group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two requests that share five pages."""
+    cache = _cache(group, dtype, device)
+    cache.block_table[1, :5] = cache.block_table[0, :5]
+    rows = 2
+    p = _params(group, rows, device)._replace(window_left=-1, alibi_slopes=None, mask=None)
+    if group.startswith("packed"):
+        lengths = (cache.cache_seqlens + 40).clamp_max(cache.capacity)  # heads see the prefix
+        cache = cache._replace(cache_seqlens=lengths)
+    g = torch.Generator().manual_seed(2)
+    packed = p.cu_seqlens_q is not None
+    shape = (rows + 2, _HEADS, _DIM) if packed else (2, rows, _HEADS, _DIM)
+    q = torch.randn(shape, generator=g).to(device, dtype)
+    groups, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [40]))
+    found: list[list[Tensor]] = []
+    for n in range(2):
+        stat = (_HEADS, rows + 2) if packed else (2, _HEADS, rows)
+        out, lse = torch.empty_like(q), q.new_empty(stat, dtype=torch.float32)
+        if n == 0:
+            run(q, cache, groups, lens, p, out, lse)
+        else:
+            reference.forward(q, cache, p, out, lse)
+        found.append([out, lse])
+    return found[0], found[1]
+
+
+def _append(
+    group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Nineteen rows for each sequence; what they are read back as, codes among them."""
+    g, rows = torch.Generator().manual_seed(2), 19
+    cache = _cache(group, dtype, device)
+    cache = cache._replace(cache_seqlens=cache.cache_seqlens % 40)
+    packed = group.startswith("packed")
+    shape = (2 * rows, _HEADS_KV, _DIM) if packed else (2, rows, _HEADS_KV, _DIM)
+    k, v = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
+    p = PagedWrite(None, None, None, None, False, None, None)
+    if packed:
+        ends = torch.tensor([0, 7, 2 * rows], dtype=torch.int32, device=device)
+        p = p._replace(cu_seqlens=ends)
+    if group == "rope":
+        angles = torch.randn(1, 99, _DIM // 4, generator=g).to(device)
+        p = p._replace(rope_cos=angles.cos(), rope_sin=angles.sin())
+    found: list[list[Tensor]] = []
+    for launch in (run, reference.append):
+        pages = [x.clone() for x in cache[:2]]
+        own = cache._replace(k_pages=pages[0], v_pages=pages[1])
+        bounds: list[Tensor] = []
+        if group == "bounds of pages":
+            bounds = [k.new_zeros(_PAGES, _HEADS_KV, _DIM) for _ in range(2)]
+        launch(k, v, own, p._replace(page_min=bounds[0], page_max=bounds[1]) if bounds else p)
+        scales = (own.k_scale, own.v_scale), (own.k_zero, own.v_zero)
+        read = [reference.decoded(x, scales[0][n], scales[1][n]) for n, x in enumerate(pages)]
+        found.append([*read, *bounds])
+    return found[0], found[1]
+
+
+_PROBLEMS = {"fwd": _forward, "cascade": _cascade, "append": _append}
 
 
 def problem(

@@ -195,7 +195,8 @@ def _launch(
         launch.fewest, launch.most, tiles, **sizes,
     )  # fmt: skip
     if splits > 1:
-        _merge(values, stats, out, lse, packed=None if ends is None else (ends, batch, most))
+        packed = None if ends is None else (ends, batch, launch.fewest, most)
+        _merge(values, stats, out, lse, packed=packed)
 
 
 def _workspace(splits: int, batch: int, most: int, q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
