@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
 
     mods: a group of features of single scores, see ``score_features``, or "cope" for the kernels
-    of that family. fp8 has no backward.
+    of that family, or a key of PAGED. fp8 has no backward.
     """
 
     dtype: torch.dtype
@@ -49,6 +49,23 @@ class Variant(NamedTuple):
         return "-".join(words + [self.mods] * bool(self.mods))
 
 
+class Paged(NamedTuple):
+    """A problem of the paged family. page_size: of less than a tile, or a multiple of it."""
+
+    rows: int
+    page_size: int = 16
+    code: torch.dtype | None = None  # with scales and zeros per page
+    writes: bool = False  # also the kernels that write
+
+
+PAGED = {
+    "pages": Paged(rows=1, writes=True),
+    "large-pages": Paged(rows=1, page_size=128),
+    "many-rows": Paged(rows=100),
+    "int8-pages": Paged(rows=1, code=torch.int8),
+    "int4-pages": Paged(rows=1, code=torch.uint8, writes=True),
+}
+
 # Every tile that ships (three widths, two sizes of elements), and masks and features once.
 VARIANTS = (
     *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
@@ -59,6 +76,8 @@ VARIANTS = (
     *(Variant(torch.float8_e4m3fn, d, causal=True, mods="descales") for d in (64, 128, 256)),
     *(Variant(torch.bfloat16, d, causal=True, mods="cope") for d in (64, 128, 256)),
     Variant(torch.float32, 64, causal=True, mods="cope"),
+    *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in PAGED),
+    *(Variant(torch.bfloat16, 256, causal=True, mods=mods) for mods in ("pages", "many-rows")),
 )
 
 
@@ -225,12 +244,37 @@ def forward(variant: Variant) -> None:
     flash.fwd(q, k, v, p, out, lse, low)
 
 
+def launch_paged(variant: Variant, problem: Paged, v_dim: int = 0) -> None:
+    """Paged attention, and writing pages; v_dim: of values that are a part of the keys."""
+    from attnforge._params import PagedCache, PagedParams, PagedWrite
+    from attnforge.backends.triton import paged
+
+    rows, size, code, writes = problem
+    dtype, d, heads, heads_kv = variant.dtype, variant.head_dim, 8, 1 if v_dim else 2
+    k, v = torch.zeros(2, 9, size, heads_kv, d // (2 if code is torch.uint8 else 1),
+                       dtype=code or dtype)  # fmt: skip
+    scale = None if code is None else torch.ones(9, 1, heads_kv)
+    lengths = torch.ones(2, dtype=torch.int32)
+    table = torch.zeros(2, 9000 // size, dtype=torch.int32)
+    cache = PagedCache(k, k[..., :v_dim] if v_dim else v, table, lengths, *[scale] * 4)
+    p = PagedParams(None, None, None, None, rows, 0.1, -1, 0, 0.0)
+    q, lse = torch.zeros(2, rows, heads, d, dtype=dtype), torch.zeros(2, heads, rows)
+    paged.fwd(q, cache, p, q[..., : v_dim or d].contiguous(), lse)
+    if writes:
+        low, turns = torch.zeros(9, heads_kv, d), torch.zeros(1, 99, d // 2)
+        write = PagedWrite(None, turns, turns, None, False, low, low)
+        paged.append(q[:, :, :heads_kv], q[:, :, :heads_kv], cache, write)
+
+
 def launch(variant: Variant) -> None:
     """Every kernel of the flash family on one problem, through its launcher."""
     from attnforge._params import FlashGrads, FlashTape
     from attnforge.backends.triton import flash
     from attnforge.ops._flash_ops import GRAD_MODS
 
+    if variant.mods in PAGED:
+        launch_paged(variant, PAGED[variant.mods])
+        return
     q, k, v, out, low, lse, p = _problem(variant)
     if variant.mods == "cope":
         launch_cope(torch.zeros_like(out), FlashTape(q, k, v, out, lse, low), p)
@@ -256,6 +300,7 @@ def latent(dtype: torch.dtype) -> None:
     flash.decode(q, k, v, p, out, lse, 2)
     q, k = q[..., :192].contiguous(), k[..., :192].contiguous()
     flash.fwd(q, k, v, p, out, lse, low[..., :512].contiguous())
+    launch_paged(Variant(dtype, 576), Paged(rows=1), v_dim=512)
 
 
 def reductions(dtype: torch.dtype, head_dim: int) -> None:
@@ -306,19 +351,25 @@ def row_name(arch: int, variant: Variant, kernel: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of every shipped Triton kernel.")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    write = parser.parse_args().write
+    parser.add_argument("--only", default="", help="variants with this in their names; others stay")
+    options = parser.parse_args()
     import triton
 
     rows = {}
     for arch in ARCHS:
         for variant in VARIANTS:
+            if options.only not in variant.name:
+                old = json.loads(TABLE.read_text())["kernels"]
+                mine = f"{row_name(arch, variant, '')}"
+                rows |= {n: used for n, used in old.items() if n.rpartition("/")[0] + "/" == mine}
+                continue
             for kernel, (used, _) in measure(arch, variant).items():
                 name = row_name(arch, variant, kernel)
                 rows[name] = used
                 print(
                     f"{name:<48}", *(f"{key} {value:>6}" for key, value in used.items()), flush=True
                 )
-    if write:
+    if options.write:
         lines = ",\n".join(f"  {json.dumps(n)}: {json.dumps(used)}" for n, used in rows.items())
         head = f'"triton": {json.dumps(triton.__version__)}'
         TABLE.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')

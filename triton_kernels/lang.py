@@ -29,6 +29,13 @@ from attnforge.triton_kernels.mods import (
     row_scale,
     unhidden,
 )
+from attnforge.triton_kernels.pages import (
+    add_values,
+    channel_sums,
+    decoded_products,
+    load_slots,
+    locate,
+)
 from attnforge.triton_kernels.rope import load_turned
 from attnforge.triton_kernels.tensors import INF, LN2, LOG2E, load_tile, stat_ptr, widened
 from attnforge.triton_kernels.weights import start_total, weigh
@@ -66,17 +73,24 @@ class Scores(NamedTuple):
 
 
 @triton.jit
+def packed_span(ends, count, b):
+    """(first, length) of sequence ``b`` of ``count`` packed rows, clamped to them.
+
+    ends: int32 [B + 1], or None for sequences of ``count`` rows each.
+    """
+    first = 0  # of the tensor
+    length = count
+    if ends is not None:
+        first = tl.minimum(tl.maximum(tl.load(ends + b), 0), count)
+        length = tl.minimum(tl.maximum(tl.load(ends + b + 1), first), count) - first
+    return first, length
+
+
+@triton.jit
 def span(seq, b):
     """(first row, rows, first key, keys) of sequence ``b``, clamped to what there is."""
-    first_row = 0  # of the tensor
-    first_key = 0
-    rows = seq.rows
-    keys = seq.keys
-    if seq.cu_q is not None:
-        first_row = tl.minimum(tl.maximum(tl.load(seq.cu_q + b), 0), seq.rows)
-        first_key = tl.minimum(tl.maximum(tl.load(seq.cu_k + b), 0), seq.keys)
-        rows = tl.minimum(tl.maximum(tl.load(seq.cu_q + b + 1), first_row), seq.rows) - first_row
-        keys = tl.minimum(tl.maximum(tl.load(seq.cu_k + b + 1), first_key), seq.keys) - first_key
+    first_row, rows = packed_span(seq.cu_q, seq.rows, b)
+    first_key, keys = packed_span(seq.cu_k, seq.keys, b)
     if seq.used is not None:
         keys = tl.minimum(keys, tl.maximum(tl.load(seq.used + b), 0))
     return first_row, rows, first_key, keys
@@ -201,12 +215,12 @@ def tame(x):
 @triton.jit
 def unleash(
     acc, at, lo, hi, n_rows, n_keys, base, x, scores, place, rope,
-    WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, table=None,
 ):  # fmt: skip
     """acc + every NaN and infinity of x[lo .. hi) that position ``at`` of the other side sees.
 
     acc [BLOCK, WIDTH]; at [BLOCK]. KEYS: x holds keys, ``at`` are rows; else the other way round.
-    rope: None unless rows of x are turned.
+    rope: None unless rows of x are turned. table: of x in pages, see ``walk``.
     One row of x at a time: this runs where ``tame`` found something, and costs hot loops nothing.
     Between lo and hi there may be whole tiles, whose infinities are in acc already: once more is
     the same.
@@ -215,7 +229,10 @@ def unleash(
     if scores.hides is not None:
         at = at[:, None]  # of the head in a decode's place
     for n in tl.range(lo, hi):
-        if rope is None:
+        if table is not None:
+            slots = load_slots(base, locate(table, place[0], n, hi, 1), x, WIDTH, SIZE)
+            value = tl.reshape(slots, [WIDTH]).to(tl.float32)
+        elif rope is None:
             row = base + tl.cast(n, tl.int64) * x.row + columns
             value = widened(tl.load(row, mask=columns < SIZE, other=0.0)).to(tl.float32)
         else:
@@ -253,49 +270,74 @@ def start_state(scores, h, BLOCK_M: tl.constexpr):
 def attend(
     state, q, rows, slope, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, tail=None,
-    boxes=None,
+    BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, tail=None, boxes=None, table=None,
 ):  # fmt: skip
     """Online softmax over the key tiles from ``lo`` to ``hi``: the state after them.
 
     State: top, total [BM], acc [BM, BLOCK_DV] fp32, and whether ``tame`` found anything. q
     [BM, BLOCK_D]; rows [BM] are positions in the sequence. Unless MASKED, every row sees every key.
     tail: q's channels [BM, D - BLOCK_D] from BLOCK_D on, where D is larger. boxes: descriptors of K
-    and V, see ``walk``.
+    and V, table: of their pages, see ``walk``.
     """
     top, total, acc, bad = state
     shift = n_keys - n_rows
+    if table is not None:
+        q_sums = channel_sums(q, tail)
     for start in tl.range(lo, hi, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        if boxes is None:
+        if table is not None:
+            found = locate(table, place[0], start, n_keys, BLOCK_N)
+            k_tile = load_slots(k_head, found, k, BLOCK_D, D)
+        elif boxes is None:
             k_tile = load_turned(
                 k_head, start, n_keys, k, scores.rope, place, False, BLOCK_N, BLOCK_D, D, not MASKED
             )
         else:
             k_tile = boxes[0].load([start, 0])
-        k_tile = k_tile.to(q.dtype)  # another beside fp8 keys alone
+        k_tile = k_tile.to(q.dtype)  # another beside fp8 keys and codes alone
         s = dot(q, k_tile.T, tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if tail is not None:
-            rest = load_tile(
-                k_head + BLOCK_D, start, n_keys, k, BLOCK_N, D - BLOCK_D, D - BLOCK_D, not MASKED
-            )
+            if table is not None:
+                rest = load_slots(k_head, found, k, D - BLOCK_D, D - BLOCK_D, BLOCK_D)
+            else:
+                rest = load_tile(
+                    k_head + BLOCK_D, start, n_keys, k, BLOCK_N, D - BLOCK_D, D - BLOCK_D,
+                    not MASKED,
+                )  # fmt: skip
             s = dot(tail, rest.to(q.dtype).T, s)
+        if table is not None:
+            s = decoded_products(s, q_sums, found, k, place[6])
         s, _ = logits(s, rows[:, None], keys[None, :], shift, slope, scores, place)
         if MASKED:
             visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores, place)
+            if table is not None:
+                visible = visible & found[2][None, :]
             s = tl.where(visible, s, -INF)
+        elif table is not None:
+            s = tl.where(found[2][None, :], s, -INF)
         p, alpha, top, total = weigh(s, top, total, scores)
         p = drop(p, rows[:, None], keys[None, :], scores, place)
         acc = acc * alpha[:, None]
-        if boxes is None:
+        if table is not None:
+            if v.of_k:
+                v_tile = k_tile
+            else:
+                v_tile = load_slots(v_head, found, v, BLOCK_DV, DV)
+        elif boxes is None:
             v_tile = load_tile(v_head, start, n_keys, v, BLOCK_N, BLOCK_DV, DV, not MASKED)
         else:
             v_tile = boxes[1].load([start, 0])
         v_tile = v_tile.to(q.dtype)
         if MASKED:
-            v_tile, found = tame(v_tile)
-            bad = bad | found
-        acc = dot(p.to(v_tile.dtype), v_tile, acc)
+            v_tile, wild = tame(v_tile)
+            bad = bad | wild
+        if table is not None:
+            if MASKED:
+                acc = add_values(acc, p, v_tile, found, v, place[6], visible)
+            else:
+                acc = add_values(acc, p, v_tile, found, v, place[6], None)
+        else:
+            acc = dot(p.to(v_tile.dtype), v_tile, acc)
     return top, total, acc, bad
 
 
@@ -303,13 +345,14 @@ def attend(
 def walk(
     q, rows, slope, before, ranges, n_rows, n_keys, k, v, k_head, v_head, scores, place,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, tail=None, USE_TMA: tl.constexpr = 0,
+    BLOCK_DV: tl.constexpr, tail=None, USE_TMA: tl.constexpr = 0, table=None,
 ):  # fmt: skip
     """(top, total, acc) after all keys that the rows see.
 
     ranges: (lo, whole_lo, whole_hi, hi) from ``key_range``; before: (top, total) from
     ``start_state``; tail: see ``attend``. USE_TMA: tiles of K and V come by descriptors, which need
-    base and strides in multiples of 16 bytes and know no rope. The results are the same.
+    base and strides in multiples of 16 bytes and know no rope. The results are the same. table: a
+    Table, if K and V are ``Pages``; None: they are Views.
     """
     boxes = None
     if USE_TMA:
@@ -326,20 +369,21 @@ def walk(
     if scores.front is not None:
         state = attend(
             state, q, rows, slope, lo, whole_lo, n_rows, n_keys, k, v, k_head, v_head, scores,
-            place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes,
+            place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes, table,
         )  # fmt: skip
     state = attend(
         state, q, rows, slope, whole_lo, whole_hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, tail, boxes,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, False, tail, boxes, table,
     )  # fmt: skip
     top, total, acc, bad = attend(
         state, q, rows, slope, whole_hi, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
-        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes,
+        place, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, True, tail, boxes, table,
     )  # fmt: skip
     if bad != 0:
         acc = unleash(
-            acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, place, None, BLOCK_DV, DV, True
-        )
+            acc, rows, lo, hi, n_rows, n_keys, v_head, v, scores, place, None, BLOCK_DV, DV, True,
+            table,
+        )  # fmt: skip
     return top, total, acc
 
 

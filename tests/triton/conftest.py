@@ -23,6 +23,7 @@ from attnforge.testing import cases
 from attnforge.testing.cases import FlashCase, FlashInputs
 from attnforge.testing.compare import Report, compare
 from attnforge.triton_kernels.flash import config
+from attnforge.triton_kernels.paged import config as paged_config
 
 HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available() and not _settings.triton_interpreted()
@@ -39,6 +40,11 @@ TILES = {
     "dkdv": {"BLOCK_M": 16, "BLOCK_N": 32},
     "dq": {"BLOCK_M": 32, "BLOCK_N": 16},
 }
+# A tile of 16 keys lies in one page from 16 slots on; both kinds of lookup are for small caches.
+PAGED_TILES = {
+    "few": {"BLOCK_M": 16, "BLOCK_N": 16},
+    "many": {"BLOCK_M": 32, "BLOCK_N": 16},
+}
 
 
 @pytest.fixture
@@ -52,9 +58,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
     """Cases on the device; small tiles for the interpreter; numpy is silent about NaN."""
     monkeypatch.setattr(cases, "DEVICE", device)
     if _settings.triton_interpreted():
-        monkeypatch.setattr(
-            config, "choose", lambda kernel, _: {**TILES[kernel], "num_warps": 4, "num_stages": 1}
-        )
+        for module, tiles in ((config, TILES), (paged_config, PAGED_TILES)):
+            monkeypatch.setattr(
+                module,
+                "choose",
+                lambda kernel, _, tiles=tiles: {**tiles[kernel], "num_warps": 4, "num_stages": 1},
+            )
     with np.errstate(all="ignore"):
         yield
 

@@ -40,6 +40,10 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
     """What a variant launches."""
     if variant.mods == "cope":
         return ["delta", "fwd", "keys", "rows"]
+    if variant.mods in budgets.PAGED:
+        problem = budgets.PAGED[variant.mods]
+        few = ["merge"] if problem.rows == 1 else []
+        return sorted(["fwd", *few, *["append", "bounds"] * problem.writes])
     if variant.dtype.itemsize == 1:
         return ["decode", "fwd", "merge"]
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
@@ -68,7 +72,8 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
             wrong.append(f"{name}: {used['tensor_columns']} columns of tensor memory")
         if kernel in ("fwd", "dkdv", "dq", "rows", "keys") and variant.dtype.itemsize < 4:
             # Tiles of cope and of fp8 may be too short for wgmma and tcgen05.
-            large = kernel == "fwd" and variant.mods not in ("cope", "descales")
+            small = {"cope", "descales", *budgets.PAGED.keys() - {"many-rows"}}
+            large = kernel == "fwd" and variant.mods not in small
             product = TENSOR_CORE[arch] if large else "mma."
             if product not in compiled.asm["ptx"]:
                 wrong.append(f"{name}: no {product}")
@@ -98,7 +103,13 @@ def test_latent_decode(arch: int, dtype: torch.dtype) -> None:
     """Head dims 576 and 512 fit everywhere; a forward of 512 values does too."""
     with budgets.compiling(arch) as found:
         budgets.latent(dtype)
-    assert [name.rpartition(".")[2] for name, _ in found] == ["decode", "merge", "fwd"]
+    assert [name.rpartition(".")[2] for name, _ in found] == [
+        "decode",
+        "merge",
+        "fwd",
+        "fwd",
+        "merge",
+    ]
     for name, kernel in found:
         used = budgets.resources(kernel)
         assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name

@@ -19,9 +19,11 @@ from attnforge.backends import _selftest_flash
 from attnforge.backends.triton import (
     _selftest,
     _selftest_block_sparse,
+    _selftest_paged,
     block_sparse,
     cope,
     flash,
+    paged,
     reductions,
 )
 from attnforge.registry import Request, list_kernels
@@ -62,6 +64,19 @@ def test_right_kernels_pass_with_features(kind: str, group: str) -> None:
 @pytest.mark.parametrize("kind", ["fwd", "bwd"])
 def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) -> None:
     assert _selftest.check(f"block_sparse.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [
+        *(("fwd", group) for group in list(_selftest_paged.GROUPS)[:6]),
+        ("cascade", "packed rows and lengths per head"),
+        ("cascade", "int4 pages"),
+        *(("append", group) for group in list(_selftest_paged.GROUPS)[3:]),
+    ],
+)
+def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
+    assert _selftest.check(f"paged.{kind}", group, torch.float16, CPU) is None
 
 
 @pytest.fixture
@@ -140,11 +155,15 @@ PLACES = {
     "cope.bwd": ("cope_bwd", 5),
     "block_sparse.fwd": ("block_sparse_fwd", 5),
     "block_sparse.bwd": ("block_sparse_bwd", 5),
+    "paged.fwd": ("paged_fwd", 3),
+    "paged.cascade": ("cascade_fwd", 5),
+    "paged.append": ("paged_append", 2),
 }
 MODULES = {
     "block_sparse": block_sparse,
     "cope": cope,
     "flash": flash,
+    "paged": paged,
     "reductions": reductions,
 }
 

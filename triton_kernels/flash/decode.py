@@ -30,6 +30,56 @@ from attnforge.triton_kernels.rope import turn
 from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr, widened
 
 
+@triton.jit
+def in_split(ranges, split, splits, split_keys, n_keys, BLOCK_N: tl.constexpr):
+    """The part of ``ranges`` that lies in a split of ``split_keys`` keys, or one of equal ones."""
+    lo, whole_lo, whole_hi, hi = ranges
+    if split_keys == 0:
+        size = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
+    else:
+        size = split_keys
+    begin = split * size
+    end = tl.minimum(begin + size, n_keys)
+    lo = tl.maximum(lo, begin)
+    hi = tl.maximum(tl.minimum(hi, end), lo)
+    whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
+    whole_hi = tl.maximum(tl.minimum(whole_hi, hi), whole_lo)
+    return lo, whole_lo, whole_hi, hi
+
+
+@triton.jit
+def start_split(scores, head, split, BLOCK_M: tl.constexpr):
+    """``start_state`` of a split: the sink belongs to the first one."""
+    top, total = start_state(scores, head, BLOCK_M)
+    if scores.sinks is not None:
+        top = tl.where(split == 0, top, -INF)
+        total = tl.where(split == 0, total, 0.0)
+    return top, total
+
+
+@triton.jit
+def load_rows(q_rows, real, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """[BM, WIDTH] channels FIRST .. SIZE - 1 of rows at pointers ``q_rows`` [BM], others 0."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    mask = real[:, None] & (columns < SIZE)[None, :]
+    return widened(tl.load(q_rows[:, None] + columns[None, :], mask=mask, other=0.0))
+
+
+@triton.jit
+def store_rows(o, stat, o_rows, l_rows, real, part_out, part_lse, split, DV: tl.constexpr):
+    """O and LSE of a split to pointers of the first one; part_*: see ``decode``."""
+    if part_out is not None:
+        o_rows += tl.cast(split, tl.int64) * part_out
+        l_rows += tl.cast(split, tl.int64) * part_lse
+    columns = tl.arange(0, o.shape[1])
+    tl.store(
+        o_rows[:, None] + columns[None, :],
+        o.to(o_rows.dtype.element_ty),
+        mask=real[:, None] & (columns < DV)[None, :],
+    )
+    tl.store(l_rows, stat, mask=real)
+
+
 @triton.jit(do_not_specialize=["seq", "scores", "splits", "split_keys"])
 def decode(
     q, k, v, out, lse, part_out, part_lse, seq, scores, heads, group, splits, split_keys,
@@ -57,56 +107,25 @@ def decode(
     place = (b, head[:, None], 0, 0, n_rows, n_keys, h)
     first = tile * BLOCK_M // group
     last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // group, n_rows - 1)
-    lo, whole_lo, whole_hi, hi = key_range(
-        rows[:, None], first, last, n_rows, n_keys, scores, place, BLOCK_N
-    )
-    if split_keys == 0:
-        size = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
-    else:
-        size = split_keys
-    begin = split * size
-    end = tl.minimum(begin + size, n_keys)
-    lo = tl.maximum(lo, begin)
-    hi = tl.maximum(tl.minimum(hi, end), lo)
-    whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
-    whole_hi = tl.maximum(tl.minimum(whole_hi, hi), whole_lo)
-
-    top, total = start_state(scores, head, BLOCK_M)
-    if scores.sinks is not None:
-        top = tl.where(split == 0, top, -INF)
-        total = tl.where(split == 0, total, 0.0)
+    ranges = key_range(rows[:, None], first, last, n_rows, n_keys, scores, place, BLOCK_N)
+    ranges = in_split(ranges, split, splits, split_keys, n_keys, BLOCK_N)
+    before = start_split(scores, head, split, BLOCK_M)
     slope = slope_of(scores, b, head)
     if scores.slopes is not None:
         slope = slope[:, None]
     q_rows = head_ptr(q, b, head, rows)
-    columns = tl.arange(0, BLOCK_D)
-    q_tile = tl.load(
-        q_rows[:, None] + columns[None, :], mask=real[:, None] & (columns < D)[None, :], other=0.0
-    )
-    q_tile = widened(q_tile)
+    q_tile = load_rows(q_rows, real, 0, D, BLOCK_D)
     tail = None
     if D > BLOCK_D:
-        columns = BLOCK_D + tl.arange(0, D - BLOCK_D)
-        tail = tl.load(q_rows[:, None] + columns[None, :], mask=real[:, None], other=0.0)
-        tail = widened(tail)
+        tail = load_rows(q_rows, real, BLOCK_D, D, D - BLOCK_D)
     if scores.rope is not None:
         at = tl.load(stat_ptr(scores.rope.at_q, b, 0, rows), mask=real, other=0)
         q_tile = turn(q_tile, q_rows[:, None], real[:, None], at[:, None], scores.rope, h, BLOCK_D)
     top, total, acc = walk(
-        q_tile, rows, slope, (top, total), (lo, whole_lo, whole_hi, hi), n_rows, n_keys,
+        q_tile, rows, slope, before, ranges, n_rows, n_keys,
         k, v, head_ptr(k, b, h, 0), head_ptr(v, b, h, 0), scores, place,
         D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, tail,
     )  # fmt: skip
     o, stat = result(top, total, acc, scores, place)
-    o_rows = head_ptr(out, b, head, rows)
-    l_rows = stat_ptr(lse, b, head, rows)
-    if part_out is not None:
-        o_rows += tl.cast(split, tl.int64) * part_out
-        l_rows += tl.cast(split, tl.int64) * part_lse
-    columns = tl.arange(0, BLOCK_DV)
-    tl.store(
-        o_rows[:, None] + columns[None, :],
-        o.to(out.ptr.dtype.element_ty),
-        mask=real[:, None] & (columns < DV)[None, :],
-    )
-    tl.store(l_rows, stat, mask=real)
+    o_rows, l_rows = head_ptr(out, b, head, rows), stat_ptr(lse, b, head, rows)
+    store_rows(o, stat, o_rows, l_rows, real, part_out, part_lse, split, DV)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnforge.triton_kernels.lang import packed_span
 from attnforge.triton_kernels.tensors import INF, head_ptr, inside, load_tile, stat_ptr, tile_ptr
 
 
@@ -32,21 +33,37 @@ def part_lse(pointers, mask, INF_IS_EMPTY: tl.constexpr):
     return stat
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "tiles"])
+@triton.jit
+def part_first(part, first_row):
+    """Where packed rows from ``first_row`` on are in a View: a batch has them at its start."""
+    return tl.where(part.batch == 0, first_row, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "parts", "tiles", "fewest", "most"])
 def merge(
     part, part_stat, out, lse, rows, heads, parts, tiles, next_part, next_stat,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INF_IS_EMPTY: tl.constexpr,
-    SUM: tl.constexpr,
+    SUM: tl.constexpr, cu_rows=None, fewest=0, most=0,
 ):  # fmt: skip
-    """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one."""
+    """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one.
+
+    cu_rows: int32 [B + 1] boundaries of packed rows; sequences of ``fewest`` to ``most`` are
+    merged, and their parts are packed as well, or a batch of their first rows (``part_first``).
+    """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_M
     h = pid // tiles % heads
     b = pid // tiles // heads
     at = first + tl.arange(0, BLOCK_M)
+    first_row, rows = packed_span(cu_rows, rows, b)
+    if cu_rows is not None:
+        rows = tl.where((rows >= fewest) & (rows <= most), rows, 0)
+        if first >= rows:
+            return
     some = at < rows
-    value = head_ptr(part, b, h, 0)
-    stat = stat_ptr(part_stat, b, h, at)
+    base_row = part_first(part, first_row)
+    value = head_ptr(part, b, h, base_row)
+    stat = stat_ptr(part_stat, b, h, base_row) + at
 
     top = tl.full([BLOCK_M], -INF, tl.float32)  # a NaN it drops stays in the weights
     for n in tl.range(0, parts):
@@ -75,8 +92,8 @@ def merge(
         total = tl.minimum(total, 1.0)
     o = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
     mask = inside(first, rows, BLOCK_M, BLOCK_DV, DV)
-    o_head = head_ptr(out, b, h, 0)
+    o_head = head_ptr(out, b, h, first_row)
     tl.store(
         tile_ptr(o_head, first, out, BLOCK_M, BLOCK_DV), o.to(out.ptr.dtype.element_ty), mask=mask
     )
-    tl.store(stat_ptr(lse, b, h, at), base + tl.log(total), mask=some)
+    tl.store(stat_ptr(lse, b, h, first_row) + at, base + tl.log(total), mask=some)

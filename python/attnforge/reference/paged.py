@@ -15,7 +15,7 @@ from attnforge._params import KV_CODES, FlashMods, FlashParams, PagedCache, Page
 from attnforge.reference import flash
 from attnforge.reference.scores import rotate
 
-__all__ = ["append", "code_zero", "decoded", "encoded", "forward"]
+__all__ = ["append", "cascade_parts", "code_zero", "decoded", "encoded", "forward"]
 
 _RANGE = {torch.int8: (-128, 127), torch.uint8: (0, 15), torch.float8_e4m3fn: (-448, 448)}
 
@@ -146,6 +146,41 @@ def forward(q: Tensor, cache: PagedCache, p: PagedParams, out: Tensor, lse: Tens
             rows[None, :, mine], k.unsqueeze(0), v.unsqueeze(0), inner,
             o[None, :, mine], stat[None, mine], out.new_empty(0),
         )  # fmt: skip
+
+
+def cascade_parts(
+    q: Tensor, cache: PagedCache, cu_groups: Tensor, prefix_lens: Tensor, p: PagedParams
+) -> tuple[Tensor, tuple[PagedCache, PagedParams], tuple[PagedCache, PagedParams]]:
+    """A cascade as two packed forwards that are to be merged by LSE: rows, prefixes, the rest.
+
+    All rows of a group are those of one sequence, its prefix, which they see whole. The rest is
+    each request without its first pages. Nothing here waits for a device, so that an upper bound
+    stands for the rows of the largest group.
+    """
+    rows = q if q.dim() == 3 else q.flatten(0, 1)
+    ends = p.cu_seqlens_q
+    if ends is None:
+        ends = torch.arange(q.shape[0] + 1, dtype=torch.int32, device=q.device) * q.shape[1]
+    batch, table, lengths = cache.block_table.shape[0], cache.block_table, cache.cache_seqlens
+    last = max(batch - 1, 0)
+    bounds = cu_groups.to(torch.int64).clamp(0, batch)
+    members = bounds.diff()
+    group_of = torch.bucketize(torch.arange(batch, device=q.device), bounds[1:], right=True)
+    skipped = prefix_lens[group_of.clamp_max(max(prefix_lens.shape[0] - 1, 0))]
+    shared = cache._replace(
+        block_table=table[bounds[:-1].clamp_max(last)], cache_seqlens=prefix_lens * (members > 0)
+    )
+    prefix = p._replace(cu_seqlens_q=ends[bounds], sinks=None, window_right=-1,
+                        max_seqlen_q=rows.shape[0])  # fmt: skip
+    column = torch.arange(table.shape[1], device=q.device)
+    column = column + (skipped // cache.page_size).to(torch.int64).unsqueeze(1)
+    if table.shape[1]:  # what is behind the end is never read
+        table = table.gather(1, column.clamp(0, table.shape[1] - 1))
+    rest = cache._replace(
+        block_table=table,
+        cache_seqlens=lengths - (skipped if lengths.dim() == 1 else skipped.unsqueeze(1)),
+    )
+    return rows, (shared, prefix), (rest, p._replace(cu_seqlens_q=ends))
 
 
 def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> None:

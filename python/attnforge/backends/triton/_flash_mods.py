@@ -85,7 +85,10 @@ def mods(p: FlashParams, heads: int) -> Any:
 
 
 # Features that need the smaller tiles of ``config``, by the names of a Request.
-HEAVY = frozenset({"mask", "bias", "rel_bias", "forget_gate", "rope", "dropout", *SCORE_FNS[1:]})
+HEAVY = frozenset({
+    "mask", "bias", "rel_bias", "forget_gate", "rope", "dropout", *SCORE_FNS[1:],
+    "kv_fp8", "kv_int8", "kv_int4",
+})  # fmt: skip
 
 
 def heavy(p: FlashParams) -> bool:

@@ -29,21 +29,22 @@ def padded(size: int) -> int:
 
 def sizes(
     kernel: str, q: Tensor, v: Tensor, heavy: bool = False, config: Config | None = None,
-    *, itemsize: int = 0,
+    *, itemsize: int = 0, tables: Any = tiles_of,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time constants of a kernel: head dims, padded ones, the tile.
 
     config: of the launcher; the kernel's part of it begins with its name where there are several.
-    itemsize: bytes of what is multiplied, where it is wider than q.
+    itemsize: bytes of what is multiplied, where it is wider than q. tables: the module that has the
+    tiles.
     """
     d, dv = q.shape[-1], v.shape[-1]
     widths = {"BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
     if config is not None:
         own = {name.removeprefix(f"{kernel}."): value for name, value in config.items()}
-        return {"D": d, "DV": dv, **widths, **{name: own[name] for name in tiles_of.SPACE[kernel]}}
+        return {"D": d, "DV": dv, **widths, **{name: own[name] for name in tables.SPACE[kernel]}}
     width, arch = max(widths.values()), device_arch(q.device)[1]
     shape = tiles_of.Shape(arch, max(itemsize, v.dtype.itemsize), width, heavy)
-    return {"D": d, "DV": dv, **widths, **tiles_of.choose(kernel, shape)}
+    return {"D": d, "DV": dv, **widths, **tables.choose(kernel, shape)}
 
 
 def _shape(request: Request) -> tiles_of.Shape:
@@ -57,13 +58,16 @@ def _source_digest() -> str:
     """A digest of all that the kernels are made of."""
     root = Path(str(tiles_of.__file__)).parents[1]
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *root.glob("flash/*.py"))):
+    for path in sorted((*root.glob("*.py"), *root.glob("flash/*.py"), *root.glob("paged/*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def space(*kernels: str) -> SearchSpace:
-    """Tiles of a launcher's kernels; with several, a parameter begins with its kernel's name."""
+def space(*kernels: str, tables: Any = tiles_of) -> SearchSpace:
+    """Tiles of a launcher's kernels; with several, a parameter begins with its kernel's name.
+
+    tables: the module that has the tiles.
+    """
     one = len(kernels) == 1
 
     def named(kernel: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -71,20 +75,20 @@ def space(*kernels: str) -> SearchSpace:
 
     def fits(config: Config, request: Request) -> str | None:
         for kernel in kernels:
-            names = named(kernel, dict.fromkeys(tiles_of.SPACE[kernel]))
+            names = named(kernel, dict.fromkeys(tables.SPACE[kernel]))
             tile = {n.split(".")[-1]: int(config[n]) for n in names}
-            if not tiles_of.fits(kernel, tile, _shape(request)):
+            if not tables.fits(kernel, tile, _shape(request)):
                 return f"the tile of {kernel} is too large for, or unknown to, {request.arch}"
         return None
 
     return SearchSpace(
-        {n: x for kernel in kernels for n, x in named(kernel, tiles_of.SPACE[kernel]).items()},
+        {n: x for kernel in kernels for n, x in named(kernel, tables.SPACE[kernel]).items()},
         lambda request: {
             n: x
             for kernel in kernels
-            for n, x in named(kernel, tiles_of.choose(kernel, _shape(request))).items()
+            for n, x in named(kernel, tables.choose(kernel, _shape(request))).items()
         },
-        "the table of triton_kernels/flash/config.py",
+        f"the table of triton_kernels/{tables.__name__.split('.')[-2]}/config.py",
         constraints=(fits,),
         environment=lambda: {"triton": version("triton")},
         source=_source_digest,

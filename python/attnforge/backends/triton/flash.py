@@ -351,18 +351,23 @@ def merge(outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor) -> N
 def _merge(
     values: Tensor, stats: Tensor, out: Tensor, lse: Tensor,
     *, inf_is_empty: bool = False, added: bool = False,
+    packed: tuple[Tensor, int, int, int] | None = None,
 ) -> None:  # fmt: skip
-    """values [N, ..] and stats [N, ..] (contiguous) into out and lse, or their sum if ``added``."""
+    """values [N, ..] and stats [N, ..] into out and lse, or their sum if ``added``.
+
+    packed: boundaries, their number but one, least and most rows of the sequences to merge.
+    """
     rows, heads, dv = out.shape[-3:]
     width = padded(dv)
-    block = tiles_of.merge_rows(rows, width)
-    tiles = _tiles(rows, block)
     batch = out.shape[0] if out.dim() == 4 else 1
+    ends, batch, fewest, longest = packed or (None, batch, 0, rows)
+    block = tiles_of.merge_rows(longest, width)
+    tiles = _tiles(longest, block)
     _kernel("merge", "merge")[(tiles * heads * batch,)](
         _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
         tiles, values.stride(0), stats.stride(0),
         DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, SUM=added,
-        num_warps=4,
+        cu_rows=ends, fewest=fewest, most=longest, num_warps=4,
     )  # fmt: skip
 
 

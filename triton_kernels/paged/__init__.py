@@ -1,0 +1,1 @@
+"""Kernels of the paged family: attention over a KV cache in pages, and writing it."""
