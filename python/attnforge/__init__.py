@@ -14,6 +14,7 @@ from attnforge import tuning as _tuning
 from attnforge._version import __version__
 from attnforge.ops import reductions
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
@@ -33,7 +34,9 @@ from attnforge.ops.linear import (
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.moba import moba_attention, moba_select
+from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
+from attnforge.ops.pooling import pool_blocks
 from attnforge.ops.scan import hgrn
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
@@ -64,6 +67,7 @@ __all__ = [
     "backend",
     "block_sparse_attention",
     "cascade_attention",
+    "compressed_attention",
     "cope_attention",
     "debug",
     "delta_rule",
@@ -72,6 +76,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "gated_combine",
     "gated_delta_rule",
     "gla",
     "gsa",
@@ -85,8 +90,11 @@ __all__ = [
     "merge_states",
     "moba_attention",
     "moba_select",
+    "nsa_attention",
+    "nsa_select",
     "paged_append",
     "paged_attention",
+    "pool_blocks",
     "reductions",
     "register",
     "retention",
