@@ -12,8 +12,9 @@ from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
-from attnforge.ops import reductions
+from attnforge.ops import patterns, reductions
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.block_sparse_decode import block_sparse_decode
 from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
@@ -34,10 +35,12 @@ from attnforge.ops.linear import (
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.moba import moba_attention, moba_select
+from attnforge.ops.msa import msa_select
 from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
 from attnforge.ops.pooling import pool_blocks
 from attnforge.ops.scan import hgrn
+from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.paged_cache import PagedKVCache
@@ -66,6 +69,7 @@ __all__ = [
     "additive_gla",
     "backend",
     "block_sparse_attention",
+    "block_sparse_decode",
     "cascade_attention",
     "compressed_attention",
     "cope_attention",
@@ -90,15 +94,21 @@ __all__ = [
     "merge_states",
     "moba_attention",
     "moba_select",
+    "msa_select",
     "nsa_attention",
     "nsa_select",
     "paged_append",
     "paged_attention",
+    "patterns",
     "pool_blocks",
     "reductions",
     "register",
     "retention",
     "rope_tables",
+    "seer_attention",
+    "seer_loss",
+    "seer_select",
+    "seer_targets",
     "simple_gla",
     "t5_rel_bias",
     "trace_shapes",

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge.ops import _flash_ops, _nsa_ops
+from attnforge.ops import _flash_ops, _nsa_ops, _paged_ops
 from attnforge.ops._checks import _shape, fail, tensor
-from attnforge.ops._flash_autograd import attend
+from attnforge.ops._flash_autograd import attend, needs_grad
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.block_sparse_decode import block_sparse_decode
 from attnforge.ops.compressed import CompressedProblem, compressed_problem
 from attnforge.ops.flash import _choice, flash_attention, flash_attention_varlen
 from attnforge.ops.pooling import pool_blocks
@@ -151,6 +152,14 @@ def _window_branch(
     return out
 
 
+_FEW_ROWS = 8
+
+
+def _decodes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether the selected branch reads single blocks: few rows and no gradient."""
+    return cu_seqlens is None and q.shape[1] <= _FEW_ROWS and not needs_grad(q, k, v, None)
+
+
 def _nsa_requests(
     q: Tensor, k_cmp: Tensor | None, v_cmp: Any, k_slc: Tensor, v_slc: Tensor, *_: Any,
     cu_seqlens: Tensor | None = None, **__: Any,
@@ -159,7 +168,12 @@ def _nsa_requests(
     p = _flash_ops.FlashParams(cu, cu, None, None, None, 1, 1, 1.0, -1, 0, 0.0)
     meta = _flash_ops.metadata(q, v_slc, p)
     names = ("flash_fwd", "flash_bwd", "block_sparse_fwd", "block_sparse_bwd")
+    if _decodes(q, k_slc, v_slc, cu):
+        names = names[:1]
     found = [_flash_ops.request(name, meta) for name in names]
+    if len(names) == 1:
+        dims = (q.shape[-1], v_slc.shape[-1], q.shape[-2] // k_slc.shape[-2])
+        found.append(_paged_ops.request("paged_fwd", (q.device, q.dtype, dims, ())))
     meta = _nsa_ops.metadata(q, k_slc, p._replace(window_right=-1))
     return [*found, _nsa_ops.request("nsa_select", meta)]
 
@@ -235,10 +249,15 @@ def nsa_attention(
     o_cmp, lse = attend(c.q, c.k, c.v, c.p, choice)
     selection = _choose(c, lse, (top_n, init_blocks, local_blocks), choice)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "backend": backend}
-    o_slc = block_sparse_attention(
-        q, k_slc, v_slc, selection, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_k,
-        seqused_k=cache_seqlens, **options,
-    )  # fmt: skip
+    if _decodes(q, k_slc, v_slc, cu_seqlens):
+        o_slc = block_sparse_decode(
+            q, k_slc, v_slc, selection, cache_seqlens=cache_seqlens, **options
+        )
+    else:
+        o_slc = block_sparse_attention(
+            q, k_slc, v_slc, selection, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_k,
+            seqused_k=cache_seqlens, **options,
+        )  # fmt: skip
     cu = (cu_seqlens, cu_k)
     o_win = _window_branch(q, k_win, v_win, window, cache_seqlens, cu, **options)
     out = gated_combine((o_cmp, o_slc, o_win), gates)
