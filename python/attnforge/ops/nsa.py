@@ -211,7 +211,8 @@ def nsa_attention(
     the last Sw <= Sk tokens, or None for those of the selected one. Packed: [T, H, ..] with
     cu_seqlens (and cu_seqlens_k, where queries are fewer than tokens).
     gates [B, Sq, Hq, 3]: weights of the branches compressed, selected, window (after the sigmoid).
-    cache_seqlens: int32 [B], the tokens in use of k_slc and k_win, for caches of fixed size.
+    cache_seqlens: int32 [B], the tokens in use of k_slc, for caches of fixed size; of k_win too if
+        it has as many slots, else all of k_win is in use.
     window: keys that a query sees in that branch, itself among them. Sizes and top_n: see
     ``nsa_select``; all defaults are the paper's.
 
@@ -259,6 +260,7 @@ def nsa_attention(
             seqused_k=cache_seqlens, **options,
         )  # fmt: skip
     cu = (cu_seqlens, cu_k)
-    o_win = _window_branch(q, k_win, v_win, window, cache_seqlens, cu, **options)
+    used = cache_seqlens if k_win.shape[1] == k_slc.shape[1] else None
+    o_win = _window_branch(q, k_win, v_win, window, used, cu, **options)
     out = gated_combine((o_cmp, o_slc, o_win), gates)
     return (out, selection) if return_selection else out
