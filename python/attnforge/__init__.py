@@ -25,6 +25,7 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.gsa import gsa
+from attnforge.ops.inverse import invert_selection
 from attnforge.ops.linear import (
     gla,
     lightning_attention,
@@ -85,6 +86,7 @@ __all__ = [
     "gla",
     "gsa",
     "hgrn",
+    "invert_selection",
     "kda",
     "lightning_attention",
     "linear_attention",
