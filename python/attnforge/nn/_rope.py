@@ -20,5 +20,6 @@ def rotated(x: Tensor, positions: Tensor, base: float | None) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
     angle = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
     cos, sin = (t.to(wide).unsqueeze(-2) for t in (angle.cos(), angle.sin()))
-    a, b = x.to(wide).split(half, -1)
+    x_wide = x.to(wide)
+    a, b = x_wide[..., :half], x_wide[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnforge.nn._cache import TokenCache
 from attnforge.nn._rope import rotated
 from attnforge.ops._checks import _shape, fail
 from attnforge.ops.nsa import nsa_attention
@@ -49,33 +50,14 @@ class BlockCompression(nn.Module):
         return out
 
 
-class NSACache:
-    """What decoding keeps: tokens of the selected branch, compressed ones, the last window.
-
-    Made empty, filled by the layer. All sequences of a batch have one length.
-    """
+class NSACache(TokenCache):
+    """What decoding keeps: tokens of the selected branch, compressed ones, the last window."""
 
     def __init__(self) -> None:
-        self.length = 0
+        super().__init__()
         self.compressed = 0
-        self._buffers: dict[str, Tensor] = {}
-        self._tails: dict[str, Tensor] = {}
 
-    def _append(self, name: str, used: int, new: Tensor, unit: int) -> Tensor:
-        """The buffer with ``new`` behind its first ``used`` rows; it grows by doubling."""
-        old = self._buffers.get(name)
-        need = used + new.shape[1]
-        if old is None or old.shape[1] < need:
-            rows = max(need, 2 * used, unit)
-            rows = -(-rows // unit) * unit
-            grown = new.new_empty((new.shape[0], rows, *new.shape[2:]))
-            if old is not None:
-                grown[:, :used] = old[:, :used]
-            self._buffers[name] = old = grown
-        old[:, used:need] = new
-        return old
-
-    def _extend(self, name: str, new: Tensor) -> Tensor:
+    def extended(self, name: str, new: Tensor) -> Tensor:
         """The tail with ``new`` behind it."""
         old = self._tails.get(name)
         return new if old is None else torch.cat([old, new], 1)
@@ -142,7 +124,7 @@ class NativeSparseAttention(nn.Module):
 
     def _branches(self, x: Tensor, dim: int) -> list[Tensor]:
         """[B, T, branches * Hk * dim] -> the three branches' [B, T, Hk, dim]."""
-        parts = x.unflatten(-1, (self.branches, self.num_kv_heads, dim)).unbind(-3)
+        parts = x.view(*x.shape[:-1], self.branches, self.num_kv_heads, dim).unbind(-3)
         return list(parts) if self.branches == 3 else [parts[0]] * 3
 
     def _compress(self, k: Tensor, v: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
@@ -219,17 +201,17 @@ class NativeSparseAttention(nn.Module):
             self.options[n] for n in ("cmp_stride", "slc_block", "window")
         )  # fmt: skip
         # Tokens that windows to come still need: those from the next window's first one on.
-        tail_k, tail_v = cache._extend("k", k_raw), cache._extend("v", v[0])
+        tail_k, tail_v = cache.extended("k", k_raw), cache.extended("v", v[0])
         new_k, new_v = self._compress(tail_k, tail_v, cache.compressed)
         used = cache.compressed
-        k_cmp = cache._append("k_cmp", used, new_k, block)
-        v_cmp = cache._append("v_cmp", used, new_v, block)
+        k_cmp = cache.append("k_cmp", used, new_k, block)
+        v_cmp = cache.append("v_cmp", used, new_v, block)
         cache.compressed += new_k.shape[1]
         passed = new_k.shape[1] * stride
         cache._tails["k"], cache._tails["v"] = tail_k[:, passed:], tail_v[:, passed:]
-        k_tokens = cache._append("k_slc", cache.length, k_slc, block)
-        v_tokens = cache._append("v_slc", cache.length, v[1], block)
-        near_k, near_v = cache._extend("k_win", k_win), cache._extend("v_win", v[2])
+        k_tokens = cache.append("k_slc", cache.length, k_slc, block)
+        v_tokens = cache.append("v_slc", cache.length, v[1], block)
+        near_k, near_v = cache.extended("k_win", k_win), cache.extended("v_win", v[2])
         cache.length += q.shape[1]
         keep = max(0, near_k.shape[1] - (window - 1))
         cache._tails["k_win"], cache._tails["v_win"] = near_k[:, keep:], near_v[:, keep:]

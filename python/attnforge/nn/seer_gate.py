@@ -84,7 +84,7 @@ class SeerAttentionGate(nn.Module):
         if self.q_weight is not None:
             x = torch.einsum("bnhd,hdg->bnhg", x, self.q_weight)
         if self.decodes:
-            x = x.unflatten(2, (self.num_kv_heads, -1)).sum(3)
+            x = x.view(*x.shape[:2], self.num_kv_heads, -1, self.gate_dim).sum(3)
         at = torch.arange(x.shape[1], device=q.device) * step + start
         return rotated(self.q_norm(x), at, self.rope_base)
 
@@ -92,7 +92,8 @@ class SeerAttentionGate(nn.Module):
         """Logits of queries whose first stands at position ``start``, from ``keys``."""
         x = self._queries(q, start)
         keys = keys.repeat_interleave(x.shape[2] // keys.shape[2], 2)
-        return torch.einsum("bihg,bjhg->bhij", x, keys) * self.gate_dim**-0.5
+        logits: Tensor = torch.einsum("bihg,bjhg->bhij", x, keys) * self.gate_dim**-0.5
+        return logits
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return self.scores(q, self.keys(k), k.shape[1] - q.shape[1])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnforge._params import FlashParams
 from attnforge.ops import _flash_ops, _nsa_ops, _paged_ops
 from attnforge.ops._checks import _shape, fail, tensor
 from attnforge.ops._flash_autograd import attend, needs_grad
@@ -63,7 +64,7 @@ def _select_requests(
     q: Tensor, k_cmp: Tensor, lse: Tensor, *, cu_seqlens: Tensor | None = None, **_: Any
 ) -> Sequence[Request]:
     cu = cu_seqlens
-    p = _flash_ops.FlashParams(cu, cu, None, None, None, 1, 1, 1.0, -1, -1, 0.0)
+    p = FlashParams(cu, cu, None, None, None, 1, 1, 1.0, -1, -1, 0.0)
     return [_nsa_ops.request("nsa_select", _nsa_ops.metadata(q, k_cmp, p))]
 
 
@@ -165,9 +166,9 @@ def _nsa_requests(
     cu_seqlens: Tensor | None = None, **__: Any,
 ) -> Sequence[Request]:  # fmt: skip
     cu = cu_seqlens
-    p = _flash_ops.FlashParams(cu, cu, None, None, None, 1, 1, 1.0, -1, 0, 0.0)
+    p = FlashParams(cu, cu, None, None, None, 1, 1, 1.0, -1, 0, 0.0)
     meta = _flash_ops.metadata(q, v_slc, p)
-    names = ("flash_fwd", "flash_bwd", "block_sparse_fwd", "block_sparse_bwd")
+    names: tuple[str, ...] = ("flash_fwd", "flash_bwd", "block_sparse_fwd", "block_sparse_bwd")
     if _decodes(q, k_slc, v_slc, cu):
         names = names[:1]
     found = [_flash_ops.request(name, meta) for name in names]

@@ -204,7 +204,7 @@ def seer_targets(
         causal=causal, softmax_scale=softmax_scale, backend=backend,
     )  # fmt: skip
     if per_token:
-        top = top.unflatten(1, (k.shape[2], -1)).amax(2)
+        top = top.view(top.shape[0], k.shape[2], -1, *top.shape[2:]).amax(2)
     return top / (top.sum(-1, keepdim=True) + 1e-9)
 
 

@@ -39,7 +39,8 @@ def _sums(
         acc = flash._accumulator(q.dtype)
         rows = flash._group_rows(flash._cut(q, seq, seq.rows), heads_kv, acc)
         keys = flash._cut(k, seq, seq.keys).to(acc).transpose(1, 2).unsqueeze(2)
-        stat = flash._cut_stat(lse, seq).to(acc).unflatten(1, (heads_kv, -1)).unsqueeze(-1)
+        stat = flash._cut_stat(lse, seq).to(acc)
+        stat = stat.view(stat.shape[0], heads_kv, rows.shape[2], stat.shape[2]).unsqueeze(-1)
         at = positions if positions.dim() == 2 else positions[seq.rows].unsqueeze(0)
         windows = keys.shape[3]
         share = overlap(windows, blocks, p, q.device).to(acc)
