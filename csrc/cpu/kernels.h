@@ -6,6 +6,7 @@
 #include "attnforge/cope.h"
 #include "attnforge/delta.h"
 #include "attnforge/linear.h"
+#include "attnforge/nsa.h"
 #include "attnforge/paged.h"
 #include "attnforge/params.h"
 
@@ -28,6 +29,7 @@ namespace attnforge::cpu {
   X(cope_bwd, CopeBwdParams)                \
   X(block_sparse_fwd, BlockSparseFwdParams) \
   X(block_sparse_bwd, BlockSparseBwdParams) \
+  X(nsa_select, NsaSelectParams)            \
   X(paged_decode, PagedFwdParams)           \
   X(paged_middle, PagedFwdParams)           \
   X(paged_prefill, PagedFwdParams)          \

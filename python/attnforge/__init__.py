@@ -12,8 +12,10 @@ from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
-from attnforge.ops import reductions
+from attnforge.ops import patterns, reductions
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.block_sparse_decode import block_sparse_decode
+from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
@@ -23,6 +25,7 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.gsa import gsa
+from attnforge.ops.inverse import invert_selection
 from attnforge.ops.linear import (
     gla,
     lightning_attention,
@@ -33,8 +36,12 @@ from attnforge.ops.linear import (
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
 from attnforge.ops.moba import moba_attention, moba_select
+from attnforge.ops.msa import msa_select
+from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
+from attnforge.ops.pooling import pool_blocks
 from attnforge.ops.scan import hgrn
+from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.paged_cache import PagedKVCache
@@ -63,7 +70,9 @@ __all__ = [
     "additive_gla",
     "backend",
     "block_sparse_attention",
+    "block_sparse_decode",
     "cascade_attention",
+    "compressed_attention",
     "cope_attention",
     "debug",
     "delta_rule",
@@ -72,10 +81,12 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flash_decode",
+    "gated_combine",
     "gated_delta_rule",
     "gla",
     "gsa",
     "hgrn",
+    "invert_selection",
     "kda",
     "lightning_attention",
     "linear_attention",
@@ -85,12 +96,21 @@ __all__ = [
     "merge_states",
     "moba_attention",
     "moba_select",
+    "msa_select",
+    "nsa_attention",
+    "nsa_select",
     "paged_append",
     "paged_attention",
+    "patterns",
+    "pool_blocks",
     "reductions",
     "register",
     "retention",
     "rope_tables",
+    "seer_attention",
+    "seer_loss",
+    "seer_select",
+    "seer_targets",
     "simple_gla",
     "t5_rel_bias",
     "trace_shapes",

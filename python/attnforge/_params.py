@@ -28,6 +28,7 @@ __all__ = [
     "PagedCache",
     "PagedParams",
     "PagedWrite",
+    "SelectParams",
 ]
 
 FLOAT8 = torch.float8_e4m3fn  # the one 8-bit type of inputs
@@ -136,6 +137,19 @@ class BlockLists(NamedTuple):
     def rows(self) -> int:
         """List rows of a sequence, varlen of all."""
         return self.indices.shape[-2]
+
+
+class SelectParams(NamedTuple):
+    """What ``nsa_importance`` and ``nsa_select`` are asked beyond their tensors."""
+
+    flash: FlashParams  # boundaries and lengths in compressed keys, and the scale
+    cmp_block: int  # tokens of a compressed key
+    cmp_stride: int
+    slc_block: int  # tokens of a block to select
+    blocks: int  # an upper bound of the blocks of a sequence
+    top_n: int = 0
+    init_blocks: int = 0
+    local_blocks: int = 0
 
 
 class PagedCache(NamedTuple):

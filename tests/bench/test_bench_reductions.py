@@ -37,5 +37,5 @@ def test_cases() -> None:
     assert len(set(names)) == len(names) == 2 * len(STATISTICS) + 1
     assert all(case.work == 64 * 2 * 8 * (s * (s + 1) // 2) for case in cases[:6] for s in [2048])
     assert len({case.series for case in bench.family_cases("reductions", sweep=True)}) == 1
-    with pytest.raises(ValueError, match="there is: cope, flash, linear, paged, reductions"):
+    with pytest.raises(ValueError, match="there is: block_sparse, cope, flash, linear, paged, red"):
         bench.family_cases("nothing")

@@ -88,3 +88,27 @@ def test_explain() -> None:
                                  lists(2, 5)))  # fmt: skip
     assert "cpu.block_sparse.fwd" in text
     assert "reference.block_sparse.bwd" in text
+
+
+def test_compile_of_packed_sequences() -> None:
+    cu = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+    selection = BlockSelection(lists(2, 6, 4).indices[0], 4, 4)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = attnforge.block_sparse_attention(
+            q, k, v, selection, cu_seqlens_q=cu, cu_seqlens_k=cu
+        )
+        return out.square().sum()
+
+    grads = []
+    start = [torch.randn(20, heads, 16) for heads in (4, 2, 2)]
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        tensors = [x.clone().requires_grad_() for x in start]
+        f(*tensors).backward()
+        grads.append([x.grad for x in tensors])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="selection has 1 rows; want 6"):
+        attnforge.block_sparse_attention(
+            *start, BlockSelection(selection.indices[:, :1], 4, 4), cu_seqlens_q=cu, cu_seqlens_k=cu
+        )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnforge import _ops
 from attnforge._params import BlockLists, FlashParams, FlashTape
-from attnforge.ops import _flash_ops, _flash_vmap
+from attnforge.ops import _checks, _flash_ops, _flash_vmap
+from attnforge.registry import override
 from attnforge.registry.select import launcher
 from attnforge.registry.spec import Request
 
@@ -39,11 +40,26 @@ def _split(rest: tuple[Any, ...]) -> tuple[BlockLists, FlashParams]:
     return BlockLists(indices, counts, q_block, kv_block), FlashParams(*fields[:_SCALARS])
 
 
+def _checked(q: Tensor, k: Tensor, p: FlashParams, lists: BlockLists) -> FlashParams:
+    """``p`` with exact bounds; on the CPU the rows that packed boundaries ask for are checked."""
+    op = "block_sparse_attention"
+    p = _flash_ops._checked(op, q, k, p)
+    if p.cu_seqlens_q is not None and (q.device.type == "cpu" or override.checks):
+        rows = int((-(-p.cu_seqlens_q.diff() // lists.q_block)).sum())
+        if lists.rows < rows:
+            _checks.fail(
+                op,
+                f"selection has {lists.rows} rows; want {rows}: each sequence starts a new row of "
+                f"{lists.q_block} queries",
+            )
+    return p
+
+
 def _fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """rest: the arguments of ``_PROBLEM``, save_out_lo, backend."""
     *problem, save_out_lo, backend = rest
     lists, p = _split(tuple(problem))
-    p = _flash_ops._checked("block_sparse_attention", q, k, p)
+    p = _checked(q, k, p, lists)
     outputs = _flash_ops.alloc_fwd(q, v, save_out_lo)
     launch = launcher("block_sparse_fwd", _flash_ops.metadata(q, v, p), request, backend)
     launch(q, k, v, p, lists, *outputs)
@@ -72,7 +88,7 @@ def _bwd(
     """rest: the arguments of ``_PROBLEM``, backend."""
     *problem, backend = rest
     lists, p = _split(tuple(problem))
-    p = _flash_ops._checked("block_sparse_attention", q, k, p)
+    p = _checked(q, k, p, lists)
     grads = _alloc_bwd(q, k, v, p)
     launch = launcher("block_sparse_bwd", _flash_ops.metadata(q, v, p), request, backend)
     launch(dout, dlse, FlashTape(q, k, v, out, lse, out_lo), p, lists, grads)

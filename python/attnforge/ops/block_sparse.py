@@ -63,14 +63,6 @@ def _lists(q: Tensor, k: Tensor, p: FlashParams, selection: Any) -> BlockLists:
                 f"selection has {s.rows} rows; want {rows}: {q.shape[1]} queries in blocks of "
                 f"{s.q_block}",
             )
-    elif q.device.type == "cpu" and p.cu_seqlens_q is not None and not q.is_meta:
-        rows = int((-(-p.cu_seqlens_q.diff() // s.q_block)).sum())
-        if s.rows < rows:
-            fail(
-                _OP,
-                f"selection has {s.rows} rows; want {rows}: each sequence starts a new row of "
-                f"{s.q_block} queries",
-            )
     return BlockLists(s.indices, s.counts, s.q_block, s.kv_block)
 
 

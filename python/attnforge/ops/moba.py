@@ -38,7 +38,9 @@ def _block_means(k: Tensor, block_size: int) -> Tensor:
     return means
 
 
-def _select(q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool) -> Tensor:
+def _select(
+    q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool, means: Tensor | None = None
+) -> Tensor:
     """One sequence: q [Sq, Hq, D], k [Sk, Hk, D] -> int32 ids [Hq, Sq, slots]."""
     rows, heads, dim = q.shape
     keys, heads_kv = k.shape[0], k.shape[1]
@@ -47,7 +49,8 @@ def _select(q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool) -> 
     ids = q.new_full((heads, rows, slots), -1, dtype=torch.int32)
     if keys == 0 or rows == 0:
         return ids
-    means = _block_means(k, block_size).permute(1, 2, 0)  # [Hk, D, blocks]
+    means = _block_means(k, block_size) if means is None else means.float()
+    means = means.permute(1, 2, 0)  # [Hk, D, blocks]
     at = torch.arange(rows, device=q.device) + (keys - rows)  # key positions of the queries
     own = at.div(block_size, rounding_mode="floor")
     column = torch.arange(blocks, device=q.device)
@@ -72,10 +75,13 @@ def moba_select(
     top_k: int,
     causal: bool = True,
     cu_seqlens: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> BlockSelection:
     """The blocks that MoBA's gate picks for each query and query head.
 
     q [B, Sq, Hq, D], k [B, Sk, Hk, D] (after RoPE), or packed [T, H, D] with cu_seqlens [B + 1].
+    means: [B, blocks, Hk, D] of the blocks of k, if the caller keeps them (a decode): k itself is
+    not read then; batched calls only.
     Ties go to the later block. Without causal no block is forced. No gradient flows through the
     choice. Work: 2 D per (query, block); scores are held a chunk at a time.
 
@@ -102,11 +108,19 @@ def moba_select(
     if cu_seqlens is None:
         if q.shape[0] != k.shape[0]:
             fail(op, f"batch sizes differ; got {q.shape[0]} and {k.shape[0]}; want one")
-        lists = [_select(*pair, block_size, top_k, causal) for pair in zip(q, k, strict=True)]
+        kept = [None] * q.shape[0] if means is None else means.detach()
+        want = (k.shape[0], -(-k.shape[1] // block_size), *k.shape[2:])
+        if means is not None and tuple(means.shape) != want:
+            fail(op, f"means has shape {_shape(means)}; want {want}: one row per block of k")
+        lists = [
+            _select(x, y, block_size, top_k, causal, m) for x, y, m in zip(q, k, kept, strict=True)
+        ]
         slots = min(top_k, max(1, -(-k.shape[1] // block_size)))
         empty = q.new_empty((0, q.shape[2], q.shape[1], slots), dtype=torch.int32)
         indices = torch.stack(lists) if lists else empty
     else:
+        if means is not None:
+            fail(op, "means is for batched calls; got cu_seqlens as well")
         cu = cu_seqlens.tolist()
         parts = [
             _select(q[a:b], k[a:b], block_size, top_k, causal) for a, b in itertools.pairwise(cu)

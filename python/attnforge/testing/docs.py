@@ -77,6 +77,10 @@ _NOT_ASKED = {
     "merge_states": frozenset(_FEATURES.values()),
     "block_sparse_fwd": frozenset(_MODS.values()) | _PAGED,
     "block_sparse_bwd": frozenset(_MODS.values()) | _PAGED,
+    **dict.fromkeys(
+        ("nsa_importance", "nsa_select"),
+        frozenset(_FEATURES.values()) - {"varlen", "seqused_k"},
+    ),
     "flash_fwd": _PAGED,
     "flash_bwd": _PAGED,
     "flash_decode": _PAGED | {"varlen"},
@@ -236,6 +240,7 @@ def summary_table(results: Sequence[bench.Result]) -> str:
 GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-flash": lambda root: support_matrix("flash"),
     "support-matrix-block_sparse": lambda root: support_matrix("block_sparse"),
+    "support-matrix-nsa": lambda root: support_matrix("nsa"),
     "support-matrix-cope": lambda root: support_matrix("cope"),
     "support-matrix-reductions": lambda root: support_matrix("reductions"),
     "measurements-reductions": lambda root: measured(root, family="reductions"),

@@ -1,0 +1,94 @@
+"""Operators of the nsa family: block importance of compressed attention, and the choice by it.
+
+Positions say where each query stands among the tokens: [B | 1, Sq], varlen [T], int32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attnforge import _ops
+from attnforge._params import FlashParams, SelectParams
+from attnforge.ops import _flash_ops, _flash_vmap
+from attnforge.registry.select import launcher
+from attnforge.registry.spec import Request
+
+__all__ = ["metadata", "nsa_importance", "nsa_select", "request"]
+
+_PROBLEM = (
+    "Tensor q, Tensor k, Tensor lse, Tensor positions, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "
+    "int cmp_block, int cmp_stride, int slc_block, SymInt blocks, "
+)
+_FIELDS = 6  # of FlashParams
+
+
+def metadata(q: Tensor, k: Tensor, p: FlashParams) -> tuple[Any, ...]:
+    """What selection of a kernel may look at, as a hashable tuple (see ``request``)."""
+    return _flash_ops.metadata(q, k, p)
+
+
+def request(op: str, meta: tuple[Any, ...]) -> Request:
+    """The Request that ``metadata`` stands for: the scores have no values."""
+    found = _flash_ops.request(op, meta)
+    dims = tuple(item for item in found.dims if item[0] != "v_head_dim")
+    return Request(
+        op, found.device, found.arch, found.dtype, dims, found.features, found.deterministic
+    )
+
+
+def _params(fields: tuple[Any, ...], rest: tuple[int, ...]) -> SelectParams:
+    cu_q, cu_k, used, rows, keys, scale = fields
+    p = FlashParams(cu_q, cu_k, used, None, None, rows, keys, scale, -1, -1, 0.0)
+    return SelectParams(p, *rest)
+
+
+def _run(
+    op: str, q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, rest: Any, out: Tensor
+) -> Tensor:
+    *numbers, backend = rest
+    p = _params(tuple(numbers[:_FIELDS]), tuple(numbers[_FIELDS:]))
+    p = p._replace(flash=_flash_ops._checked(op, q, k, p.flash))
+    launcher(op, metadata(q, k, p.flash), request, backend)(q, k, lse, positions, p, out)
+    return out
+
+
+def _rows(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """[B, Hk, Sq] or [Hk, T]."""
+    *batch, rows, _, _ = q.shape
+    return (*batch, k.shape[-2], rows)
+
+
+def _importance_out(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    dtype = _flash_ops._stat_dtype(q.dtype)
+    return q.new_empty((*_rows(q, k), rest[-2]), dtype=dtype)
+
+
+def _importance(q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    out = _importance_out(q, k, lse, positions, *rest)
+    return _run("nsa_importance", q, k, lse, positions, rest, out)
+
+
+def _select_out(q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    return positions.new_empty((*_rows(q, k), rest[-4]))
+
+
+def _select(q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    out = _select_out(q, k, lse, positions, *rest)
+    return _run("nsa_select", q, k, lse, positions, rest, out)
+
+
+nsa_importance = _ops.define(
+    f"nsa_importance({_PROBLEM}str? backend) -> Tensor",
+    _importance,
+    _importance_out,
+    _flash_vmap.looped("nsa_importance"),
+)
+nsa_select = _ops.define(
+    f"nsa_select({_PROBLEM}int top_n, int init_blocks, int local_blocks, str? backend) -> Tensor",
+    _select,
+    _select_out,
+    _flash_vmap.looped("nsa_select"),
+)
