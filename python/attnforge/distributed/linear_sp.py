@@ -1,9 +1,10 @@
 """Linear attention with the tokens of a sequence spread over ranks: sequence parallelism, LASP-2.
 
 Rank r of W has tokens r T .. (r + 1) T of q, k, v and gates; it gets its tokens' outputs. States
-have a fixed size, so ranks exchange those and no tokens: one all-gather of states in the forward and
-one of their gradients in the backward, whatever T. From them every rank computes its incoming state
-(or outgoing gradient) and runs the ordinary operators. Results equal one process's to rounding.
+have a fixed size, so ranks exchange those and no tokens: one all-gather of states in the forward
+and one of their gradients in the backward, whatever T. From them every rank computes its incoming
+state (or outgoing gradient) and runs the ordinary operators. Results equal one process's to
+rounding.
 
     from attnforge.distributed import linear_sp
 
@@ -113,7 +114,8 @@ def _segment(rule: _Rule, x: dict[str, Tensor], at: slice, state: Tensor, begun:
         start = state if begun else torch.zeros_like(state)
         part["state"] = torch.cat([start, eye], -1)
         part["v"] = torch.cat([v, v.new_zeros(*v.shape[:3], k.shape[-1])], -1)
-        end, phi = _local(rule, part, None)[1].split([v.shape[-1], k.shape[-1]], -1)
+        both = _local(rule, part, None)[1]
+        end, phi = both[..., : v.shape[-1]], both[..., v.shape[-1] :]
         return Segment(end, torch.zeros_like(phi) if begun else phi, True)
     keys, values = _read(k, v.shape[2]), v.to(wide)
     gates = decays(part.get("gate"), rule.gate, v)
@@ -235,7 +237,8 @@ def _run(
     state = _linear_checks.state(op, "initial_state", initial_state, shape, q, "[N, HV, K, V]")
     named = {"q": q, "k": k, "v": v, "gate": gate, "beta": beta, "state": state}
     given = {n: t for n, t in named.items() if t is not None}
-    out, final = _Parallel.apply(rule, layout(q, cu, group), group, tuple(given), *given.values())
+    apply: Callable[..., tuple[Tensor, Tensor]] = _Parallel.apply
+    out, final = apply(rule, layout(q, cu, group), group, tuple(given), *given.values())
     return out, final if output_final_state else None
 
 

@@ -115,13 +115,13 @@ class OutputNorm(nn.Module):
         if gate is None:
             return x
         if self.activation is not None:
-            gate = getattr(nn.functional, self.activation)(gate)
+            gate = (nn.functional.silu if self.activation == "silu" else torch.sigmoid)(gate)
         return x * gate.view_as(x)
 
 
 def heads(x: Tensor, count: int) -> Tensor:
     """[.., count * D] -> [.., count, D]."""
-    return x.unflatten(-1, (count, -1))
+    return x.reshape(*x.shape[:-1], count, x.shape[-1] // count)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -18,22 +18,22 @@ __all__ = ["Sequences", "last", "sequences", "shifted"]
 
 
 class Sequences(NamedTuple):
-    """count: of sequences; ends: [count + 1] their boundaries; of every row, index: which
-    sequence it is in (count behind the last boundary), place: which row of that it is."""
+    """number: of sequences; ends: [number + 1] their boundaries; of every row, owner: which
+    sequence it is in (number behind the last boundary), place: which row of that it is."""
 
-    count: int
+    number: int
     ends: Tensor
-    index: Tensor
+    owner: Tensor
     place: Tensor
 
     def counted(self, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of every row, the rows of its sequence up to it, 1 for the first; totals [count].
+        """Of every row, the rows of its sequence up to it, 1 for the first; totals [number].
 
-        before: [count] rows of earlier calls. Behind the last boundary it counts from there.
+        before: [number] rows of earlier calls. Behind the last boundary it counts from there.
         """
         if before is None:
             before = torch.zeros_like(self.ends[1:])
-        own = torch.cat([before, before.new_zeros(1)])[self.index]
+        own = torch.cat([before, before.new_zeros(1)])[self.owner]
         return own + self.place + 1, before + self.ends.diff()
 
 
@@ -61,21 +61,21 @@ def shifted(x: Tensor, past: Tensor | None, steps: int, s: Sequences) -> Tensor:
         return x
     moved = torch.cat([x.new_zeros(min(steps, x.shape[0]), *x.shape[1:]), x[:-steps]])
     inside = _broadcast(s.place >= steps, x)
-    if past is None or s.count == 0:
+    if past is None or s.number == 0:
         return moved.masked_fill(~inside, 0.0)
     rows = past.shape[1]
-    old = past[s.index.clamp_max(s.count - 1), (rows - steps + s.place).clamp(0, rows - 1)]
+    old = past[s.owner.clamp_max(s.number - 1), (rows - steps + s.place).clamp(0, rows - 1)]
     return torch.where(inside, moved, old.to(x.dtype))
 
 
 def last(x: Tensor, past: Tensor | None, rows: int, s: Sequences) -> Tensor:
     """The next ``past``: the last ``rows`` of every sequence, [N, rows, ..]. x [all rows, ..]."""
     if past is None:
-        past = x.new_zeros(s.count, rows, *x.shape[1:])
-    if x.shape[0] == 0 or s.count == 0 or rows == 0:
+        past = x.new_zeros(s.number, rows, *x.shape[1:])
+    if x.shape[0] == 0 or s.number == 0 or rows == 0:
         return past
     place = s.ends.diff()[:, None] - rows + torch.arange(rows, device=x.device)
     new = x[(s.ends[:-1, None] + place).clamp(0, x.shape[0] - 1)]
-    which = torch.arange(s.count, device=x.device)[:, None]
+    which = torch.arange(s.number, device=x.device)[:, None]
     old = past[which, (rows + place).clamp(0, rows - 1)].to(x.dtype)
     return torch.where(_broadcast(place >= 0, new), new, old)

@@ -46,6 +46,7 @@ class FAST(LinearLayer):
     def mix(self, x: Tensor, state: State | None, call: Call) -> tuple[Tensor, State]:
         q, k, v = self._heads(x, "q", "k", "v")
         q, k = (taylor(standardize(y), self.scale, self.order).to(v.dtype) for y in (q, k))
+        pair = None if state is None else (state[0], state[1])
         return linear_attention(
-            q, k, v, scale=1.0, normalize=True, initial_state=state, **call.options()
-        )  # type: ignore[return-value, arg-type]
+            q, k, v, scale=1.0, normalize=True, initial_state=pair, **call.options()
+        )  # type: ignore[return-value]

@@ -61,12 +61,12 @@ class Flowformer(LinearLayer):
         )
         # Behind the last boundary sums are 0: values there must stay finite to be ignored.
         competition = source / torch.where(total > 0, total, 1.0) * t
-        out, past = linear_attention(
+        out, new = linear_attention(
             q * (incoming / t)[..., None], k, v * competition[..., None], scale=1.0,
             initial_state=past, **call.options(),
-        )  # type: ignore[assignment]  # fmt: skip
+        )  # fmt: skip
         out = out * torch.sigmoid(sink)[..., None]
-        return out.to(x.dtype), (plain, weighed, competing, past, count)  # type: ignore[return-value]
+        return out.to(x.dtype), (plain, weighed, competing, new, count)  # type: ignore[return-value]
 
     def _sums(
         self, pair: tuple[Tensor, Tensor], past: Tensor | None, call: Call

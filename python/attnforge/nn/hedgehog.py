@@ -46,6 +46,7 @@ class Hedgehog(LinearLayer):
                 log_factor=self.log_factor, state=state, **call.options(),
             )  # fmt: skip
         q, k = self.q_map(q).to(v.dtype), self.k_map(k).to(v.dtype)
+        pair = None if state is None else (state[0], state[1])
         return linear_attention(
-            q, k, v, scale=1.0, normalize=True, initial_state=state, **call.options()
-        )  # type: ignore[return-value, arg-type]
+            q, k, v, scale=1.0, normalize=True, initial_state=pair, **call.options()
+        )  # type: ignore[return-value]

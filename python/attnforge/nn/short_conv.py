@@ -52,10 +52,10 @@ class ShortConvolution(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.channels:
             fail(op, f"x is {_shape(x)}; want [batch, time, {self.channels}]")
         s = sequences(op, x, cu_seqlens)
-        if state is not None and state.shape != (s.count, w - 1, self.channels):
+        if state is not None and state.shape != (s.number, w - 1, self.channels):
             fail(
                 op,
-                f"state is {_shape(state)}; want [{s.count}, {w - 1}, {self.channels}], the last "
+                f"state is {_shape(state)}; want [{s.number}, {w - 1}, {self.channels}], the last "
                 "inputs of each sequence as output_final_state=True returned them",
             )
         rows, wide = x.flatten(0, 1), _linear_checks.accumulator(x.dtype)

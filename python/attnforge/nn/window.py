@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,24 @@ from attnforge.ops.linear import linear_attention
 
 __all__ = ["window_linear_attention"]
 
+Maps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+class _Past(NamedTuple):
+    """keys, values [N, w, H, D]: the last tokens; known: how many of them there are [N]; far: the
+    linear state of those before, [N, H, F, V + 1]."""
+
+    keys: Tensor
+    values: Tensor
+    known: Tensor
+    far: Tensor
+
 
 def window_linear_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    feature_maps: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    feature_maps: Maps,
     *,
     window: int,
     scale: float,
@@ -40,18 +53,19 @@ def window_linear_attention(
     al., 2024).
     """
     s = sequences("nn.window_linear_attention", q, cu_seqlens)
-    rows = tuple(wide(x).flatten(0, 1) for x in (q, k, v))
-    keys, values, count, far = (None,) * 4 if state is None else state
+    q_rows, k_rows, v_rows = (wide(x).flatten(0, 1) for x in (q, k, v))
+    past = None if state is None else _Past(*state)
     call = Call(s.ends.to(torch.int32), output_final_state, backend)
-    near = _near(*rows, keys, values, count, window, scale, s, call)
-    outside, log_z, far = _far(*rows, keys, values, count, far, feature_maps, window, s, call)
+    near, log_near = _near(q_rows, k_rows, v_rows, past, window, scale, s, call)
+    outside, log_z, far = _far(q_rows, k_rows, v_rows, past, feature_maps, window, s, call)
     if log_factor is not None:
         log_z = log_z + wide(log_factor)[:, None]
-    out, _ = merge_states([near[0], outside], [near[1], log_z], backend=backend)
+    out, _ = merge_states([near, outside], [log_near, log_z], backend=backend)
     new: State = ()
     if output_final_state:
-        known = s.counted(count)[1].clamp_max(window)
-        new = (last(rows[1], keys, window, s), last(rows[2], values, window, s), known, far)
+        keys, values, known = (None,) * 3 if past is None else past[:3]
+        known = s.counted(known)[1].clamp_max(window)
+        new = (last(k_rows, keys, window, s), last(v_rows, values, window, s), known, far)
     return out.to(v.dtype).view_as(v), new
 
 
@@ -59,29 +73,27 @@ def _near(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    count: Tensor | None,
+    past: _Past | None,
     window: int,
     scale: float,
     s: Sequences,
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the window: out [rows, H, V], LSE [H, rows]."""
-    ends, bias = s.ends, None
-    if keys is not None and values is not None and count is not None:
+    ends, features = s.ends, dict[str, Any]()
+    if past is not None:
         # Every sequence gets its window in front; what is not there yet has a bias of -inf.
-        n, w = keys.shape[:2]
+        n, w = past.keys.shape[:2]
         slots = torch.arange(w, device=q.device)
         front = ends[:-1, None] + torch.arange(n, device=q.device)[:, None] * w + slots
-        new = torch.arange(q.shape[0], device=q.device) + (s.index + 1) * w
+        new = torch.arange(q.shape[0], device=q.device) + (s.owner + 1) * w
         order = torch.argsort(torch.cat([front.flatten(), new]))
-        k = torch.cat([keys.flatten(0, 1).to(k.dtype), k])[order]
-        v = torch.cat([values.flatten(0, 1).to(v.dtype), v])[order]
-        missing = torch.zeros(k.shape[0], dtype=k.dtype, device=k.device)
-        missing[: n * w] = torch.where(slots < w - count[:, None], -torch.inf, 0.0).flatten()
-        bias, ends = missing[order][None], ends + w * torch.arange(n + 1, device=q.device)
-    features = {} if bias is None else {"key_bias": bias}
+        k = torch.cat([past.keys.flatten(0, 1).to(k.dtype), k])[order]
+        v = torch.cat([past.values.flatten(0, 1).to(v.dtype), v])[order]
+        bias = torch.zeros(k.shape[0], dtype=k.dtype, device=k.device)
+        bias[: n * w] = torch.where(slots < w - past.known[:, None], -torch.inf, 0.0).flatten()
+        features["key_bias"] = bias[order][None]
+        ends = ends + w * torch.arange(n + 1, device=q.device)
     out, lse = flash_attention_varlen(
         q, k, v, cu_seqlens_q=s.ends.to(torch.int32), cu_seqlens_k=ends.to(torch.int32),
         causal=True, window_size=(window - 1, 0), softmax_scale=scale, return_lse=True,
@@ -94,27 +106,24 @@ def _far(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
-    count: Tensor | None,
-    state: Tensor | None,
-    maps: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    past: _Past | None,
+    maps: Maps,
     window: int,
     s: Sequences,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Linear attention over what has left the window: out [rows, H, V], log z [H, rows], state."""
-    # The token that leaves the window when row t enters it, window rows before t.
-    left = (s.counted(count)[0] > window)[:, None, None]
+    keys, values, known, far = (None,) * 4 if past is None else past
+    # When row t enters the window, the token ``window`` rows before it leaves.
+    left = (s.counted(known)[0] > window)[:, None, None]
     phi, psi = maps[0](q[None]), maps[1](shifted(k, keys, window, s)[None])
     v = shifted(v, values, window, s)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     out, final = linear_attention(
-        phi, psi * left, torch.cat([v, torch.ones_like(v[..., :1])], -1)[None], scale=1.0,
-        initial_state=state, output_final_state=call.output_final_state,
-        cu_seqlens=call.cu_seqlens, backend=call.backend,
-    )  # fmt: skip
+        phi, psi * left, v[None], scale=1.0, initial_state=far, **call.options()
+    )
     z = out[0, ..., -1]
-    there = z > 0  # nothing has left the window yet, or it weighs nothing
+    there = z > 0  # else nothing has left the window yet, or it weighs nothing
     safe = torch.where(there, z, 1.0)
     log_z = torch.where(there, safe.log(), -torch.inf)
     return out[0, ..., :-1] / safe[..., None], log_z.transpose(0, 1), final  # type: ignore[return-value]
