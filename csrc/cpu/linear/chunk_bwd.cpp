@@ -88,7 +88,7 @@ struct Head {
   const LinearBwdParams& params;
   const Shared& shared;
   int64_t sequence, head;
-  Span span;
+  TokenSpan span;
 
   AF_INLINE_MEMBER const LinearProblem& p() const { return params.problem; }
   AF_INLINE_MEMBER int64_t of_q() const { return head / (p().value_heads / p().heads); }
@@ -167,7 +167,7 @@ AF_INLINE void store_front(const Head& h, const StateRef& ref, DecayOn on, int64
                            int64_t dim, int64_t columns, int64_t tile, const float* state,
                            float* factors) {
   const Decay decay = decay_of_head(h.p(), h.span, h.head, false);
-  const int64_t first = h.span.begin < h.span.end ? h.span.begin : -1;
+  const int64_t first = h.span.first < h.span.end() ? h.span.first : -1;
   if (on == DecayOn::kNothing || first < 0) {
     return store_state(ref, rows, dim, columns, tile, state, nullptr, nullptr);
   }
@@ -211,7 +211,7 @@ AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& sha
                                 const Scratch& w) {
   const LinearProblem& p = params.problem;
   const int64_t group = p.value_heads / p.heads;
-  const Span span = span_of(p, sequence);
+  const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
   const int64_t rows = p.value_dim + (shared.inverse != nullptr);
   const int64_t tile_size = round_up(rows, kLanes) * kTile, head_size = (tile1 - tile0) * tile_size;
   const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
@@ -232,7 +232,7 @@ AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& sha
       Scan<T> scan{backward ? values : dout, backward ? dout : values,
                    rows_of<T>(backward ? p.q : p.k, span, head, p.key_dim),
                    decay_of_head(p, span, h.head, backward)};
-      scan.begin = span.begin, scan.end = span.end, scan.backward = backward;
+      scan.begin = span.first, scan.end = span.end(), scan.backward = backward;
       return scan;
     };
     const auto sink_of = [&](int64_t g) __attribute__((always_inline)) {
@@ -284,7 +284,7 @@ template <DecayOn kOn, class T>
 AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& shared, int64_t sequence,
                               int64_t head, int64_t tile0, int64_t tile1, const Scratch& w) {
   const LinearProblem& p = params.problem;
-  const Head h = {params, shared, sequence, head, span_of(p, sequence)};
+  const Head h = {params, shared, sequence, head, token_span(p.cu_seqlens, p.rows, sequence)};
   const int64_t tile_size = round_up(p.key_dim, kLanes) * kTile;
   const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
   const auto each_tile = [&](auto f) __attribute__((always_inline)) {
@@ -297,7 +297,7 @@ AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& share
                  backward ? h.dout<T>(1.0f, false) : rows_of<T>(p.v, h.span, head, p.value_dim),
                  decay_of_head(p, h.span, head, backward)};
     (backward ? scan.write : scan.read).scale = p.scale;
-    scan.begin = h.span.begin, scan.end = h.span.end, scan.backward = backward;
+    scan.begin = h.span.first, scan.end = h.span.end(), scan.backward = backward;
     walk_heads<kOn, T>(
         p.causal, 1, tile0, tile1, 0, tile_size, w,
         [&](int64_t) __attribute__((always_inline)) { return scan; },
@@ -357,11 +357,11 @@ AF_INLINE void differentiate_denominator(const LinearBwdParams& params, const Sh
 AF_INLINE void sum_over_time(const LinearBwdParams& params, const Shared& shared, int64_t sequence,
                              int64_t head) {
   const LinearProblem& p = params.problem;
-  const Head h = {params, shared, sequence, head, span_of(p, sequence)};
+  const Head h = {params, shared, sequence, head, token_span(p.cu_seqlens, p.rows, sequence)};
   const Decay decay = decay_of_head(p, h.span, head, false);
   double sum = 0.0;
   for (int64_t i = 0; i < p.key_dim; ++i) sum += end_product(h, i, true);
-  for (int64_t t = h.span.end - 1; t >= h.span.begin; --t) {
+  for (int64_t t = h.span.end() - 1; t >= h.span.first; --t) {
     const int64_t at = h.stat() + t * p.value_heads;
     for (int64_t tile = 0; tile < ceil_div(p.key_dim, kTile); ++tile) {
       sum += static_cast<double>(shared.q_sums[tile * shared.rows + at]);

@@ -47,13 +47,13 @@ template <DecayOn kOn, class T>
 AF_INLINE void forward_head(const LinearFwdParams& params, int64_t sequence, int64_t head,
                             int64_t tile0, int64_t tile1, const Scratch& w) {
   const LinearProblem& p = params.problem;
-  const Span span = span_of(p, sequence);
+  const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
   const int64_t shared = head / (p.value_heads / p.heads), state = sequence * p.value_heads + head;
   const int64_t stat = span.batch * p.rows * p.value_heads + head;
   Scan<T> scan{rows_of<T>(p.q, span, shared, p.key_dim), rows_of<T>(p.k, span, shared, p.key_dim),
                rows_of<T>(p.v, span, head, p.value_dim), decay_of_head(p, span, head, false)};
   scan.read.scale = p.scale;
-  scan.begin = span.begin, scan.end = span.end;
+  scan.begin = span.first, scan.end = span.end();
   if (p.normalize != LinearNorm::kNone) {
     scan.norm = {w.z, tile0 == 0 ? params.den + stat : nullptr, p.value_heads, p.normalize, p.eps};
     for (int64_t i = 0; i < round_up(p.key_dim, kLanes); ++i) {

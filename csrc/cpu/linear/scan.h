@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/linear/scan_tile.h"
+#include "cpu/linear/tokens.h"
 #include "cpu/micro/pack.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
@@ -251,16 +252,6 @@ AF_INLINE void for_walks(bool causal, const F& f) {
   f(Walk::kRead);
 }
 
-struct Span {
-  int64_t batch, begin, end;
-};
-
-AF_INLINE Span span_of(const LinearProblem& p, int64_t sequence) {
-  if (!p.cu_seqlens) return {sequence, 0, p.rows};
-  const int64_t begin = max64(0, min64(p.rows, p.cu_seqlens[sequence]));
-  return {0, begin, max64(begin, min64(p.rows, p.cu_seqlens[sequence + 1]))};
-}
-
 // Where the gates of a head act on a state with rows K and columns V, or on its transpose.
 AF_INLINE DecayOn decay_on(LinearGate kind, bool transposed) {
   switch (kind) {
@@ -281,10 +272,10 @@ AF_INLINE int64_t gate_width(const LinearProblem& p) {
                                              : 1;
 }
 
-AF_INLINE Decay decay_of_head(const LinearProblem& p, const Span& span, int64_t head,
+AF_INLINE Decay decay_of_head(const LinearProblem& p, const TokenSpan& span, int64_t head,
                               bool backward) {
   Decay d;
-  d.kind = p.gate_kind, d.end = span.end, d.backward = backward, d.dim = gate_width(p);
+  d.kind = p.gate_kind, d.end = span.end(), d.backward = backward, d.dim = gate_width(p);
   if (!p.gate) return d;
   d.stride = p.value_heads * d.dim;
   d.log = p.gate_kind == LinearGate::kHead ? p.gate + head
@@ -293,7 +284,7 @@ AF_INLINE Decay decay_of_head(const LinearProblem& p, const Span& span, int64_t 
 }
 
 template <class T>
-AF_INLINE Rows<T> rows_of(const TensorRef& t, const Span& span, int64_t head, int64_t dim) {
+AF_INLINE Rows<T> rows_of(const TensorRef& t, const TokenSpan& span, int64_t head, int64_t dim) {
   return {row_ptr<const T>(t, span.batch, 0, head), t.seq_stride, dim};
 }
 

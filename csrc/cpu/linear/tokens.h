@@ -1,5 +1,5 @@
-// Where the tokens of a sequence lie, and what a gate is: shared by the delta rules and the
-// diagonal scan.
+// Where the tokens of a sequence lie, for the whole family; what a gate is for the delta rules and
+// the diagonal scan.
 #pragma once
 
 #include "attnforge/delta.h"
@@ -10,6 +10,8 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 struct TokenSpan {
   int64_t batch, first, rows;  // rows of memory: batch * batch_stride + (first + t) * seq_stride
+
+  AF_INLINE_MEMBER int64_t end() const { return first + rows; }
 };
 
 // Boundaries are data: clamped to the rows that exist.

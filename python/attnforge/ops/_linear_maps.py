@@ -37,14 +37,14 @@ _NOTHING_YET, _NO_LOGIT = -1e30, -3e38
 
 def additive_gates(
     k: Tensor, z0: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Softmax-over-the-past weights of logits k [B, T, H, K] as keys and gates of ``gla``.
 
         z_t = logaddexp(z_{t-1}, k_t)      keys e^{k_t - z_t}      gates z_{t-1} - z_t <= 0
 
-    z0 [N, H, K]: z before the first token, by default nothing. Returns keys and gates in fp32
-    (fp64 beside fp64) and the last z [N, H, K]. A logit of -inf writes nothing, also before the
-    first finite one, whose gate resets a state that is still empty.
+    z0 [N, H, K]: z before the first token, by default nothing. Returns keys, gates and z of every
+    token in fp32 (fp64 beside fp64) and the last z [N, H, K]. A logit of -inf writes nothing, also
+    before the first finite one, whose gate resets a state that is still empty.
     """
     wide = (k if k.dtype is torch.float64 else k.float()).clamp_min(_NO_LOGIT)
     if cu_seqlens is None:
@@ -57,14 +57,16 @@ def additive_gates(
     tail = torch.zeros_like(wide[:, bounds[-1] :])
     keys = torch.cat([*(p[0] for p in parts), tail], 1)
     gates = torch.cat([*(p[1] for p in parts), tail], 1)
-    last = torch.cat([p[2] for p in parts]) if parts else wide.new_empty((0, *wide.shape[2:]))
-    return keys, gates, last
+    z = torch.cat([*(p[2] for p in parts), tail], 1)
+    last = torch.cat([p[3] for p in parts]) if parts else wide.new_empty((0, *wide.shape[2:]))
+    return keys, gates, z, last
 
 
-def _additive(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _additive(k: Tensor, z0: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = k.new_full((k.shape[0], *k.shape[2:]), _NOTHING_YET)
     if z0 is not None:
         first = z0.to(k.dtype).clamp_min(_NOTHING_YET)
     z = torch.logcumsumexp(torch.cat([first.unsqueeze(1), k], 1), 1)
     above = k - z[:, :-1]  # sigmoids of it keep what z_{t-1} - z_t would cancel
-    return torch.sigmoid(above), torch.nn.functional.logsigmoid(-above), z[:, -1]
+    gates = torch.nn.functional.logsigmoid(-above)
+    return torch.sigmoid(above), gates, z[:, 1:], z[:, -1]

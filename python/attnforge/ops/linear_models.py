@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnforge.ops._checks import fail
+from attnforge.ops._linear_checks import accumulator
 from attnforge.ops._linear_maps import additive_gates
 from attnforge.ops.linear import gla, simple_gla
 
@@ -37,8 +38,9 @@ def mamba2_ssd(
             f"dt and a are {tuple(dt.shape)} and {tuple(a.shape)}; want [batch, time, heads] = "
             f"{tuple(x.shape[:-1])} and [heads]; expand() what is shared",
         )
+    wide = accumulator(x.dtype)
     y, state = simple_gla(
-        c, b, (x * dt.unsqueeze(-1)).to(x.dtype), dt.float() * a.float(), scale=1.0,
+        c, b, (x * dt.unsqueeze(-1)).to(x.dtype), dt.to(wide) * a.to(wide), scale=1.0,
         initial_state=initial_state, output_final_state=output_final_state,
         cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
@@ -66,7 +68,7 @@ def additive_gla(
     boundaries are read by the host.
     """
     state, z = (None, None) if initial_state is None else initial_state
-    keys, gates, last = additive_gates(k, z, cu_seqlens)
+    keys, gates, _, last = additive_gates(k, z, cu_seqlens)
     out, final = gla(
         q, keys.to(q.dtype), v, gates, scale=scale, initial_state=state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, backend=backend,

@@ -9,21 +9,11 @@ from torch import Tensor
 
 from attnforge import _native
 from attnforge._params import DeltaGrads, DeltaParams
-from attnforge.backends.cpu.linear import _dense, _native_op, _unit
+from attnforge.backends.cpu.linear import _dense, _native_op, _unit, clear_rest
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.spec import KernelSpec
 
-__all__ = ["SPECS", "clear_rest"]
-
-
-def clear_rest(cu_seqlens: Tensor | None, *outputs: Tensor) -> None:
-    """Rows [B, T, ..] behind the last sequence: no kernel writes them, and they are 0."""
-    if cu_seqlens is None:
-        return
-    covered = int(cu_seqlens[-1])
-    for x in outputs:
-        if x.dim() > 1 and covered < x.shape[1]:
-            x[:, covered:] = 0.0
+__all__ = ["SPECS"]
 
 
 def _parameters(p: DeltaParams) -> tuple[Any, ...]:

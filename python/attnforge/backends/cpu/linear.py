@@ -17,7 +17,7 @@ from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTa
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes
 from attnforge.registry.spec import KernelSpec
 
-__all__ = ["SPECS"]
+__all__ = ["SPECS", "clear_rest"]
 
 _GATES = ("none", "head", "scalar", "key", "value")
 _NORMS = ("", "sum", "abs")
@@ -41,14 +41,14 @@ def _numbers(p: LinearParams) -> tuple[int, int, float, float]:
     return _GATES.index(p.gate_kind), _NORMS.index(p.normalize), p.scale, p.eps
 
 
-def _clear_tail(p: LinearParams, *outputs: Tensor) -> None:
-    """Zeros in the rows [B, T, ..] that no sequence covers."""
-    if p.cu_seqlens is None:
+def clear_rest(cu_seqlens: Tensor | None, *outputs: Tensor) -> None:
+    """Rows [B, T, ..] behind the last sequence: no kernel writes them, and they are 0."""
+    if cu_seqlens is None:
         return
-    end = int(p.cu_seqlens[-1])
+    covered = int(cu_seqlens[-1])
     for x in outputs:
-        if x.dim() > 2:
-            x[:, end:].zero_()
+        if x.dim() > 1 and covered < x.shape[1]:  # what a call does not return is [0]
+            x[:, covered:] = 0.0
 
 
 def _states(p: LinearParams) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -57,7 +57,7 @@ def _states(p: LinearParams) -> tuple[Tensor | None, Tensor | None, Tensor | Non
 
 def chunk_fwd(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOutputs) -> None:
     """Launcher of ``linear_chunk_fwd``."""
-    _clear_tail(p, outputs.out, outputs.den, outputs.out_lo)
+    clear_rest(p.cu_seqlens, outputs.out, outputs.den, outputs.out_lo)
     operands = (_unit(q), _unit(k), _unit(v), _dense(p.gate), *_states(p))
     _native_op("linear_chunk_fwd")(*operands, *outputs, *_numbers(p), p.causal)
 
@@ -72,7 +72,7 @@ def chunk_bwd(
 ) -> None:
     """Launcher of ``linear_chunk_bwd``."""
     per_token = grads.dgate if p.gate_kind != "head" else grads.dq
-    _clear_tail(p, grads.dq, grads.dk, grads.dv, per_token)
+    clear_rest(p.cu_seqlens, grads.dq, grads.dk, grads.dv, per_token)
     ends = (_unit(dout), _dense(dfinal_state), _dense(dfinal_z))
     operands = (*(_unit(x) for x in tape[:3]), *(x.contiguous() for x in tape.outputs))
     _native_op("linear_chunk_bwd")(

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _native
-from attnforge.backends.cpu.delta import clear_rest
-from attnforge.backends.cpu.linear import _dense, _native_op
+from attnforge.backends.cpu.linear import _dense, _native_op, clear_rest
 from attnforge.registry.predicates import Available, Device, Dtypes
 from attnforge.registry.spec import KernelSpec
 

@@ -1,0 +1,1 @@
+"""Attention over tokens that are spread over processes (``torch.distributed``)."""
