@@ -8,6 +8,7 @@
 #include "attnforge/linear.h"
 #include "attnforge/paged.h"
 #include "attnforge/params.h"
+#include "attnforge/retrieval.h"
 
 namespace attnforge::cpu {
 
@@ -35,7 +36,9 @@ namespace attnforge::cpu {
   X(linear_chunk_bwd, LinearBwdParams)      \
   X(delta_chunk_fwd, DeltaChunkFwdParams)   \
   X(delta_chunk_bwd, DeltaChunkBwdParams)   \
-  X(diag_scan_bwd, DiagScanParams)
+  X(diag_scan_bwd, DiagScanParams)          \
+  X(indexed_fwd, IndexedFwdParams)          \
+  X(indexed_bwd, IndexedBwdParams)
 
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \

@@ -23,6 +23,7 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.gsa import gsa
+from attnforge.ops.indexed import indexed_attention
 from attnforge.ops.linear import (
     gla,
     lightning_attention,
@@ -76,6 +77,7 @@ __all__ = [
     "gla",
     "gsa",
     "hgrn",
+    "indexed_attention",
     "kda",
     "lightning_attention",
     "linear_attention",

@@ -21,6 +21,8 @@ __all__ = [
     "FlashMods",
     "FlashParams",
     "FlashTape",
+    "IndexedGrads",
+    "IndexedParams",
     "LinearGrads",
     "LinearOutputs",
     "LinearParams",
@@ -136,6 +138,29 @@ class BlockLists(NamedTuple):
     def rows(self) -> int:
         """List rows of a sequence, varlen of all."""
         return self.indices.shape[-2]
+
+
+class IndexedParams(NamedTuple):
+    """Which keys ``indexed_*`` launchers attend to, beyond q, k, v and their outputs.
+
+    With a block table k and v are pages [P, page_size, Hk, D], else [B, Sk, Hk, D].
+    """
+
+    ids: Tensor  # [B, 1 | Hk | Hq, N] int32; what names no key in use is ignored
+    lens: Tensor | None  # [B, 1 | Hk | Hq] int32: entries at and past it are not read
+    log_bias: Tensor | None  # like ids, fp32: added to the logit; -inf hides the entry
+    block_table: Tensor | None  # [B, max_pages] int32
+    cache_seqlens: Tensor | None  # [B] int32 keys in use; always there with a block table
+    softmax_scale: float
+
+
+class IndexedGrads(NamedTuple):
+    """Outputs of a backward launcher."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dlog_bias: Tensor  # like log_bias, or [0] without
 
 
 class PagedCache(NamedTuple):

@@ -109,6 +109,8 @@ def test_list_is_ordered_and_described() -> None:
         assert json.loads(json.dumps(described)) == described
         backend, family, kind = spec.id.split(".")[:3]
         assert spec.backend == backend
-        assert family in ("block_sparse", "cope", "flash", "linear", "paged", "reductions")
+        assert family in (
+            *("block_sparse", "cope", "flash", "linear", "paged", "reductions", "retrieval"),
+        )
         assert kind in spec.op
         assert callable(spec.resolve())
