@@ -38,7 +38,9 @@ namespace attnforge::cpu {
   X(delta_chunk_bwd, DeltaChunkBwdParams)   \
   X(diag_scan_bwd, DiagScanParams)          \
   X(indexed_fwd, IndexedFwdParams)          \
-  X(indexed_bwd, IndexedBwdParams)
+  X(indexed_bwd, IndexedBwdParams)          \
+  X(lsh_encode, LshEncodeParams)            \
+  X(lsh_retrieve, LshRetrieveParams)
 
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \
@@ -47,7 +49,12 @@ namespace attnforge::cpu {
   X(paged_append, PagedAppendParams)   \
   X(linear_step, LinearStepParams)     \
   X(delta_step, DeltaStepParams)       \
-  X(diag_scan_fwd, DiagScanParams)
+  X(diag_scan_fwd, DiagScanParams)     \
+  X(key_scores, KeyScoresParams)       \
+  X(page_scores, PageScoresParams)     \
+  X(select_columns, SelectParams)      \
+  X(lsh_insert, LshInsertParams)       \
+  X(lsh_truncate, LshTruncateParams)
 
 struct KernelTable {
   const char* isa;

@@ -12,8 +12,9 @@ from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
-from attnforge.ops import reductions
+from attnforge.ops import reductions, retrieval
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.centroid import CentroidIndex, centroid_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
@@ -33,6 +34,7 @@ from attnforge.ops.linear import (
     simple_gla,
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
+from attnforge.ops.lsh import LSHIndex, lsh_attention
 from attnforge.ops.moba import moba_attention, moba_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
 from attnforge.ops.scan import hgrn
@@ -56,8 +58,10 @@ _registry.set_table(_tuning.Tables())
 
 __all__ = [
     "BlockSelection",
+    "CentroidIndex",
     "Config",
     "KernelSpec",
+    "LSHIndex",
     "PagedKVCache",
     "SearchSpace",
     "__version__",
@@ -65,6 +69,7 @@ __all__ = [
     "backend",
     "block_sparse_attention",
     "cascade_attention",
+    "centroid_attention",
     "cope_attention",
     "debug",
     "delta_rule",
@@ -83,6 +88,7 @@ __all__ = [
     "linear_attention",
     "linear_step",
     "list_kernels",
+    "lsh_attention",
     "mamba2_ssd",
     "merge_states",
     "moba_attention",
@@ -92,6 +98,7 @@ __all__ = [
     "reductions",
     "register",
     "retention",
+    "retrieval",
     "rope_tables",
     "simple_gla",
     "t5_rel_bias",

@@ -30,6 +30,7 @@ __all__ = [
     "PagedCache",
     "PagedParams",
     "PagedWrite",
+    "SelectParams",
 ]
 
 FLOAT8 = torch.float8_e4m3fn  # the one 8-bit type of inputs
@@ -161,6 +162,17 @@ class IndexedGrads(NamedTuple):
     dk: Tensor
     dv: Tensor
     dlog_bias: Tensor  # like log_bias, or [0] without
+
+
+class SelectParams(NamedTuple):
+    """What ``select_columns`` is asked beyond scores and lengths."""
+
+    kind: str  # "topk", "threshold" or "topp"
+    k: int
+    threshold: Tensor | None  # [1] or [R] fp32
+    mass: float
+    first: int  # columns that are always chosen: at the front,
+    last: int  # and at the end of those in use
 
 
 class PagedCache(NamedTuple):

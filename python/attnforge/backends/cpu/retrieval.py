@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attnforge import _native
-from attnforge._params import FlashTape, IndexedGrads, IndexedParams
+from attnforge._params import FlashTape, IndexedGrads, IndexedParams, SelectParams
 from attnforge.backends.cpu.flash import _HeadDims, _native_op, _unit
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
@@ -59,6 +61,77 @@ def indexed_bwd(
         grads.dlog_bias.copy_(dbias.sum(1, keepdim=True) if shared else dbias)
 
 
+def key_scores(
+    q: Tensor,
+    k: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    counts: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Launcher of ``key_scores``."""
+    _native_op("key_scores")(
+        _unit(q), _unit(k), *map(_plain, (block_table, cache_seqlens, counts)), scale, out
+    )
+
+
+def page_scores(
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    block_table: Tensor | None,
+    used: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Launcher of ``page_scores``."""
+    _native_op("page_scores")(
+        *(_unit(q), low.contiguous(), high.contiguous(), *map(_plain, (block_table, used))),
+        *(scale, out),
+    )
+
+
+_KINDS = ("topk", "threshold", "topp")
+
+
+def select_columns(
+    scores: Tensor, used: Tensor | None, p: SelectParams, ids: Tensor, lens: Tensor
+) -> None:
+    """Launcher of ``select_columns``."""
+    _native_op("select_columns")(
+        *(scores.contiguous(), _plain(used), _KINDS.index(p.kind), p.k, _plain(p.threshold)),
+        *(p.mass, p.first, p.last, ids, lens),
+    )
+
+
+def lsh_encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes: Tensor) -> None:
+    """Launcher of ``lsh_encode``."""
+    _native_op("lsh_encode")(_unit(x), _plain(mean), planes.contiguous(), bits, codes)
+
+
+def lsh_insert(starts: Tensor, ids: Tensor, bits: int, codes: Tensor, *ends: Tensor) -> None:
+    """Launcher of ``lsh_insert``."""
+    _native_op("lsh_insert")(starts, ids, bits, codes.contiguous(), *map(_plain, ends))
+
+
+def lsh_truncate(starts: Tensor, ids: Tensor, bits: int, length: Tensor) -> None:
+    """Launcher of ``lsh_truncate``."""
+    _native_op("lsh_truncate")(starts, ids, bits, length.contiguous())
+
+
+def lsh_retrieve(
+    starts: Tensor, ids: Tensor, bits: int, codes: Tensor, q: Tensor, k: Tensor, *rest: Any
+) -> None:
+    """Launcher of ``lsh_retrieve``."""
+    mean, norms, begin, end, *options = rest
+    _native_op("lsh_retrieve")(
+        *(starts, ids, bits, codes.contiguous(), _unit(q), _unit(k)),
+        *map(_plain, (mean, norms, begin, end)),
+        *options,
+    )
+
+
 _COMMON = (
     Device("cpu"),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
@@ -71,15 +144,18 @@ _BWD = (
     Dim("group", 1, 64),
     Features("seqused_k"),
 )
+_WIDE_DIM = Dim("head_dim", 8, 576, 8)
+_HASHED = Dim("head_dim", 8, 256, 8)
+_CPU = (_COMMON[0], _COMMON[2])  # of operators on int16 codes
 
 
-def _spec(kind: str, requires: tuple[object, ...], notes: str) -> KernelSpec:
+def _spec(kind: str, requires: Any, notes: str, common: Any = _COMMON) -> KernelSpec:
     return KernelSpec(
         id=f"cpu.retrieval.{kind}",
         op=kind,
         backend="cpu",
         launch=f"{__name__}:{kind}",
-        requires=(*_COMMON, *requires),  # type: ignore[arg-type]
+        requires=(*common, *requires),
         score=100.0,
         notes=notes,
     )
@@ -88,4 +164,15 @@ def _spec(kind: str, requires: tuple[object, ...], notes: str) -> KernelSpec:
 SPECS = (
     _spec("indexed_fwd", _FWD, "decode over gathered rows, one union per KV head, split lists"),
     _spec("indexed_bwd", _BWD, "a KV head per task, sums in fp32, no atomics"),
+    _spec(
+        "key_scores",
+        (_WIDE_DIM, Features("paged", "seqused_k")),
+        "the first product of decode, keys read once per group",
+    ),
+    _spec("page_scores", (_WIDE_DIM, Features("paged", "seqused_k")), "bounds read once per group"),
+    _spec("select_columns", (), "histograms of the scores' bits, no sort"),
+    _spec("lsh_encode", (_HASHED,), "signs taken from the tiles of a product"),
+    _spec("lsh_insert", (), "buckets shifted in place", _CPU),
+    _spec("lsh_truncate", (), "ends of buckets dropped in place", _CPU),
+    _spec("lsh_retrieve", (_HASHED,), "a byte counter per key, probabilities in vectors"),
 )
