@@ -119,7 +119,7 @@ class CentroidIndex:
     def _group(self, k: Tensor, v: Tensor, labels: Tensor) -> None:
         """Order the first keys of k and v by labels [B, Hk, n]; the tail stays behind them."""
         n = labels.shape[2]
-        self.labels, at = labels.sort(-1, stable=True)
+        self.labels, at = torch.sort(labels, dim=-1, stable=True)
         self.order = self.order.gather(-1, at)
         place = at.transpose(1, 2).unsqueeze(-1)
         self.k, self.v = (

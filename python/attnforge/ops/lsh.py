@@ -217,7 +217,7 @@ class LSHIndex:
             for x in ([self.sink] * len(ends), ends)
         )
         found: tuple[Tensor, Tensor, Tensor] = _retrieval_ops.lsh_retrieve(
-            self.starts, self.ids, self.num_bits, codes, q, self.k, self.mean, self.norms,
+            self.starts, self.ids, self.num_bits, codes[:, :, 0], q, self.k, self.mean, self.norms,
             begin, end, self.min_hits, clip, self._choice(),
         )  # fmt: skip
         return found

@@ -207,7 +207,7 @@ def _select(
             fail(op, f"lens is {_name(lens.dtype)} {_shape(lens)}; want int32 {tuple(lead)}: the "
                      "columns of each row in use")  # fmt: skip
         lens = lens.reshape(-1)
-    rows = scores.detach().float().reshape(-1, scores.shape[-1])
+    rows = scores.detach().float().reshape(lead.numel(), scores.shape[-1])
     ids, counts = _retrieval_ops.select_columns(
         rows, lens, kind, k, threshold, mass, first, last, slots, _choice(op, backend)
     )
@@ -230,7 +230,7 @@ def select_topk(
     use are chosen whatever they score, and count towards k. Work: a few passes over the row.
     """
     op = "select_topk"
-    if isinstance(k, int) and first + last > k:
+    if isinstance(k, int) and k >= 0 and first + last > k:
         fail(
             op, f"first + last is {first + last}; got k {k}; want at most k: they count towards it"
         )

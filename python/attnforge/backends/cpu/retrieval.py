@@ -28,11 +28,17 @@ def _low(out_lo: Tensor) -> Tensor | None:
 def indexed_fwd(
     q: Tensor, k: Tensor, v: Tensor, p: IndexedParams, out: Tensor, lse: Tensor, out_lo: Tensor
 ) -> None:
-    """Launcher of ``indexed_fwd``."""
+    """Launcher of ``indexed_fwd``. Slots that no list uses are cut off: room is made for all."""
     if p.block_table is None:
         k, v = _unit(k), _unit(v)
+    lists = [p.ids, p.lens, p.log_bias]
+    if p.lens is not None and p.lens.numel():
+        most = max(0, int(p.lens.max()))
+        if most < p.ids.shape[2]:
+            lists = [x if x is None or x.dim() == 2 else x[..., :most] for x in lists]
     _native_op("indexed_fwd")(
-        *(_unit(q), k, v, *map(_plain, p[:5]), p.softmax_scale, out, lse, _low(out_lo))
+        *(_unit(q), k, v, *map(_plain, (*lists, p.block_table, p.cache_seqlens))),
+        *(p.softmax_scale, out, lse, _low(out_lo)),
     )
 
 
