@@ -139,37 +139,36 @@ def test_collisions_follow_theory(cpu: str, cosine: float) -> None:
     assert abs(z) < 4.5
 
 
-def _estimates(weighted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Numerator and denominator over 1500 seeds, and their true values; (4, 16), 256 keys."""
+def _estimates() -> tuple[Tensor, Tensor, Tensor]:
+    """[denominator, numerators] over 1000 seeds, weighted by 1 / u and not, and what is true."""
     g = torch.Generator().manual_seed(5)
     q, k = torch.randn(1, 1, 1, 16, generator=g), torch.randn(1, 256, 1, 16, generator=g)
     v = torch.randn(1, 256, 1, 16, generator=g)
     weight = (0.25 * k[0, :, 0] @ q[0, 0, 0]).exp().double()
-    sums = []
-    for seed in range(1500):
+    terms = torch.cat([weight.view(-1, 1), weight.unsqueeze(1) * v[0, :, 0]], 1)
+    sums, plain = [], []
+    for seed in range(1000):
         index = LSHIndex(k, v, num_bits=4, num_tables=16, sink=0, window=0, seed=seed,
                          center=False)  # fmt: skip
         ids, lens, bias = index.retrieve(q)
         n = int(lens[0, 0])
-        at = ids[0, 0, :n].long()
-        w = weight[at] * (bias[0, 0, :n].double().exp() if weighted else 1.0)
-        sums.append(torch.cat([w.sum().view(1), (w.unsqueeze(1) * v[0, at, 0]).sum(0)]))
-    found = torch.stack(sums)
-    truth = torch.cat([weight.sum().view(1), (weight.unsqueeze(1) * v[0, :, 0]).sum(0)])
-    return found.mean(0), found.std(0) / math.sqrt(len(sums)), truth, found
+        own = terms[ids[0, 0, :n].long()]
+        sums.append((bias[0, 0, :n].double().exp() @ own))
+        plain.append(own.sum(0))
+    return torch.stack(sums), torch.stack(plain), terms.sum(0)
 
 
 @pytest.mark.plain_memory
 def test_numerator_and_denominator_are_unbiased(cpu: str) -> None:
-    mean, error, truth, found = _estimates(weighted=True)
-    assert ((mean - truth) / error).abs().max() < 4.5
-    ratio = found[:, 1:] / found[:, :1]
-    want = truth[1:] / truth[0]
+    found, plain, truth = _estimates()
+    z = (found.mean(0) - truth) / (found.std(0) / math.sqrt(len(found)))
+    assert z.abs().max() < 4.5
+    ratio, want = found[:, 1:] / found[:, :1], truth[1:] / truth[0]
     rmse = (ratio - want).square().mean(0).sqrt()
-    assert ((ratio.mean(0) - want).abs() < 0.2 * rmse).all()  # consistent, hardly biased
+    assert ((ratio.mean(0) - want).abs() < 0.25 * rmse).all()  # consistent, hardly biased
     # The test can tell: without 1 / u the same sums are far off.
-    mean, error, truth, _ = _estimates(weighted=False)
-    assert ((mean - truth) / error).abs().max() > 20
+    z = (plain.mean(0) - truth) / (plain.std(0) / math.sqrt(len(plain)))
+    assert z.abs().max() > 20
 
 
 def test_sampling_everything_is_dense_attention(target: Target) -> None:

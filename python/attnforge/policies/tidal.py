@@ -36,7 +36,7 @@ class TidalDecode(Policy):
         """Every key in dense and choosing layers, else what was chosen last."""
         if layer in self.chooses:
             votes = retrieval.score_keys(q, k)[:, :, -1].unflatten(1, (k.shape[2], -1)).amax(2)
-            self.state[0] = retrieval.select_topk(votes, self.budget)[0]
+            self.state[0] = retrieval.select_topk(votes, self.budget, last=1)[0]
             return every_key(k)
         if layer in self.dense or 0 not in self.state:
             return every_key(k)
