@@ -153,7 +153,7 @@ def _estimates() -> tuple[Tensor, Tensor, Tensor]:
         ids, lens, bias = index.retrieve(q)
         n = int(lens[0, 0])
         own = terms[ids[0, 0, :n].long()]
-        sums.append((bias[0, 0, :n].double().exp() @ own))
+        sums.append(bias[0, 0, :n].double().exp() @ own)
         plain.append(own.sum(0))
     return torch.stack(sums), torch.stack(plain), terms.sum(0)
 

@@ -151,14 +151,17 @@ AF_INLINE void score_pages(const PageScoresParams& params, int64_t batch, int64_
         }
       });
     }
+    auto row = [&](const TensorRef& bounds, int64_t page) __attribute__((always_inline)) {
+      if (!params.table) return row_ptr<const E>(bounds, batch, page, kv_head);
+      const int64_t own = params.table[batch * params.table_stride + page];
+      return row_ptr<const E>(bounds, max64(0, min64(own, params.pages - 1)), 0, kv_head);
+    };
     for (int64_t page = lo; page < hi; ++page) {
-      int64_t own = batch, slot = page;
-      if (params.table) {
-        own = max64(0, min64(params.table[batch * params.table_stride + page], params.pages - 1));
-        slot = 0;
+      if (r0 == 0 && page + kRowsAhead < hi) {  // rows of a head lie far apart
+        prefetch_row(row(params.low, page + kRowsAhead), p.head_dim);
+        prefetch_row(row(params.high, page + kRowsAhead), p.head_dim);
       }
-      const E* low = row_ptr<const E>(params.low, own, slot, kv_head);
-      const E* high = row_ptr<const E>(params.high, own, slot, kv_head);
+      const E *low = row(params.low, page), *high = row(params.high, page);
       VecF sum[kRows]{};
       for (int64_t d = 0; d < p.head_dim; d += kLanes) {
         const VecF a = load_partial(low + d, p.head_dim - d),

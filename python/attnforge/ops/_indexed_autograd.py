@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Indexed(Function):  # type: ignore[misc, unused-ignore]
             dout = torch.zeros_like(saved[3])
         scale, _, backend = ctx.scalars
         second_order = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = _Backward.apply if second_order else operators.indexed_bwd
+        run: Callable[..., Any] = _Backward.apply if second_order else operators.indexed_bwd
         grads = run(dout, dlse, *saved, scale, backend)
         found: list[Tensor | None] = [None] * len(need)
         for n, grad in zip((0, 1, 2, _BIAS), grads, strict=True):
@@ -89,6 +90,6 @@ def attend(
     if not dual and not wanted:
         out, lse, _ = operators.indexed_fwd(q, k, v, *p, False, backend)
         return out, lse
-    apply = (IndexedDual if dual else Indexed).apply
+    apply: Callable[..., Any] = (IndexedDual if dual else Indexed).apply
     out, lse, _ = apply(q, k, v, *p, q.dtype in _HALF, backend)
     return out, lse

@@ -288,18 +288,39 @@ class CentroidIndex:
         cluster. Else threshold, a log share, or the calibrated one. The tail is always there.
         """
         scores = self.scores(q, reduce=reduce, softmax_scale=softmax_scale, backend=backend)
+        if budget is None:
+            limit = self.threshold if threshold is None else torch.as_tensor(threshold)
+            limit = self._limits(limit.reshape(-1).to(scores), scores).squeeze(-1)
+            return self._slots(*retrieval.select_threshold(scores, limit, backend=backend))
+        if not 0.0 <= budget <= 1.0:
+            fail("centroid_attention", f"budget is {budget!r}; want a share of keys, 0 .. 1")
         labels = self.labels.repeat_interleave(scores.shape[1] // self.labels.shape[1], 1)
         tail = self.length - self.clustered
-        own = scores.gather(-1, labels)
-        own = torch.nn.functional.pad(own, (0, tail), value=-math.inf)
-        if budget is not None:
-            if not 0.0 <= budget <= 1.0:
-                fail("centroid_attention", f"budget is {budget!r}; want a share of keys, 0 .. 1")
-            count = math.ceil(budget * self.clustered) + tail
-            return retrieval.select_topk(own, count, last=tail, backend=backend)
-        limit = self.threshold if threshold is None else torch.as_tensor(threshold)
-        limit = self._limits(limit.reshape(-1).to(own), own).squeeze(-1)
-        return retrieval.select_threshold(own, limit, last=tail, backend=backend)
+        own = torch.nn.functional.pad(scores.gather(-1, labels), (0, tail), value=-math.inf)
+        count = math.ceil(budget * self.clustered) + tail
+        return retrieval.select_topk(own, count, last=tail, backend=backend)
+
+    def _slots(self, clusters: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Clusters [B, H, C] as the slots of their keys, ascending, and those of the tail."""
+        group = clusters.shape[1] // self.counts.shape[1]
+        counts = self.counts.long().repeat_interleave(group, 1)
+        column = torch.arange(clusters.shape[2], device=clusters.device)
+        at = clusters.long().clamp_min(0)
+        size = counts.gather(-1, at) * (column < lens.unsqueeze(-1))
+        ends = size.cumsum(-1)
+        # A slot less its place in the list is the same for all keys of a cluster.
+        shift = (counts.cumsum(-1) - counts).gather(-1, at) - (ends - size)
+        tail = self.length - self.clustered
+        total = ends[..., -1:]
+        width = self.length
+        if total.device.type == "cpu" and total.numel():  # else reading it would wait
+            width = int(total.max()) + tail
+        place = torch.arange(width, device=clusters.device).expand(*total.shape[:2], width)
+        which = torch.searchsorted(ends, place.contiguous(), right=True)
+        slot = place + shift.gather(-1, which.clamp_max(clusters.shape[2] - 1))
+        slot = torch.where(place < total, slot, place - total + self.clustered)
+        slot = torch.where(place < total + tail, slot, -1)
+        return slot.to(torch.int32), (total.squeeze(-1) + tail).to(torch.int32)
 
     # ---- files ----
 
