@@ -9,6 +9,7 @@
 #include "attnforge/nsa.h"
 #include "attnforge/paged.h"
 #include "attnforge/params.h"
+#include "attnforge/retrieval.h"
 
 namespace attnforge::cpu {
 
@@ -37,7 +38,11 @@ namespace attnforge::cpu {
   X(linear_chunk_bwd, LinearBwdParams)      \
   X(delta_chunk_fwd, DeltaChunkFwdParams)   \
   X(delta_chunk_bwd, DeltaChunkBwdParams)   \
-  X(diag_scan_bwd, DiagScanParams)
+  X(diag_scan_bwd, DiagScanParams)          \
+  X(indexed_fwd, IndexedFwdParams)          \
+  X(indexed_bwd, IndexedBwdParams)          \
+  X(lsh_encode, LshEncodeParams)            \
+  X(lsh_retrieve, LshRetrieveParams)
 
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \
@@ -46,7 +51,12 @@ namespace attnforge::cpu {
   X(paged_append, PagedAppendParams)   \
   X(linear_step, LinearStepParams)     \
   X(delta_step, DeltaStepParams)       \
-  X(diag_scan_fwd, DiagScanParams)
+  X(diag_scan_fwd, DiagScanParams)     \
+  X(key_scores, KeyScoresParams)       \
+  X(page_scores, PageScoresParams)     \
+  X(select_columns, SelectParams)      \
+  X(lsh_insert, LshInsertParams)       \
+  X(lsh_truncate, LshTruncateParams)
 
 struct KernelTable {
   const char* isa;

@@ -12,9 +12,10 @@ from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
-from attnforge.ops import patterns, reductions
+from attnforge.ops import patterns, reductions, retrieval
 from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.block_sparse_decode import block_sparse_decode
+from attnforge.ops.centroid import CentroidIndex, centroid_attention
 from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
@@ -25,6 +26,7 @@ from attnforge.ops.flash import (
     merge_states,
 )
 from attnforge.ops.gsa import gsa
+from attnforge.ops.indexed import indexed_attention
 from attnforge.ops.inverse import invert_selection
 from attnforge.ops.linear import (
     gla,
@@ -35,6 +37,7 @@ from attnforge.ops.linear import (
     simple_gla,
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
+from attnforge.ops.lsh import LSHIndex, lsh_attention
 from attnforge.ops.moba import moba_attention, moba_select
 from attnforge.ops.msa import msa_select
 from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
@@ -62,8 +65,10 @@ _registry.set_table(_tuning.Tables())
 
 __all__ = [
     "BlockSelection",
+    "CentroidIndex",
     "Config",
     "KernelSpec",
+    "LSHIndex",
     "PagedKVCache",
     "SearchSpace",
     "__version__",
@@ -72,6 +77,7 @@ __all__ = [
     "block_sparse_attention",
     "block_sparse_decode",
     "cascade_attention",
+    "centroid_attention",
     "compressed_attention",
     "cope_attention",
     "debug",
@@ -86,12 +92,14 @@ __all__ = [
     "gla",
     "gsa",
     "hgrn",
+    "indexed_attention",
     "invert_selection",
     "kda",
     "lightning_attention",
     "linear_attention",
     "linear_step",
     "list_kernels",
+    "lsh_attention",
     "mamba2_ssd",
     "merge_states",
     "moba_attention",
@@ -106,6 +114,7 @@ __all__ = [
     "reductions",
     "register",
     "retention",
+    "retrieval",
     "rope_tables",
     "seer_attention",
     "seer_loss",

@@ -21,10 +21,13 @@ __all__ = [
     "FlashMods",
     "FlashParams",
     "FlashTape",
+    "IndexedGrads",
+    "IndexedParams",
     "LinearGrads",
     "LinearOutputs",
     "LinearParams",
     "LinearTape",
+    "NsaSelectParams",
     "PagedCache",
     "PagedParams",
     "PagedWrite",
@@ -139,7 +142,7 @@ class BlockLists(NamedTuple):
         return self.indices.shape[-2]
 
 
-class SelectParams(NamedTuple):
+class NsaSelectParams(NamedTuple):
     """What ``nsa_importance`` and ``nsa_select`` are asked beyond their tensors."""
 
     flash: FlashParams  # boundaries and lengths in compressed keys, and the scale
@@ -150,6 +153,40 @@ class SelectParams(NamedTuple):
     top_n: int = 0
     init_blocks: int = 0
     local_blocks: int = 0
+
+
+class IndexedParams(NamedTuple):
+    """Which keys ``indexed_*`` launchers attend to, beyond q, k, v and their outputs.
+
+    With a block table k and v are pages [P, page_size, Hk, D], else [B, Sk, Hk, D].
+    """
+
+    ids: Tensor  # [B, 1 | Hk | Hq, N] int32; what names no key in use is ignored
+    lens: Tensor | None  # [B, 1 | Hk | Hq] int32: entries at and past it are not read
+    log_bias: Tensor | None  # like ids, fp32: added to the logit; -inf hides the entry
+    block_table: Tensor | None  # [B, max_pages] int32
+    cache_seqlens: Tensor | None  # [B] int32 keys in use; always there with a block table
+    softmax_scale: float
+
+
+class IndexedGrads(NamedTuple):
+    """Outputs of a backward launcher."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dlog_bias: Tensor  # like log_bias, or [0] without
+
+
+class SelectParams(NamedTuple):
+    """What ``select_columns`` is asked beyond scores and lengths."""
+
+    kind: str  # "topk", "threshold" or "topp"
+    k: int
+    threshold: Tensor | None  # [1] or [R] fp32
+    mass: float
+    first: int  # columns that are always chosen: at the front,
+    last: int  # and at the end of those in use
 
 
 class PagedCache(NamedTuple):

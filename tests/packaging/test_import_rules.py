@@ -15,8 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "attnforge"
 FAMILIES = (
-    *("cope", "flash", "reductions", "paged", "block_sparse", "linear", "lsh", "centroid"),
-    "nsa",
+    *("cope", "flash", "reductions", "paged", "block_sparse", "nsa", "linear", "retrieval"),
 )
 
 # Floor -> what it may import of attnforge besides itself. A backend is a floor of its own.

@@ -111,6 +111,7 @@ def test_list_is_ordered_and_described() -> None:
         assert spec.backend == backend
         assert family in (
             *("block_sparse", "cope", "flash", "linear", "nsa", "paged", "reductions"),
+            "retrieval",
         )
         assert kind in spec.op
         assert callable(spec.resolve())

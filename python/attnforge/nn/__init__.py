@@ -1,6 +1,13 @@
 """Layers: projections, feature maps and gates around the operators, for training and decoding.
 
 from attnforge import nn as anf
+
+layer = anf.GatedDeltaNet(hidden_size=512, num_heads=8)
+y, _ = layer(x)                                          # [B, T, 512]
+y, state = layer(prompt, output_final_state=True)
+y, state = layer(token, state=state, output_final_state=True)
+"""
+
 from attnforge.nn.based import Based as Based
 from attnforge.nn.cottention import Cottention as Cottention
 from attnforge.nn.delta_net import DeltaNet as DeltaNet
@@ -18,8 +25,8 @@ from attnforge.nn.log_normal import LinearLogNormal as LinearLogNormal
 from attnforge.nn.mamba2 import Mamba2 as Mamba2
 from attnforge.nn.moba import MoBA as MoBA
 from attnforge.nn.moba import MoBACache as MoBACache
-from attnforge.nn.native_sparse import NSACache as NSACache
 from attnforge.nn.native_sparse import NativeSparseAttention as NativeSparseAttention
+from attnforge.nn.native_sparse import NSACache as NSACache
 from attnforge.nn.regla import ReGLA as ReGLA
 from attnforge.nn.seer_gate import SeerAttentionGate as SeerAttentionGate
 from attnforge.nn.short_conv import ShortConvolution as ShortConvolution

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from attnforge import _ops
-from attnforge._params import FlashParams, SelectParams
+from attnforge._params import FlashParams, NsaSelectParams
 from attnforge.ops import _flash_ops, _flash_vmap
 from attnforge.registry.select import launcher
 from attnforge.registry.spec import Request
@@ -39,10 +39,10 @@ def request(op: str, meta: tuple[Any, ...]) -> Request:
     )
 
 
-def _params(fields: tuple[Any, ...], rest: tuple[int, ...]) -> SelectParams:
+def _params(fields: tuple[Any, ...], rest: tuple[int, ...]) -> NsaSelectParams:
     cu_q, cu_k, used, rows, keys, scale = fields
     p = FlashParams(cu_q, cu_k, used, None, None, rows, keys, scale, -1, -1, 0.0)
-    return SelectParams(p, *rest)
+    return NsaSelectParams(p, *rest)
 
 
 def _run(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from attnforge._params import SelectParams
+from attnforge._params import NsaSelectParams
 from attnforge.reference import flash
 
 __all__ = ["importance", "overlap", "select"]
@@ -22,7 +22,7 @@ __all__ = ["importance", "overlap", "select"]
 _CHUNK = 1 << 22  # scores held at once
 
 
-def overlap(windows: int, blocks: int, p: SelectParams, device: torch.device) -> Tensor:
+def overlap(windows: int, blocks: int, p: NsaSelectParams, device: torch.device) -> Tensor:
     """float64 [windows, blocks]: strides that window i and block j share."""
     i = torch.arange(windows, device=device, dtype=torch.float64)[:, None] * p.cmp_stride
     j = torch.arange(blocks, device=device, dtype=torch.float64) * p.slc_block
@@ -31,7 +31,7 @@ def overlap(windows: int, blocks: int, p: SelectParams, device: torch.device) ->
 
 
 def _sums(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, blocks: int
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, blocks: int
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """batch, rows (varlen: of the packed tensor), key positions and importance [B, Hk, R, N]."""
     heads_kv = k.shape[-2]
@@ -58,7 +58,7 @@ def _sums(
 
 
 def importance(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Fill out [B, Hk, Sq, blocks], varlen [Hk, T, blocks]."""
     out.zero_()
@@ -69,7 +69,7 @@ def importance(
             out[:, rows] = value[0].to(out.dtype)
 
 
-def _chosen(scores: Tensor, at: Tensor, p: SelectParams) -> Tensor:
+def _chosen(scores: Tensor, at: Tensor, p: NsaSelectParams) -> Tensor:
     """int32 ids of the forced and the best blocks; scores [B, H, R, N], at [B | 1, R]."""
     blocks = scores.shape[-1]
     column = torch.arange(blocks, device=scores.device)
@@ -85,7 +85,7 @@ def _chosen(scores: Tensor, at: Tensor, p: SelectParams) -> Tensor:
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Fill out int32 [B, Hk, Sq, top_n], varlen [Hk, T, top_n]: ascending ids, then -1."""
     out.fill_(-1)

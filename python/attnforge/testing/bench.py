@@ -69,7 +69,7 @@ __all__ = [
     "to_json",
 ]
 
-FAMILIES = ("block_sparse", "cope", "flash", "linear", "paged", "reductions")
+FAMILIES = ("block_sparse", "cope", "flash", "linear", "paged", "reductions", "retrieval")
 _REST_S = {"cpu": 0.1, "cuda": 0.01}
 REPEATS = 15
 QUICK_REPEATS = 5

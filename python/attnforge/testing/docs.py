@@ -71,6 +71,8 @@ _PAGED = frozenset(_PAGES_ONLY.values())
 _PAGED_FWD = frozenset({"seqused_k", "page_bounds", *_MODS.values()}) - {"mask"}
 _APPENDED = _PAGED | {"varlen", "rope"}
 # One sequence at a time, of plain logits; the LSE has the sinks.
+# Lists are what is seen: of the features of scores a bias alone, which is an argument.
+_LISTED = frozenset(_FEATURES.values()) - {"seqused_k"}
 _OF_THE_MATRIX = frozenset({"varlen", "sinks", *_MODS.values()})
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {
@@ -90,6 +92,11 @@ _NOT_ASKED = {
     "reductions_head_gradient": frozenset(_FEATURES.values()),
     **dict.fromkeys(
         ("cope_fwd", "cope_bwd"), _PAGED | {"alibi", "sinks", "softcap", *_MODS.values()}
+    ),
+    **dict.fromkeys(("indexed_fwd", "indexed_bwd", "key_scores", "page_scores"), _LISTED),
+    **dict.fromkeys(
+        ("select_columns", "lsh_encode", "lsh_insert", "lsh_truncate", "lsh_retrieve"),
+        frozenset(_FEATURES.values()),
     ),
     # No scores, no mask: what its functions take, all of its kernels have.
     **{
@@ -246,6 +253,7 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "measurements-reductions": lambda root: measured(root, family="reductions"),
     "support-matrix-paged": lambda root: support_matrix("paged"),
     "measurements-paged": lambda root: measured(root, family="paged"),
+    "support-matrix-retrieval": lambda root: support_matrix("retrieval"),
     "support-matrix-linear": lambda root: support_matrix("linear"),
     "measurements-linear": lambda root: measured(root, family="linear"),
     "support-summary": lambda root: short_matrix("flash"),

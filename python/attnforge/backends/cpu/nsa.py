@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnforge import _native
-from attnforge._params import SelectParams
+from attnforge._params import NsaSelectParams
 from attnforge.backends.cpu.flash import _native_op, _unit
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
@@ -19,7 +19,7 @@ def _launch(
     k: Tensor,
     lse: Tensor,
     positions: Tensor,
-    p: SelectParams,
+    p: NsaSelectParams,
     outputs: tuple[Tensor | None, Tensor | None],
 ) -> None:
     f = p.flash
@@ -31,14 +31,14 @@ def _launch(
 
 
 def importance(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Launcher of ``nsa_importance``."""
     _launch(q, k, lse, positions, p, (out, None))
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Launcher of ``nsa_select``."""
     _launch(q, k, lse, positions, p, (None, out))

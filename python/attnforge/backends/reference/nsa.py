@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnforge._params import SelectParams
+from attnforge._params import NsaSelectParams
 from attnforge.backends.reference.flash import _REQUIRES, _plain
 from attnforge.reference import nsa as reference
 from attnforge.registry.spec import KernelSpec
@@ -13,7 +13,7 @@ __all__ = ["SPECS"]
 
 
 def importance(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Launcher of ``nsa_importance``."""
     with _plain(q):
@@ -21,7 +21,7 @@ def importance(
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: SelectParams, out: Tensor
+    q: Tensor, k: Tensor, lse: Tensor, positions: Tensor, p: NsaSelectParams, out: Tensor
 ) -> None:
     """Launcher of ``nsa_select``."""
     with _plain(q):
