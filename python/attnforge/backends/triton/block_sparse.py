@@ -128,8 +128,11 @@ def _constants(kernel: str, q: Tensor, v: Tensor, lists: BlockLists, pack: int) 
     sizes.pop("USE_TMA", None)
     held, limit = ("BLOCK_N", lists.kv_block) if kernel == "dkdv" else ("BLOCK_M", together)
     sizes[held] = min(sizes[held], max(16, 1 << (limit - 1).bit_length()))
-    if kernel == "dkdv":  # rows of a stream have pointers of their own; more of them spill
+    # Rows and keys of a stream have pointers of their own: larger tiles spill.
+    if kernel == "dkdv":
         sizes["BLOCK_M"] = 16
+    elif max(sizes["BLOCK_D"], sizes["BLOCK_DV"]) > 128:
+        sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 64)
     return {**sizes, "Q_BLOCK": lists.q_block, "KV_BLOCK": lists.kv_block}
 
 
