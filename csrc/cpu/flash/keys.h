@@ -1,10 +1,12 @@
 // Rows of K and V, wherever they lie. Kernels are templates over a store of keys:
 //
-//   Store::Keys                rows of one KV head from some key on: k_row(j), v_row(j),
-//   next_row(j) locate(seq, key0, n, at)   looks up where keys [key0, key0 + n) of a sequence lie,
-//   for all heads keys(seq, key0, head, at)  those rows of one head then(keys, ...)            the
-//   rows that will be read next, prefetched meanwhile key_scale(head) ..         of codes with one
-//   scale and zero per head; else 1, 1 and 0
+//   Store::Keys                rows of one KV head from some key on: k_row(j), v_row(j);
+//                              next_row(j), row j of what then() named
+//   locate(seq, key0, n, at)   looks up where keys [key0, key0 + n) of a sequence lie, for all
+//                              heads
+//   keys(seq, key0, head, at)  those rows of one head
+//   then(keys, ...)            the rows that will be read next, prefetched meanwhile
+//   key_scale(head) ..         of codes with one scale and zero per head; else 1, 1 and 0
 //
 // Here is the store of tensors in one piece; the one of pages is in cpu/paged.
 #pragma once

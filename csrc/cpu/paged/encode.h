@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/micro/gemm.h"
-#include "cpu/simd/codes.h"
+#include "cpu/simd/float8.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -18,7 +18,7 @@ AF_INLINE VecF rounded(VecF x) {
 
 typedef uint8_t ByteLanes __attribute__((vector_size(kLanes)));
 
-AF_INLINE ByteLanes narrow(VecF x, Fp8) {
+AF_INLINE ByteLanes narrow(VecF x, E4M3) {
   const VecU bits = float_to_bits(clamped(x, -448.0f, 448.0f));
   const VecU sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
   // Below 2^-6 codes are multiples of 2^-9; above, the mantissa keeps three bits.
@@ -42,9 +42,9 @@ AF_INLINE void store_bytes(uint8_t* out, ByteLanes x, int64_t n) {
   if (n >= kLanes) return store_raw(out, x);
   for (int64_t i = 0; i < n; ++i) out[i] = x[i];
 }
-AF_INLINE void encode_row(const float* x, int64_t dim, float scale, float, Fp8* out) {
+AF_INLINE void encode_row(const float* x, int64_t dim, float scale, float, E4M3* out) {
   for (int64_t d = 0; d < dim; d += kLanes) {
-    store_bytes(&out[d].bits, narrow(load(x + d) / splat(scale), Fp8{}), dim - d);
+    store_bytes(&out[d].bits, narrow(load(x + d) / splat(scale), E4M3{}), dim - d);
   }
 }
 AF_INLINE void encode_row(const float* x, int64_t dim, float scale, float zero, Int8* out) {
@@ -74,7 +74,7 @@ template <class E>
 AF_INLINE void decode_row(const E* row, int64_t dim, float scale, float zero, float* x) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     VecF value = load_partial(channel(row, d), dim - d);
-    if constexpr (kIsCode<E>) value = (value - splat(zero)) * splat(scale);
+    if constexpr (kIsCode<E>) value = (value - splat(zero)) * splat(scale * kCodeUnit<E>);
     store(x + d, value);
   }
 }

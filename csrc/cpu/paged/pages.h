@@ -2,7 +2,8 @@
 //
 // A table entry is data: it is clamped to the pages that exist. Places of keys are looked up once
 // per run of them, for all heads; a row is then one addition away. Codes of one scale and zero per
-// head are left to Q and to the finished row; others change scores and weights, key by key.
+// head are left to Q and to the finished row; others change scores and weights, key by key. The
+// unit of a code is left to Q and the row in any case.
 #pragma once
 
 #include "attnforge/paged.h"
@@ -72,7 +73,7 @@ struct PageKeys {
     if constexpr (kCodes) {
       float scale[kNR] = {}, zero[kNR] = {};
       for (int64_t j = 0; j < rows; ++j) {
-        scale[j] = scale_of(k_scale, j), zero[j] = zero_of(k_zero, j);
+        scale[j] = scale_of(k_scale, j) * kCodeUnit<E>, zero[j] = zero_of(k_zero, j);
       }
       for (int64_t c = 0; c < kNR; c += kLanes) {
         const VecF factor = load(scale + c), shift = load(zero + c);
@@ -85,7 +86,7 @@ struct PageKeys {
   }
   AF_INLINE_MEMBER VecF decode_value(int64_t j, VecF x) const {
     if constexpr (!kCodes) return x;
-    return (x - splat(zero_of(v_zero, j))) * splat(scale_of(v_scale, j));
+    return (x - splat(zero_of(v_zero, j))) * splat(scale_of(v_scale, j) * kCodeUnit<E>);
   }
 };
 
@@ -101,10 +102,10 @@ struct PageStore {
   AF_INLINE_MEMBER bool planes() const { return pool.k.head_stride > pool.k.seq_stride; }
   AF_INLINE_MEMBER bool each() const { return pool.code_page != 0 || pool.code_slot != 0; }
   AF_INLINE_MEMBER float key_scale(int64_t head) const {
-    return pool.k_scale && !each() ? pool.k_scale[head] : 1.0f;
+    return (pool.k_scale && !each() ? pool.k_scale[head] : 1.0f) * kCodeUnit<E>;
   }
   AF_INLINE_MEMBER float value_scale(int64_t head) const {
-    return pool.v_scale && !each() ? pool.v_scale[head] : 1.0f;
+    return (pool.v_scale && !each() ? pool.v_scale[head] : 1.0f) * kCodeUnit<E>;
   }
   AF_INLINE_MEMBER float value_zero(int64_t head) const {
     return pool.v_zero && !each() ? pool.v_zero[head] - kCodeCentre<E> : 0.0f;
@@ -158,7 +159,7 @@ AF_INLINE void dispatch_pages(PageType type, const F& f) {
     case PageType::kBFloat16:
       return f(BFloat16{});
     case PageType::kFp8:
-      return f(Fp8{});
+      return f(E4M3{});
     case PageType::kInt8:
       return f(Int8{});
     case PageType::kInt4:

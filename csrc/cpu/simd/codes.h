@@ -1,10 +1,9 @@
-// Elements of 8 and 4 bits that a KV cache may hold, widened to fp32 in registers.
+// Whole codes of 8 and 4 bits that a KV cache may hold, widened to fp32 in registers (fp8, which it
+// may hold too, is in float8.h).
 //
-//   Fp8    float8_e4m3fn, NaN kept
 //   Int8   signed
 //   Int4   two per byte, channel 2 n in the low nibble; a value is its nibble minus 8, so that
-//   codes
-//          stand around 0
+//          codes stand around 0
 //
 // Rows are walked by channel(row, d), the place of channel d (even for Int4). Loads come in the
 // same three kinds as those of vec.h: whole vectors, the first n channels, halves of a pair.
@@ -14,9 +13,6 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-struct Fp8 {
-  uint8_t bits;
-};
 struct Int8 {
   int8_t value;
 };
@@ -28,11 +24,13 @@ struct Int4 {
 template <class E>
 constexpr bool kIsCode = false;
 template <>
-constexpr bool kIsCode<Fp8> = true;
-template <>
 constexpr bool kIsCode<Int8> = true;
 template <>
 constexpr bool kIsCode<Int4> = true;
+
+// What a loaded element is to be multiplied by, beside its scale.
+template <class E>
+constexpr float kCodeUnit = 1.0f;
 
 template <class E>
 constexpr int kBits = 8 * sizeof(E);
@@ -73,13 +71,6 @@ AF_INLINE VecI widen_signed(Bytes raw) {
 #endif
 }
 
-// Sign and magnitude as an fp32 bit field; a power of two re-biases normals and subnormals alike.
-AF_INLINE VecF widen(VecU raw, Fp8) {
-  VecU magnitude = raw & 0x7fu;
-  VecU value = float_to_bits(bits_to_float(magnitude << 20) * splat(0x1p120f));
-  value = magnitude == 0x7fu ? VecU{} + 0x7fc00000u : value;
-  return bits_to_float(value | (raw & 0x80u) << 24);
-}
 // The nibbles in the low four bits; what stands above them is ignored.
 AF_INLINE VecF widen_nibbles(VecU raw) {
 #if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
@@ -91,9 +82,6 @@ AF_INLINE VecF widen_nibbles(VecU raw) {
 #endif
 }
 
-AF_INLINE VecF load(const Fp8* p) {
-  return widen(widen_bytes(load_raw<Bytes>(p)), Fp8{});
-}
 AF_INLINE VecF load(const Int8* p) {
   return __builtin_convertvector(widen_signed(load_raw<Bytes>(p)), VecF);
 }

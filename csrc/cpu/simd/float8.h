@@ -2,7 +2,8 @@
 //
 // Exponent and mantissa are put where fp16 has its own, under the sign: that is the fp16 of 2^-8
 // the value, subnormals too, and the hardware widens it. So every load here gives 2^-8 of the
-// value, and kFloat8Unit is what products of such vectors are owed.
+// value, and kFloat8Unit is what products of such vectors are owed. In pages it is a code as
+// others.
 #pragma once
 
 #include "cpu/simd/codes.h"
@@ -13,6 +14,10 @@ struct E4M3 {
   uint8_t bits;
 };
 constexpr float kFloat8Unit = 0x1p8f;
+template <>
+constexpr bool kIsCode<E4M3> = true;
+template <>
+constexpr float kCodeUnit<E4M3> = kFloat8Unit;
 
 typedef int16_t VecHS __attribute__((vector_size(kLanes * 2)));
 
