@@ -95,11 +95,11 @@ def code(library: Path = LIBRARY) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", library, cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
-            arch = re.findall(r"sm_\d+a?", cubin.name)[-1]
+            arch = re.findall(r"sm_\d+", cubin.name)[-1]
             for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
                 name = kernel_id(part.split(",")[0])
-                if name is not None:
-                    found[f"{arch}/{name}"] = part
+                if name is not None:  # files are named without the architecture's suffix
+                    found[f"{arch}{'a' * name.startswith('fwd_sm90')}/{name}"] = part
     return found
 
 
