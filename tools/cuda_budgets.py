@@ -54,17 +54,20 @@ def kernel_id(symbol: str) -> str | None:
 
 
 def hot_spills(sass: str) -> int:
-    """Accesses to local memory inside the loop that holds most products; 0 without one."""
+    """Accesses to local memory inside the loop that holds most products; 0 without one.
+
+    Loops over HGMMA lie in the loop of a persistent kernel: the innermost counts.
+    """
     lines = sass.splitlines()
     first = {m[1]: n for n, x in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", x))}
-    best = (0, 0)
+    best = (0.0, 0)
     for number, line in enumerate(lines):
         branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
         start = first.get(branch[1], number) if branch else number
         if start < number:
             body = "\n".join(lines[start:number])
-            best = max(best, (len(re.findall(r"\bH(?:G)?MMA\b", body)),
-                              len(re.findall(r"\b(?:LDL|STL)\b", body))))  # fmt: skip
+            rank = len(re.findall(r"\bHMMA\b", body)) or ("HGMMA" in body) / (number - start)
+            best = max(best, (rank, len(re.findall(r"\b(?:LDL|STL)\b", body))))
     return best[1] if best[0] else 0
 
 
@@ -95,11 +98,11 @@ def code(library: Path = LIBRARY) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         _run("cuobjdump", "-xelf", "all", library, cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
-            arch = re.findall(r"sm_\d+a?", cubin.name)[-1]
+            arch = re.findall(r"sm_\d+", cubin.name)[-1]
             for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
                 name = kernel_id(part.split(",")[0])
-                if name is not None:
-                    found[f"{arch}/{name}"] = part
+                if name is not None:  # files are named without the architecture's suffix
+                    found[f"{arch}{'a' * name.startswith('fwd_sm90')}/{name}"] = part
     return found
 
 

@@ -110,9 +110,9 @@ struct Attend {
     }
     ptx::cp_async_wait<0>();
     if (Team::any(wild, scratch())) {
-      add_hidden<T, kM, Traits::kValueDim / 8>(out, range, Team::index(), Team::kTeams, kBlockN, v,
-                                               v_stride, static_cast<int>(p.v_head_dim), places,
-                                               seq.k_len, map.keys);
+      add_hidden<T, kM, Traits::kValueDim / 8>(
+          out, range, tiles(), [&](int j) { return first_key(j); }, kBlockN, v, v_stride,
+          static_cast<int>(p.v_head_dim), places, seq.k_len, map.keys);
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {

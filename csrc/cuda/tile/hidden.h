@@ -77,13 +77,13 @@ AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Se
   }
 }
 
-// The same for V of all keys in partly hidden tiles of a range, after a loop over its tiles from
-// number `tile` on in steps of `step`.
-template <class T, int kM, int kD>
-AF_DEVICE void add_hidden(Accumulators<kM, kD>& acc, const TileRange& range, int tile, int step,
-                          int block, const T* v, int64_t stride, int dim,
+// The same for V of all keys in the partly hidden of some tiles, whose first keys are first_key(j).
+template <class T, int kM, int kD, class FirstKey>
+AF_DEVICE void add_hidden(Accumulators<kM, kD>& acc, const TileRange& range, int tiles,
+                          const FirstKey& first_key, int block, const T* v, int64_t stride, int dim,
                           const RowPlaces<kM>& places, int keys, Window window) {
-  for (int first = range.lo + tile * block; first < range.hi; first += step * block) {
+  for (int j = 0; j < tiles; ++j) {
+    const int first = first_key(j);
     if (range.whole(first, block)) continue;
     for (int key = first; key < at_most(first + block, range.hi); ++key) {
       const auto seen = [&](int m, int h) { return sees(places.at[m][h], key, keys, window); };

@@ -223,7 +223,7 @@ struct Sm90Walk {
     v_stages().release(last);
     if (partly && Team::any(wild, scratch())) {
       add_hidden<T, 1, kValueDim / 8>(
-          result.out, range, 0, 1, kBlockN,
+          result.out, range, count, [&](int j) { return range.lo + j * kBlockN; }, kBlockN,
           row_ptr<const T>(params.v, seq.batch, seq.k_row, work.kv_head), params.v.seq_stride,
           static_cast<int>(p.v_head_dim), places, seq.k_len, map.keys);
     }
