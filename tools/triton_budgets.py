@@ -338,16 +338,16 @@ def row_name(arch: int, variant: Variant, kernel: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of every shipped Triton kernel.")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    parser.add_argument("--only", default="", help="variants with this in their names; others stay")
+    parser.add_argument("--only", default="", help="variants whose names this regex finds; others stay")
     options = parser.parse_args()
     import triton
 
     rows = {}
     for arch in ARCHS:
         for variant in VARIANTS:
-            if options.only not in variant.name:
+            if not re.search(options.only, variant.name):
                 old = json.loads(TABLE.read_text())["kernels"]
-                mine = f"{row_name(arch, variant, '')}"
+                mine = row_name(arch, variant, "")
                 rows |= {n: used for n, used in old.items() if n.rpartition("/")[0] + "/" == mine}
                 continue
             for kernel, (used, _) in measure(arch, variant).items():
