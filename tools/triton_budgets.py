@@ -338,16 +338,16 @@ def row_name(arch: int, variant: Variant, kernel: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Resources of every shipped Triton kernel.")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    parser.add_argument("--only", default="", help="variants whose names this regex finds; others stay")
+    parser.add_argument("--only", default="", help="rows that this regex finds; the others stay")
     options = parser.parse_args()
     import triton
 
     rows = {}
     for arch in ARCHS:
         for variant in VARIANTS:
-            if not re.search(options.only, variant.name):
+            mine = row_name(arch, variant, "")
+            if not re.search(options.only, mine):
                 old = json.loads(TABLE.read_text())["kernels"]
-                mine = row_name(arch, variant, "")
                 rows |= {n: used for n, used in old.items() if n.rpartition("/")[0] + "/" == mine}
                 continue
             for kernel, (used, _) in measure(arch, variant).items():
