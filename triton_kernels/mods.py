@@ -69,7 +69,10 @@ def narrow_keys(ranges, rows, mods, place, BLOCK: tl.constexpr):
         whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
         least = tl.min(tl.where(real, end, n_keys))
         whole_hi = tl.maximum(tl.minimum(whole_hi, least // BLOCK * BLOCK), whole_lo)
-    if mods.mask is not None or mods.ids_q is not None:
+    if mods.mask is not None:  # of the last keys: a tree of drafts leaves the cache before it whole
+        free = tl.maximum(n_keys - mods.covered, 0) // BLOCK * BLOCK
+        whole_hi = tl.maximum(tl.minimum(whole_hi, free), whole_lo)
+    if mods.ids_q is not None:
         whole_lo = lo
         whole_hi = lo
     return lo, whole_lo, whole_hi, hi

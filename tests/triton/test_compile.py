@@ -42,8 +42,8 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
         return ["delta", "fwd", "keys", "rows"]
     if variant.mods in budgets.PAGED:
         problem = budgets.PAGED[variant.mods]
-        few = ["merge"] if problem.rows == 1 else []
-        return sorted(["fwd", *few, *["append", "bounds"] * problem.writes])
+        several = ["merge"] if problem.keys > 2048 else []
+        return sorted(["fwd", *several, *["append", "bounds"] * problem.writes])
     if variant.dtype.itemsize == 1:
         return ["decode", "fwd", "merge"]
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])

@@ -33,7 +33,8 @@ def choose(kernel: str, shape: Shape) -> dict[str, int]:
         return {**tile, "num_warps": 8} if shape.heavy else tile
     tile = flash.choose("fwd", shape)
     # Pointers of each key take the registers that flash's longest tiles need.
-    tile["BLOCK_N"] = min(tile["BLOCK_N"], 64)
+    short = flash.arch_class(shape.arch) in ("sm_80", "sm_86")
+    tile["BLOCK_N"] = min(tile["BLOCK_N"], 32 if short else 64)
     if shape.heavy:
         tile["num_warps"] = 8
     return {name: tile[name] for name in SPACE[kernel]}
