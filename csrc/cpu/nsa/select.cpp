@@ -45,7 +45,7 @@ struct Tile {
   float* q;       // row groups, scaled
   float* s;       // [rows][kLds]
   float* lse2;    // [rows]
-  float* sums;    // [tokens][kLds], with room for the windows before the first
+  float* sums;    // [tokens][kLds]
   float* scores;  // [tokens][blocks]
   float* best;    // [top_n], the chosen ones of one token, best first
   int32_t* ids;   // [top_n]
@@ -153,7 +153,7 @@ AF_INLINE void add_scores(const Task& t, const Tile& tile, int64_t key0, int64_t
   for (int64_t token = 0; token < t.tokens; ++token) {
     const int64_t end = min64(key0 + n, t.windows(token));
     if (end <= key0) continue;
-    const float* sum = tile.sums + token * kLds - key0;
+    const float* sum = tile.sums + token * kLds;
     float* scores = tile.scores + token * t.params.blocks;
     const int64_t last = min64(t.params.blocks - 1, (end - 1 + span - 1) / ratio);
     for (int64_t j = key0 / ratio; j <= last; ++j) {
@@ -161,7 +161,7 @@ AF_INLINE void add_scores(const Task& t, const Tile& tile, int64_t key0, int64_t
       float score = scores[j];
       for (int64_t i = first; i < min64(end, (j + 1) * ratio); ++i) {
         const int64_t strides = min64(i + span, (j + 1) * ratio) - max64(i, j * ratio);
-        score += static_cast<float>(strides) * sum[i];
+        score += static_cast<float>(strides) * sum[i - key0];
       }
       scores[j] = score;
     }

@@ -135,8 +135,8 @@ def gated_combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
     acc = torch.float64 if first.dtype is torch.float64 else torch.float32
     total: Tensor | None = None
     for x, gate in zip(outs, gates.to(acc).unbind(-1), strict=True):
-        part = x.to(acc) * gate.unsqueeze(-1)
-        total = part if total is None else total + part
+        weight = gate.unsqueeze(-1)
+        total = x.to(acc) * weight if total is None else torch.addcmul(total, x.to(acc), weight)
     assert total is not None
     return total.to(first.dtype)
 
