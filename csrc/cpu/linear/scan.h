@@ -123,7 +123,7 @@ template <DecayOn kOn, class T>
 }
 
 // Rows of a head lie a whole token apart, where the hardware foresees nothing: those of the next
-// block are fetched while this one is computed. The operands of all tiles.
+// block are fetched while this one is computed. The operands of all tiles, and gates.
 template <class T>
 AF_INLINE void fetch_ahead(const Scan<T>& scan, int64_t step) {
   for (int64_t s = step + kBlock; s < min64(step + kBlock + kGroup, scan.length()); ++s) {
@@ -131,6 +131,9 @@ AF_INLINE void fetch_ahead(const Scan<T>& scan, int64_t step) {
     prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
     prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
     prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
+    const int64_t gate = scan.decay.token(t);
+    if (!scan.decay.log || scan.decay.kind == LinearGate::kHead || gate < 0) continue;
+    prefetch_row(scan.decay.log + gate * scan.decay.stride, scan.decay.dim);
   }
 }
 
@@ -183,7 +186,8 @@ template <DecayOn kOn, class T>
         store(prefix + u * kTile + at, product);
       }
       if (kOn == DecayOn::kNumber || kByLane) {
-        const Kept kept = kept_of(kByLane ? log : splat(*c.number));
+        const Kept kept =
+            kByLane ? kept_of(log) : Kept{splat(c.decay[0]), splat(c.decay[c.positions])};
         store(lanes + at, kept.whole);
         store(lanes + kTile + at, kept.part);
       }

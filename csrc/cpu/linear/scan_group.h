@@ -97,20 +97,15 @@ enum class DecayOn { kNothing, kNumber, kRows, kLanesOf };
 // What a block of tokens needs, [kGroups] of each; `positions` is padded to whole vectors.
 struct Coefficients {
   float *read, *write;  // [positions][4]
-  float* decay;         // [2][positions]: whole and part of P_3, if it is one per row
+  float* decay;         // [2][positions]: whole and part of P_3; the first of each if it is one
   float* pairs;         // [16]: A
-  float* number;        // log P_3 as one number
   float* inverse;       // [4]: 1 / denominator
   int64_t positions;
 
   AF_INLINE_MEMBER Coefficients at(int64_t group) const {
-    return {read + group * positions * kGroup,
-            write + group * positions * kGroup,
-            decay + group * 2 * positions,
-            pairs + group * 16,
-            number + group,
-            inverse + group * kGroup,
-            positions};
+    return {read + group * positions * kGroup, write + group * positions * kGroup,
+            decay + group * 2 * positions,     pairs + group * 16,
+            inverse + group * kGroup,          positions};
   }
 };
 
@@ -121,7 +116,6 @@ AF_INLINE Coefficients take_coefficients(Arena& arena, int64_t rows) {
   c.write = arena.take<float>(kGroups * n * kGroup);
   c.decay = arena.take<float>(kGroups * 2 * n);
   c.pairs = arena.take<float>(kGroups * 16);
-  c.number = arena.take<float>(kGroups);
   c.inverse = arena.take<float>(kBlock);
   c.positions = n;
   return c;
@@ -152,16 +146,19 @@ AF_INLINE void prepare_group(const Rows<T>& read, const Rows<T>& write, const De
                              const Denominator& norm, Walk walk, const int64_t* tokens, int64_t n,
                              const Coefficients& out) {
   constexpr bool kByRow = kOn == DecayOn::kRows;
-  float number[kGroup] = {1.0f, 1.0f, 1.0f, 1.0f}, logs[kGroup] = {};
+  alignas(64) float number[kLanes], logs[kLanes] = {};
   for (int64_t u = 0; kOn == DecayOn::kNumber && u < n; ++u) {
     logs[u] = decay.log_number(decay.token(tokens[u]));
-    number[u] = decay_of(splat(logs[u]))[0];
   }
+  store(number, kOn == DecayOn::kNumber ? decay_of(load(logs)) : splat(1.0f));
   float before[kGroup], after[kGroup];
   before[0] = number[0], after[3] = 1.0f;
   for (int u = 1; u < 4; ++u) before[u] = before[u - 1] * number[u];
   for (int u = 2; u >= 0; --u) after[u] = after[u + 1] * number[u + 1];
-  *out.number = (logs[0] + logs[1]) + (logs[2] + logs[3]);
+  if (kOn == DecayOn::kNumber) {
+    const Kept kept = kept_of(splat((logs[0] + logs[1]) + (logs[2] + logs[3])));
+    out.decay[0] = kept.whole[0], out.decay[out.positions] = kept.part[0];
+  }
 
   VecI order;
   for (int i = 0; i < kLanes; ++i) order[i] = i % (kLanes / 4) * 4 + i / (kLanes / 4);

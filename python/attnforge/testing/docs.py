@@ -19,7 +19,7 @@ from typing import Any
 
 from attnforge.registry import KernelSpec, Request, list_kernels
 from attnforge.registry.predicates import Arch, Available, Device, Dtypes, Features, dtype_name
-from attnforge.testing import bench
+from attnforge.testing import bench, training
 
 __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
 
@@ -256,6 +256,8 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-retrieval": lambda root: support_matrix("retrieval"),
     "support-matrix-linear": lambda root: support_matrix("linear"),
     "measurements-linear": lambda root: measured(root, family="linear"),
+    "training-char-lm": training.char_lm_table,
+    "training-smollm2": training.smollm2_table,
     "support-summary": lambda root: short_matrix("flash"),
     "measurements": measured,
     "measurements-summary": lambda root: measured(root, table_only=True),
