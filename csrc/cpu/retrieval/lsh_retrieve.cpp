@@ -26,7 +26,8 @@ namespace {
 
 constexpr float kLeast = 1e-12f;  // of an inclusion probability that is a divisor
 constexpr int64_t kTablesAhead = 8;
-constexpr int kTerms = 12;  // of the binomial tail: the next one is below 1e-9 of the sum
+constexpr int64_t kHitsAhead = 32;  // rows of K
+constexpr int kTerms = 12;          // of the binomial tail: the next one is below 1e-9 of the sum
 
 AF_INLINE VecF square_root(VecF x) {
   for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
@@ -167,10 +168,13 @@ AF_INLINE void weigh_hits(const LshRetrieveParams& params, int64_t batch, int64_
   if (params.mean) shift = dot(q, params.mean + unit * dim, dim);
   const float* norms = params.norms + unit * params.norm_stride;
   auto row = [&](int64_t i) { return row_ptr<const T>(params.k, batch, ids[i], kv_head); };
+  for (int64_t j = 0; j < min64(kHitsAhead, n); ++j) prefetch_row(row(j), dim);
   for (int64_t i = 0; i < n; i += kLanes) {
     float cosine[kLanes] = {};
     const int64_t m = min64(kLanes, n - i);
-    for (int64_t j = i + kLanes; j < min64(i + 2 * kLanes, n); ++j) prefetch_row(row(j), dim);
+    for (int64_t j = i + kHitsAhead; j < min64(i + kHitsAhead + kLanes, n); ++j) {
+      prefetch_row(row(j), dim);
+    }
     for (int64_t j = 0; j < m; ++j) {
       const float size = norm * norms[ids[i + j]];
       const float c = size > 0.0f ? (dot(q, row(i + j), dim) - shift) / size : 0.0f;

@@ -317,7 +317,10 @@ class CentroidIndex:
         if total.device.type == "cpu" and total.numel():  # else reading it would wait
             width = int(total.max()) + tail
         place = torch.arange(width, device=clusters.device).expand(*total.shape[:2], width)
-        which = torch.searchsorted(ends, place.contiguous(), right=True)
+        # How many clusters end at or before a place: a count of ends, summed up.
+        marks = torch.zeros(*total.shape[:2], width + 1, dtype=torch.int64, device=total.device)
+        marks.scatter_add_(-1, ends.clamp_max(width), torch.ones_like(ends))
+        which = marks.cumsum(-1)[..., :width]
         slot = place + shift.gather(-1, which.clamp_max(clusters.shape[2] - 1))
         slot = torch.where(place < total, slot, place - total + self.clustered)
         slot = torch.where(place < total + tail, slot, -1)
