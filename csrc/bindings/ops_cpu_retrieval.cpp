@@ -285,6 +285,9 @@ void lsh_insert(const Tensor& starts, const Tensor& ids, int64_t bits, const Ten
   params.codes = static_cast<const uint16_t*>(codes.const_data_ptr());
   params.rows = codes.size(2);
   params.first = per_sequence(first, t), params.count = per_sequence(count, t);
+  // A look-up goes to one bucket of every table: a page each, if pages are small.
+  advise_huge_pages(starts, starts.numel() * starts.element_size());
+  advise_huge_pages(ids, ids.numel() * ids.element_size());
   kernels().lsh_insert(params, workers());
 }
 

@@ -45,7 +45,8 @@ PUBLIC = {"__init__", "ops", "paged_cache", "reference", "registry", "tuning"}
 BUILD_FACTS = {"_host", "_native", "_settings", "_version"}
 ALLOWED |= {
     "diagnose": PUBLIC | BUILD_FACTS,
-    "testing": PUBLIC | BUILD_FACTS | {"_params"},  # tune_flash calls launchers
+    # tune_flash calls launchers; the retrieval bench measures policies
+    "testing": PUBLIC | BUILD_FACTS | {"_params", "policies"},
     "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
     "integrations": PUBLIC,
     "nn": PUBLIC,

@@ -25,7 +25,9 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr float kLeast = 1e-12f;  // of an inclusion probability that is a divisor
-constexpr int kTerms = 12;        // of the binomial tail: the next one is below 1e-9 of the sum
+constexpr int64_t kTablesAhead = 8;
+constexpr int64_t kHitsAhead = 32;  // rows of K
+constexpr int kTerms = 12;          // of the binomial tail: the next one is below 1e-9 of the sum
 
 AF_INLINE VecF square_root(VecF x) {
   for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
@@ -110,17 +112,28 @@ AF_INLINE int64_t find_hits(const LshRetrieveParams& params, int64_t batch, int6
   const uint16_t* codes = params.codes + (batch * p.heads_q + head) * t.tables;
   const int64_t most = min64(t.segments * t.segment, p.seqlen_k);
   const int64_t begin = max64(0, params.begin[batch]), end = min64(most, params.end[batch]);
+  auto bucket = [&](int64_t s, int64_t l) __attribute__((always_inline)) {
+    return table_of(t, unit, s, l).starts + (codes[l] & (buckets_of(t) - 1));
+  };
   int64_t n = 0;
   for (int64_t s = 0; s < t.segments; ++s) {
     const int64_t key0 = s * t.segment;
     const int64_t lo = max64(0, begin - key0), hi = min64(t.segment, end - key0);
     if (lo >= hi) continue;
     __builtin_memset(counts, 0, round_up(t.segment, 8));
-    for (int64_t l = 0; l < t.tables; ++l) {
-      const Table table = table_of(t, unit, s, l);
-      const int64_t code = codes[l] & (buckets_of(t) - 1);
-      for (int64_t i = table.starts[code]; i < table.starts[code + 1]; ++i) {
-        uint8_t& count = counts[table.ids[i]];
+    for (int64_t l = -2 * kTablesAhead; l < t.tables; ++l) {
+      // A bucket lies anywhere: where it starts is asked for early, then its ids.
+      if (l + 2 * kTablesAhead < t.tables) __builtin_prefetch(bucket(s, l + 2 * kTablesAhead));
+      if (l + kTablesAhead >= 0 && l + kTablesAhead < t.tables) {
+        const uint16_t* ids = table_of(t, unit, s, l + kTablesAhead).ids;
+        const int32_t* ends = bucket(s, l + kTablesAhead);
+        for (int64_t i = ends[0]; i < ends[1]; i += 32) __builtin_prefetch(ids + i);
+      }
+      if (l < 0) continue;
+      const uint16_t* ids = table_of(t, unit, s, l).ids;
+      const int32_t* ends = bucket(s, l);
+      for (int64_t i = ends[0]; i < ends[1]; ++i) {
+        uint8_t& count = counts[ids[i]];
         count = static_cast<uint8_t>(count + (count != 255));
       }
     }
@@ -155,10 +168,13 @@ AF_INLINE void weigh_hits(const LshRetrieveParams& params, int64_t batch, int64_
   if (params.mean) shift = dot(q, params.mean + unit * dim, dim);
   const float* norms = params.norms + unit * params.norm_stride;
   auto row = [&](int64_t i) { return row_ptr<const T>(params.k, batch, ids[i], kv_head); };
+  for (int64_t j = 0; j < min64(kHitsAhead, n); ++j) prefetch_row(row(j), dim);
   for (int64_t i = 0; i < n; i += kLanes) {
     float cosine[kLanes] = {};
     const int64_t m = min64(kLanes, n - i);
-    for (int64_t j = i + kLanes; j < min64(i + 2 * kLanes, n); ++j) prefetch_row(row(j), dim);
+    for (int64_t j = i + kHitsAhead; j < min64(i + kHitsAhead + kLanes, n); ++j) {
+      prefetch_row(row(j), dim);
+    }
     for (int64_t j = 0; j < m; ++j) {
       const float size = norm * norms[ids[i + j]];
       const float c = size > 0.0f ? (dot(q, row(i + j), dim) - shift) / size : 0.0f;

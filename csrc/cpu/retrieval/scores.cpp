@@ -128,6 +128,23 @@ AF_INLINE void run_key_scores(const KeyScoresParams& params, const Store& kv,
 
 constexpr int64_t kPageRun = 256;
 
+// sum over channels of max(q low, q high) for R rows.
+template <int R, class E>
+AF_INLINE void bound_page(const float* q, int64_t ldq, const E* low, const E* high, int64_t dim,
+                          float* bound) {
+  VecF sum[R]{};
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const VecF a = load_partial(low + d, dim - d), b = load_partial(high + d, dim - d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const VecF x = load(q + r * ldq + d);
+      sum[r] += vmax(x * a, x * b);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) bound[r] = reduce_add(sum[r]);
+}
+
 template <class E>
 AF_INLINE void score_pages(const PageScoresParams& params, int64_t batch, int64_t kv_head,
                            int64_t run) {
@@ -161,18 +178,12 @@ AF_INLINE void score_pages(const PageScoresParams& params, int64_t batch, int64_
         prefetch_row(row(params.low, page + kRowsAhead), p.head_dim);
         prefetch_row(row(params.high, page + kRowsAhead), p.head_dim);
       }
-      const E *low = row(params.low, page), *high = row(params.high, page);
-      VecF sum[kRows]{};
-      for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-        const VecF a = load_partial(low + d, p.head_dim - d),
-                   b = load_partial(high + d, p.head_dim - d);
-        for (int64_t r = 0; r < kRows; ++r) {
-          if (r >= count) break;
-          const VecF x = load(q + r * ldq + d);
-          sum[r] += vmax(x * a, x * b);
-        }
-      }
-      for (int64_t r = 0; r < count; ++r) out[r][page] = reduce_add(sum[r]);
+      float bound[kRows];
+      dispatch_rows(count, [&](auto r) {
+        bound_page<decltype(r)::value>(q, ldq, row(params.low, page), row(params.high, page),
+                                       p.head_dim, bound);
+      });
+      for (int64_t r = 0; r < count; ++r) out[r][page] = bound[r];
     }
     for (int64_t r = 0; r < count; ++r) fill(out[r], hi, end, -kInf);
   }

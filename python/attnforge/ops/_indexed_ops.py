@@ -86,7 +86,8 @@ def _bwd(dout: Tensor, dlse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _bwd_fake(dout: Tensor, dlse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_alloc_bwd(*rest[:3], rest[8]))
+    q, k, v = rest[:3]
+    return tuple(_alloc_bwd(q, k, v, rest[8]))
 
 
 indexed_fwd = _ops.define(

@@ -221,9 +221,10 @@ class CentroidIndex:
         mean = s[:, :, 0] if s.shape[2] == 1 else torch.logsumexp(s, 2) - math.log(s.shape[2])
         if reduce == "none":
             return mean
-        group = mean.unflatten(1, (counts.shape[1], -1))
+        group = retrieval.by_group(mean, counts.shape[1])
         if reduce == "max":
-            return group.amax(2)
+            best: Tensor = group.amax(2)
+            return best
         return torch.logsumexp(group, 2) - math.log(group.shape[2])
 
     @staticmethod
@@ -267,7 +268,7 @@ class CentroidIndex:
             if per_head:
                 own = counts.shape[1]
                 split = [
-                    x.unflatten(2, (own, -1)).movedim(2, 0).reshape(own, -1)
+                    retrieval.by_group(x.flatten(0, 1), own).movedim(1, 0).reshape(own, -1)
                     for x in (scores, weight)
                 ]
                 limits = [_quantile(s, w, share) for s, w in zip(*split, strict=True)]
@@ -316,7 +317,10 @@ class CentroidIndex:
         if total.device.type == "cpu" and total.numel():  # else reading it would wait
             width = int(total.max()) + tail
         place = torch.arange(width, device=clusters.device).expand(*total.shape[:2], width)
-        which = torch.searchsorted(ends, place.contiguous(), right=True)
+        # How many clusters end at or before a place: a count of ends, summed up.
+        marks = torch.zeros(*total.shape[:2], width + 1, dtype=torch.int64, device=total.device)
+        marks.scatter_add_(-1, ends.clamp_max(width), torch.ones_like(ends))
+        which = marks.cumsum(-1)[..., :width]
         slot = place + shift.gather(-1, which.clamp_max(clusters.shape[2] - 1))
         slot = torch.where(place < total, slot, place - total + self.clustered)
         slot = torch.where(place < total + tail, slot, -1)
@@ -327,12 +331,12 @@ class CentroidIndex:
     def save(self, path: str | Path) -> None:
         """Write the index to a safetensors file (needs the package safetensors)."""
         tensors = {n: x.contiguous() for n in _TENSORS if (x := getattr(self, n)) is not None}
-        _safetensors().save_file(tensors, str(path), {"attnforge": json.dumps(self.options)})
+        _safetensors("save_file")(tensors, str(path), {"attnforge": json.dumps(self.options)})
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> CentroidIndex:
         """Read what ``save`` wrote."""
-        with _safetensors().safe_open(str(path), "pt", device=device) as file:
+        with _safetensors("safe_open")(str(path), "pt", device=device) as file:
             metadata = file.metadata() or {}
             if "attnforge" not in metadata:
                 fail(_CLASS, f"{path} has no entry 'attnforge'; want a file that save() wrote")
@@ -340,11 +344,11 @@ class CentroidIndex:
         return cls(tensors, json.loads(metadata["attnforge"]))
 
 
-def _safetensors() -> Any:
+def _safetensors(name: str) -> Any:
+    """A function of the package safetensors."""
     try:
-        module = importlib.import_module("safetensors.torch")
-        module.safe_open = importlib.import_module("safetensors").safe_open
-        return module
+        home = "safetensors" if name == "safe_open" else "safetensors.torch"
+        return getattr(importlib.import_module(home), name)
     except ImportError:
         fail(_CLASS, "the package safetensors is missing; want it to save and load an index; "
                      "install safetensors", ImportError)  # fmt: skip

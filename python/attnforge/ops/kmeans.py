@@ -43,7 +43,8 @@ class Clusters(NamedTuple):
 
 
 def _directions(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    unit: Tensor = x / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return unit
 
 
 def _nearest(x: Tensor, c: Tensor, metric: str) -> Tensor:

@@ -209,7 +209,9 @@ class LSHIndex:
         top = q.float().abs().amax(-1, keepdim=True)
         # A power of two changes no sign and keeps the projections from overflowing.
         scale = torch.exp2(-torch.floor(torch.log2(top.clamp_min(1e-30))))
-        codes = self.encode((q.float() * scale).to(torch.float32))
+        # All queries as the rows of one product.
+        rows = (q.float() * scale).reshape(1, -1, 1, q.shape[3])
+        codes = self.encode(rows).view(q.shape[0], q.shape[2], self.num_tables)
         ends = [max(0, min(h, n - self.window)) for h, n in zip(self.hashed, self.lengths,
                                                               strict=True)]  # fmt: skip
         begin, end = (
@@ -217,7 +219,7 @@ class LSHIndex:
             for x in ([self.sink] * len(ends), ends)
         )
         found: tuple[Tensor, Tensor, Tensor] = _retrieval_ops.lsh_retrieve(
-            self.starts, self.ids, self.num_bits, codes[:, :, 0], q, self.k, self.mean, self.norms,
+            self.starts, self.ids, self.num_bits, codes, q, self.k, self.mean, self.norms,
             begin, end, self.min_hits, clip, self._choice(),
         )  # fmt: skip
         return found

@@ -22,7 +22,7 @@ from attnforge.ops._checks import _name, _shape, fail
 from attnforge.ops.flash import _choice
 
 __all__ = [
-    "page_bounds", "page_tokens", "score_centroids", "score_keys", "score_pages",
+    "by_group", "page_bounds", "page_tokens", "score_centroids", "score_keys", "score_pages",
     "select_threshold", "select_topk", "select_topp",
 ]  # fmt: skip
 
@@ -176,6 +176,11 @@ def page_tokens(pages: Tensor, page_size: int) -> Tensor:
     slot = torch.arange(page_size, dtype=torch.int32, device=pages.device)
     tokens = pages.unsqueeze(-1) * page_size + slot
     return torch.where(pages.unsqueeze(-1) < 0, -1, tokens).flatten(-2)
+
+
+def by_group(x: Tensor, heads_kv: int) -> Tensor:
+    """[B, Hq, ..] as [B, Hk, G, ..]: the query heads of each KV head beside each other."""
+    return x.reshape(x.shape[0], heads_kv, x.shape[1] // heads_kv, *x.shape[2:])
 
 
 # ---- selection ----

@@ -46,7 +46,7 @@ class Quest(Policy):
         low, high, pages = self._bounds(k, layer)
         scores = retrieval.score_pages(q[:, -1:], low, high)[:, :, 0]
         if self.grouped:
-            scores = scores.unflatten(1, (k.shape[2], -1)).amax(2)
+            scores = retrieval.by_group(scores, k.shape[2]).amax(2)
         used = torch.full(scores.shape[:-1], pages, dtype=torch.int32, device=k.device)
         count = min(max(1, self.budget // self.page_size), pages)
         ids, _ = retrieval.select_topk(scores, count, lens=used, last=1)

@@ -20,7 +20,8 @@ def _column_mass(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _per_kv_head(mass: Tensor, k: Tensor) -> Tensor:
-    return mass.unflatten(1, (k.shape[2], -1)).mean(2)
+    mean: Tensor = retrieval.by_group(mass, k.shape[2]).mean(2)
+    return mean
 
 
 class SnapKV(Policy):

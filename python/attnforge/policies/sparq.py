@@ -28,19 +28,20 @@ class SparQ(Policy):
     def _estimate(self, q: Tensor, k: Tensor) -> Tensor:
         """Approximate softmax [B, Hq, S] of q's last row."""
         heads = k.shape[2]
-        row = q[:, -1].float().unflatten(1, (heads, -1))  # [B, Hk, G, D]
+        row = retrieval.by_group(q[:, -1].float(), heads)  # [B, Hk, G, D]
         best = row.abs().sum(2).topk(min(self.channels, k.shape[3]), -1).indices  # [B, Hk, r]
         part = row.gather(-1, best.unsqueeze(2).expand(-1, -1, row.shape[2], -1))
         share = part.abs().sum(-1) / row.abs().sum(-1).clamp_min(torch.finfo(row.dtype).tiny)
         keys = k.transpose(1, 2).gather(-1, best.unsqueeze(2).expand(-1, -1, k.shape[1], -1))
         logits = part @ keys.float().transpose(-1, -2)
         scale = (k.shape[3] * share.clamp_min(1e-12)).rsqrt()
-        return (logits * scale.unsqueeze(-1)).softmax(-1).flatten(1, 2)
+        estimate: Tensor = (logits * scale.unsqueeze(-1)).softmax(-1).flatten(1, 2)
+        return estimate
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """One list per KV head: the largest sums over its group."""
         estimate = self._estimate(q, k)
-        votes = estimate.unflatten(1, (k.shape[2], -1)).sum(2)
+        votes = retrieval.by_group(estimate, k.shape[2]).sum(2)
         ids, lens = retrieval.select_topk(votes, self.budget, last=self.window)
         self.state[layer] = (estimate, ids)
         return Lists(ids, lens)

@@ -14,6 +14,13 @@ from attnforge.policies._policy import Lists, Policy, every_key
 __all__ = ["Recycled", "TidalDecode"]
 
 
+def _votes(q: Tensor, k: Tensor) -> Tensor:
+    """The largest logit of a group's heads for every key: [B, Hk, S]."""
+    scores = retrieval.score_keys(q[:, -1:], k)[:, :, 0]
+    best: Tensor = retrieval.by_group(scores, k.shape[2]).amax(2)
+    return best
+
+
 def _with_recent(ids: Tensor, start: int, end: int) -> Tensor:
     new = torch.arange(start, end, dtype=torch.int32, device=ids.device)
     return torch.cat([ids, new.expand(*ids.shape[:2], -1)], -1).contiguous()
@@ -35,7 +42,7 @@ class TidalDecode(Policy):
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Every key in dense and choosing layers, else what was chosen last."""
         if layer in self.chooses:
-            votes = retrieval.score_keys(q, k)[:, :, -1].unflatten(1, (k.shape[2], -1)).amax(2)
+            votes = _votes(q, k)
             self.state[0] = retrieval.select_topk(votes, self.budget, last=1)[0]
             return every_key(k)
         if layer in self.dense or 0 not in self.state:
@@ -67,7 +74,7 @@ class Recycled(Policy):
         ids, length = self.state.get(layer, (None, 0))
         if ids is not None and 0 <= k.shape[1] - length < self.every:
             return Lists(_with_recent(ids, length, k.shape[1]))
-        votes = retrieval.score_keys(q, k)[:, :, -1].unflatten(1, (k.shape[2], -1)).amax(2)
+        votes = _votes(q, k)
         ids = retrieval.select_topk(votes, min(self.budget, k.shape[1]))[0]
         self.state[layer] = (ids, k.shape[1])
         return every_key(k)

@@ -22,7 +22,8 @@ def encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes: Ten
     rows = x.to(planes.dtype).transpose(1, 2)
     if mean is not None:
         rows = rows - mean.unsqueeze(2).to(planes.dtype)
-    signs = (rows @ planes > 0).unflatten(-1, (codes.shape[-1], bits))
+    signs = rows @ planes > 0
+    signs = signs.view(*signs.shape[:-1], codes.shape[-1], bits)
     weight = 1 << torch.arange(bits, device=x.device)
     codes.copy_((signs * weight).sum(-1))
 
