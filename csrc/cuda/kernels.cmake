@@ -5,9 +5,12 @@
 set(cuda_dir "${CMAKE_SOURCE_DIR}/csrc/cuda")
 set(cuda_dtypes kFloat32 kFloat16 kBFloat16)
 file(GLOB cuda_per_dtype CONFIGURE_DEPENDS
-     "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu")
-set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/runtime.cu")
-set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp")
+     "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu"
+     "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu")
+set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/paged/append.cu" "${cuda_dir}/paged/combine.cu"
+    "${cuda_dir}/runtime.cu")
+set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
+    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp")
 
 # attnforge_cuda_library(<name>): bindings and kernels, one part per dtype.
 function(attnforge_cuda_library name)

@@ -32,12 +32,12 @@ struct RowSums {
   }
 };
 
-// One step: logits s become 2^(s - top), the sums and what was accumulated under the old maximum
-// follow. A row that has seen only -inf keeps top = -inf and gets zeros; a NaN that the maximum
-// drops stays in the sum and the weights.
-template <int kM, int kN, int kD>
-AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
-                              Accumulators<kM, kD>& out AF_SITE) {
+// One step: logits s become weights 2^(s - top), the sums follow, and kept is what outputs under
+// the old maximum are worth under the new one. A row that has seen only -inf keeps top = -inf and
+// gets zeros; a NaN that the maximum drops stays in the sum and the weights.
+template <int kM, int kN>
+AF_DEVICE void softmax_step(Accumulators<kM, kN>& s, RowSums<kM>& sums,
+                            float (&kept)[kM][2] AF_SITE) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -48,7 +48,7 @@ AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
         top = ptx::max(top, ptx::max(s[m][n][2 * h], s[m][n][2 * h + 1]));
       top = quad_max(top AF_PASS_SITE);
       const float base = top == -kInf ? 0.0f : top;
-      const float kept = ptx::exp2_approx(sums.top[m][h] - base);
+      kept[m][h] = ptx::exp2_approx(sums.top[m][h] - base);
       sums.top[m][h] = top;
       float total = 0.0f;
 #pragma unroll
@@ -59,14 +59,30 @@ AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
           total += s[m][n][i];
         }
       }
-      sums.total[m][h] = ptx::fma(sums.total[m][h], kept, total);
-#pragma unroll
-      for (int d = 0; d < kD; ++d) {
-        out[m][d][2 * h] *= kept;
-        out[m][d][2 * h + 1] *= kept;
-      }
+      sums.total[m][h] = ptx::fma(sums.total[m][h], kept[m][h], total);
     }
   }
+}
+
+template <int kM, int kD>
+AF_DEVICE void rescale(Accumulators<kM, kD>& out, const float (&kept)[kM][2]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int d = 0; d < kD; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[m][d][i] *= kept[m][i / 2];
+    }
+  }
+}
+
+// A step and its rescaling.
+template <int kM, int kN, int kD>
+AF_DEVICE void online_softmax(Accumulators<kM, kN>& s, RowSums<kM>& sums,
+                              Accumulators<kM, kD>& out AF_SITE) {
+  float kept[kM][2];
+  softmax_step<kM, kN>(s, sums, kept AF_PASS_SITE);
+  rescale<kM, kD>(out, kept);
 }
 
 // The end of a row: what multiplies its accumulated output, and its natural LSE. The sink is a

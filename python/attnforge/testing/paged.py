@@ -150,7 +150,7 @@ class PagedCase:
             if self.zeros:
                 options["kv_zeros"] = (pairs[0][1], pairs[1][1])
         if self.latent:
-            found[1] = found[0][..., : v.shape[-1]]
+            found[1] = found[0][..., : v.shape[-1] // (2 if self.code == "int4" else 1)]
         else:
             found = [self._placed(x, n) for n, x in enumerate(found)]
         return (found[0], found[1]), options
@@ -220,8 +220,8 @@ class PagedInputs:
         own = wide[page if wide.shape[0] > 1 else 0, slot if wide.shape[1] > 1 else 0, head]
         return own.reshape(-1, 1) if own.dim() else own.expand(page.shape[0], 1)
 
-    def truth(self) -> Truth:
-        """Values and bounds of ``out`` and ``lse``."""
+    def truth(self, rounded: bool = False) -> Truth:
+        """Values and bounds of ``out`` and ``lse``; rounded: see ``oracle.truth``."""
         c, o, q = self.case, self.options, self.q
         dv = c.v_head_dim or c.head_dim
         packed = q.dim() == 3
@@ -244,7 +244,8 @@ class PagedInputs:
                 if c.tree:
                     cut = max(0, rows - k.shape[0])
                     single["mask"] = o["tree_mask"][b, :, cut:].view(1, 1, rows, -1)
-                found = oracle.truth(q[place][None], k[None, :, None], v[None, :, None], single)
+                found = oracle.truth(q[place][None], k[None, :, None], v[None, :, None], single,
+                                     rounded=rounded)  # fmt: skip
                 slack = _CODE_SLACK if c.code else 1.0
                 for n, (name, where) in enumerate((("out", place), ("lse", stat))):
                     values[n][where] = found.values[name][0]
