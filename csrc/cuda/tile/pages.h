@@ -12,6 +12,8 @@
 // with scales and zeros of each key beside the tile, whatever they are given per.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/tile/codes.h"
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/keys.h"
@@ -74,8 +76,11 @@ struct PageKeys {
   // Behind the tiles of a stage: a flag per key, and pairs (scale, zero) for K and for V.
   static constexpr int kFlagBytes = 4 * kBlockN, kPairBytes = 8 * kBlockN;
   static constexpr int kBesideBytes = kFlagBytes + (kCodes ? 2 * kPairBytes : 0);
+  // Swizzled addresses are exclusive ors: tiles start at multiples of 128 bytes.
   static constexpr int kStageBytes = kLandingBytes + (kBesideBytes + 127) / 128 * 128;
   static constexpr int kWorkBytes = kCodes ? KTile::kBytes + (kShared ? 0 : VTile::kBytes) : 0;
+
+  static_assert(KLanding::kBytes % 128 == 0 && kLandingBytes % 128 == 0 && kWorkBytes % 128 == 0);
 
   const PageSource& source;
   const int32_t* table;  // of the sequence
