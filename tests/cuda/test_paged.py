@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import attnforge
 from attnforge._params import PagedCache, PagedParams
@@ -155,6 +157,39 @@ def test_hidden_values_that_are_not_finite(rows: int, code: str) -> None:
     assert not got["out"][:, -1, :, 5].isfinite().any()
     assert got["out"][:, -1, :, :5].isfinite().all()
     assert_same({"lse": got["lse"]}, {"lse": want["lse"]})
+
+
+def test_hidden_latent_values_that_are_not_finite() -> None:
+    # one tile for K and V: a NaN takes part in scores as well
+    d, dv = paged.LATENT
+    inputs = PagedCase(lengths=(40,), rows=(3,), heads_q=2, heads_k=1, head_dim=d, v_head_dim=dv,
+                       latent=True, dtype=BF16).make()  # fmt: skip
+    want = inputs.forward("emulated")
+    k = inputs.k_pages.clone()
+    k[int(inputs.options["block_table"][0, 39 // 16]), 39 % 16, 0, 5] = torch.nan
+    got = inputs.with_(k_pages=k, v_pages=k[..., :dv]).forward("emulated")
+    assert same_bits(got["out"][:, :-1].contiguous(), want["out"][:, :-1].contiguous())
+    assert got["out"][:, -1].isnan().all()
+    assert got["lse"][..., -1].isnan().all()
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_any_call(data: st.DataObject) -> None:
+    def pick(*choices: Any) -> Any:
+        return data.draw(st.sampled_from(choices))
+
+    batch, heads_k = pick(1, 2, 3), pick(1, 2)
+    rows = tuple(pick(0, 1, 2, 5, 17, 40) for _ in range(batch))
+    check(PagedCase(
+        lengths=tuple(pick(0, 1, 15, 16, 33, 64, 130) for _ in range(batch)), rows=rows,
+        packed=True, page_size=pick(1, 4, 7, 16, 32), heads_k=heads_k,
+        heads_q=heads_k * pick(1, 3, 8), head_dim=pick(8, 40, 64, 72), v_head_dim=pick(16, 64, 80),
+        dtype=pick(*DTYPES), code=pick("", "", *CODES), scales=pick("head", "page", "token"),
+        layout=pick("NHD", "HND"), strided=pick(False, True), causal=pick(False, True),
+        window=pick((-1, -1), (9, 0), (20, 5)), softcap=pick(0.0, 4.0), alibi=pick(False, True),
+        sinks=pick(False, True), seed=data.draw(st.integers(0, 9)),
+    ), num_splits=pick(0, 1, 3))  # fmt: skip
 
 
 def test_default_splits() -> None:
