@@ -26,7 +26,7 @@ struct AppendGrid {
   int64_t parts;    // runs that the rows of a sequence may touch
   bool chunks;      // copies are of 16 bytes
   bool bounds_f32;  // dtype of the bounds
-  int64_t warps(const PagedAppendParams& p) const { return p.batch * parts * p.heads; }
+  int64_t warps;    // all of them
 };
 
 // New rows of one sequence and head for slots of one page.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(32 * kAppendWarps)
     paged_append_kernel(const __grid_constant__ PagedAppendParams p,
                         const __grid_constant__ AppendGrid grid) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kAppendWarps + warp_id();
-  if (warp >= grid.warps(p)) return;
+  if (warp >= grid.warps) return;
   const Run run = run_of(p, grid, warp);
   if (run.count == 0) return;
   const bool same = p.pool.type < PageType::kFp8;
@@ -206,11 +206,11 @@ int paged_append(const PagedAppendParams& p, void* stream) {
   grid.chunks = whole(p.k, p.head_dim) && whole(p.pool.k, p.head_dim) && whole(p.v, p.v_head_dim) &&
                 whole(p.pool.v, p.v_head_dim);
   grid.bounds_f32 = p.bounds_dtype == DType::kFloat32;
-  const int64_t warps = grid.warps(p);
-  if (warps == 0) return 0;
+  grid.warps = p.batch * grid.parts * p.heads;
+  if (grid.warps == 0) return 0;
   return with_dtype(p.dtype, [&]<DType kDType>() {
     using T = typename ElementOf<kDType>::Type;
-    const auto blocks = static_cast<unsigned>((warps + kAppendWarps - 1) / kAppendWarps);
+    const auto blocks = static_cast<unsigned>((grid.warps + kAppendWarps - 1) / kAppendWarps);
     return ATTNFORGE_LAUNCH((paged_append_kernel<T>), dim3(blocks), dim3(32 * kAppendWarps), 0,
                             stream, p, grid);
   });
