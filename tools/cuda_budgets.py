@@ -25,6 +25,7 @@ LIBRARY = ROOT / "python" / "attnforge" / "lib" / "libattnforge_cuda.so"
 DTYPES = ("fp32", "fp16", "bf16")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
+PAGED_DIMS = ("64x64", "128x128", "256x256")  # of kPagedDims
 
 Row = dict[str, int]
 
@@ -38,6 +39,13 @@ def tool(name: str) -> Path:
 
 def kernel_id(symbol: str) -> str | None:
     """``fwd.bf16.d64x64.features`` for a mangled kernel name, None for kernels without a tile."""
+    paged = re.search(
+        r"\d+(PagedPrefill|PagedDecode|Latent)CaseILN\w*?5DTypeE(\d)E(?:Li(\d)E)?Lb(\d)E", symbol
+    )
+    if paged is not None:
+        kind, dtype, dims, codes = paged.groups()
+        name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
+        return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None

@@ -5,44 +5,10 @@
 //
 // The same file, compiled with ATTNFORGE_EMULATE, gives the emulated twin of the library: the same
 // operators over CPU tensors, in the namespace attnforge_emulated.
-#include <string>
-
-#include "bindings/tensors.h"
-#include "cuda/flash/launch.h"
-#include "cuda/runtime.h"
+#include "bindings/cuda.h"
 
 namespace attnforge::cuda {
 namespace {
-
-using cpu::data;
-using cpu::dtype_of;
-using cpu::empty;
-using cpu::OptionalTensor;
-using cpu::problem;
-using cpu::ref;
-using cpu::ScalarType;
-using cpu::stat;
-using cpu::Tensor;
-
-void check(int error, const char* op) {
-  STD_TORCH_CHECK(error != kNoKernel, "attnforge_native::", op,
-                  ": no kernel has room for the head dims, or was built for the dtype");
-  STD_TORCH_CHECK(error == 0, "attnforge_native::", op, ": ", error_text(error));
-}
-
-void* stream_of(int64_t handle) {
-  return reinterpret_cast<void*>(static_cast<intptr_t>(handle));
-}
-
-// 16-byte copies: every row has to start at a multiple of 16 bytes.
-void check_aligned(const Tensor& t, const char* name) {
-  const int64_t item = t.element_size();
-  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d)
-    aligned &= t.size(d) <= 1 || t.stride(d) * item % 16 == 0;
-  STD_TORCH_CHECK(aligned || t.numel() == 0, "attnforge_native: rows of ", name,
-                  " must start at multiples of 16 bytes");
-}
 
 void set_tensors(FlashFwdParams& params, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& out, const Tensor& lse) {
@@ -117,8 +83,7 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
                     "attnforge_native::cuda_flash_decode: parts and part_lses do not fit the call");
     splits.splits = count;
     splits.keys = split_keys;
-    splits.out = const_cast<float*>(data<float>(parts, ScalarType::Float));
-    splits.lse = const_cast<float*>(data<float>(part_lses, ScalarType::Float));
+    set_parts(splits, *parts, *part_lses, p);
   }
   check(with_dtype(p.dtype,
                    [&]<DType kDType>() {
@@ -198,14 +163,6 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
   "(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS          \
   "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int " \
   "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()"
-
-#if defined(ATTNFORGE_EMULATE)
-#define ATTNFORGE_NAMESPACE attnforge_emulated
-#define ATTNFORGE_KEY CPU
-#else
-#define ATTNFORGE_NAMESPACE attnforge_native
-#define ATTNFORGE_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
   m.def("cuda_flash_fwd" ATTNFORGE_FWD);

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import attnforge
-from attnforge.backends.cuda import flash
+from attnforge.backends.cuda import flash, paged
 from attnforge.registry.predicates import Arch, Available, Device
 from attnforge.registry.spec import KernelSpec, unregister
 from attnforge.testing.cases import FlashCase
@@ -86,7 +86,7 @@ def twin() -> Iterator[None]:
     torch.ops.load_library(str(build_twin()))
     patch = pytest.MonkeyPatch()
     patch.setattr(flash, "_operator", emulated_operator)
-    specs = [attnforge.register(emulated(spec)) for spec in flash.SPECS]
+    specs = [attnforge.register(emulated(spec)) for spec in (*flash.SPECS, *paged.SPECS)]
     yield
     for spec in specs:
         unregister(spec.id)

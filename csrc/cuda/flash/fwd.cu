@@ -14,7 +14,7 @@
 //
 // A row's result depends on its own Q and its own keys only. Numerics: fp32 sums and statistics;
 // P is rounded to 16 bits for the second product. Limits: head dims up to 256, multiples of 8.
-#include "cuda/flash/rows_kernel.h"
+#include "cuda/flash/fwd_kernel.h"
 
 namespace attnforge::cuda {
 
@@ -23,42 +23,7 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
     flash_fwd_kernel(const __grid_constant__ FlashFwdParams params,
                      const __grid_constant__ SplitParams splits,
                      const __grid_constant__ RowGrid grid) {
-  using Kernel = RowKernel<Case::kTile>;
-  using T = typename Kernel::T;
-  constexpr int kM = Kernel::kM, kD = Kernel::kD;
-  const FlashProblem& p = params.problem;
-  Kernel::run(
-      params, splits, grid,
-      [&](const RowWork& work, const auto& walk, const auto& sums,
-          const typename Kernel::Output& out) {
-        const int warp_row = walk.first_row(), dim = static_cast<int>(p.v_head_dim);
-        float scale[kM][2];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int r = fragment_row(warp_row, m, h);
-            const RowEnd end =
-                finish_row(sums.top[m][h], sums.total[m][h], Kernel::sink(p, work, r));
-            scale[m][h] = end.scale;
-            if (work.rows.exists(r) && fragment_column(0, 0) == 0)
-              *work.lse(params, splits, r) = end.lse;
-          }
-        }
-        const auto value = [&](int m, int d, int i) { return out[m][d][i] * scale[m][i / 2]; };
-        if (splits.out != nullptr) {
-          store_pairs<kM, kD>(warp_row, dim, value, [&](int r) { return work.part(p, splits, r); });
-          return;
-        }
-        store_rows<kM, kD>(walk.q_tile(), warp_row, dim, value,
-                           [&](int r) { return Kernel::row_of(params.out, work, r); });
-        if (params.out_lo.data != nullptr) {
-          store_rows<kM, kD>(
-              walk.q_tile(), warp_row, dim,
-              [&](int m, int d, int i) { return residue<T>(value(m, d, i)); },
-              [&](int r) { return Kernel::row_of(params.out_lo, work, r); });
-        }
-      });
+  run_forward<Case::kTile>(params, splits, grid, TensorStore{params});
 }
 
 template <>

@@ -30,11 +30,34 @@ struct BwdCase {
   static constexpr BwdTile kTile = bwd_tile(kDType, kHeadDims[kDims], kFeatures, kGradient);
 };
 
+template <TeamKind kKind, int kWarps>
+struct TeamOf {
+  using Type = BlockTeam<kWarps>;
+};
+template <int kWarps>
+struct TeamOf<TeamKind::kWarp, kWarps> {
+  using Type = WarpTeam<kWarps>;
+};
+template <int kWarps>
+struct TeamOf<TeamKind::kColumns, kWarps> {
+  using Type = ColumnTeam<kWarps>;
+};
+
+// The store of a tile; pages have theirs in paged/instances.h.
+template <FwdTile kTile, StoreKind kStore>
+struct KeysOf;
+template <FwdTile kTile>
+struct KeysOf<kTile, StoreKind::kTensor> {
+  using Type = TensorKeys<typename ElementOf<kTile.dtype>::Type, kTile.block_n, kTile.head_dim,
+                          kTile.v_head_dim>;
+};
+
 // Traits of Attend for a tile of the list.
 template <FwdTile kTile>
 struct FwdTraits {
   using T = typename ElementOf<kTile.dtype>::Type;
-  using Team = std::conditional_t<kTile.by_warp, WarpTeam<kTile.warps>, BlockTeam<kTile.warps>>;
+  using Team = typename TeamOf<kTile.team, kTile.warps>::Type;
+  using Keys = typename KeysOf<kTile, kTile.store>::Type;
   static constexpr int kDim = kTile.head_dim, kValueDim = kTile.v_head_dim;
   static constexpr bool kFeatures = kTile.features;
   static constexpr int kMTiles = kTile.m_tiles, kBlockN = kTile.block_n, kStages = kTile.stages;

@@ -9,13 +9,15 @@ namespace attnforge::cuda {
 
 constexpr int kNoKernel = -1;
 
-// Where states of several splits of the keys go: fp32 [splits, B, Sq, Hq, Dv] and
-// [splits, B, Hq, Sq], contiguous; both null for one split.
+// Where states of several splits of the keys go: fp32, laid out like out and lse, a stride apart
+// from split to split; data null for one split.
 struct SplitParams {
   int64_t splits = 1;
   int64_t keys = 0;  // of a split, a multiple of every key tile; 0: equal splits
-  float* out = nullptr;
-  float* lse = nullptr;
+  TensorRef out;
+  RowStatRef lse;
+  int64_t out_stride = 0, lse_stride = 0;  // of splits
+  bool by_sequence = false;                // rows of a varlen sequence count from its own first one
 };
 
 // Defined once per dtype. packed: heads of a KV head's group share tiles also where rows are many.

@@ -1,16 +1,10 @@
 // Merging of partial attention states: outs [n, B, S, H, D] with lses [n, B, H, S] of the same
-// queries over disjoint keys become one state.
+// queries over disjoint keys become one state (merge_row.h). A warp has a row.
 //
-//   LSE = log sum exp LSE_n      O = sum exp(LSE_n - LSE) O_n
-//
-// A warp has a row; its lanes stride over D. Parts are added from the first to the last. A part
-// whose LSE is -inf saw no key and is not read; one whose LSE is +inf is, in a caller's merge,
-// nothing either; between splits of one call it is a sink that takes all the weight. NaN
-// propagates. bytes: (n + 1) rows of D, bound by memory. fp32 arithmetic.
+// A part whose LSE is +inf is, in a caller's merge, nothing; between splits of one call it is a
+// sink that takes all the weight. bytes: (n + 1) rows of D, bound by memory. fp32 arithmetic.
 #include "cuda/flash/launch.h"
-#include "cuda/launch.h"
-#include "cuda/tile/element.h"
-#include "cuda/tile/team.h"
+#include "cuda/flash/merge_row.h"
 
 namespace attnforge::cuda {
 
@@ -28,28 +22,11 @@ __global__ void __launch_bounds__(32 * kWarps)
     const float lse = p.lses[n * rows + stat];
     return inf_is_empty && lse == kInf ? -kInf : lse;
   };
-
-  float top = -kInf;  // a NaN it drops stays in the weights
-  for (int64_t n = 0; n < p.states; ++n) top = ptx::max(top, state(n));
-  const float base = top == -kInf ? 0.0f : top;
-  const auto weight = [&](float lse) {
-    return lse == base ? 1.0f : ptx::exp2_approx((lse - base) * kLog2E);
+  const auto part = [&](int64_t n) {
+    return static_cast<const Part*>(p.outs) + (n * rows + row) * p.dim;
   };
-  float total = 0.0f;
-  for (int64_t n = 0; n < p.states; ++n) total += weight(state(n));
-  const float scale = total == 0.0f ? 0.0f : 1.0f / total;
-  const int lane = static_cast<int>(ptx::lane_id());
-  if (lane == 0) p.lse[stat] = base + ptx::log2_approx(total) * kLn2;
-  for (int64_t d = lane; d < p.dim; d += 32) {
-    float sum = 0.0f;
-    for (int64_t n = 0; n < p.states; ++n) {
-      const float lse = state(n);
-      if (lse == -kInf) continue;
-      const Part x = static_cast<const Part*>(p.outs)[(n * rows + row) * p.dim + d];
-      sum = ptx::fma(weight(lse), widen(x), sum);
-    }
-    static_cast<T*>(p.out)[row * p.dim + d] = narrow<T>(sum * scale);
-  }
+  const float lse = merge_row(p.states, p.dim, state, part, static_cast<T*>(p.out) + row * p.dim);
+  if (ptx::lane_id() == 0) p.lse[stat] = lse;
 }
 
 namespace {

@@ -7,22 +7,43 @@
 
 namespace attnforge::cuda {
 
+// The store of K and V as tensors.
+struct TensorStore {
+  const FlashFwdParams& params;
+
+  template <class Keys>
+  AF_DEVICE Keys keys(const Sequence& seq, int kv_head) const {
+    using T = typename Keys::T;
+    return {row_ptr<const T>(params.k, seq.batch, seq.k_row, kv_head),
+            row_ptr<const T>(params.v, seq.batch, seq.k_row, kv_head),
+            params.k.seq_stride,
+            params.v.seq_stride,
+            static_cast<int>(params.problem.head_dim),
+            static_cast<int>(params.problem.v_head_dim)};
+  }
+};
+
 template <FwdTile kTile>
 struct RowKernel {
   using Traits = FwdTraits<kTile>;
   using Walk = Attend<Traits>;
   using T = typename Traits::T;
-  static constexpr int kM = Traits::kMTiles, kD = Traits::kValueDim / 8;
-  using Output = Accumulators<kM, kD>;
+  static constexpr int kM = Walk::kM, kD = Walk::kD;
+  using Output = typename Walk::Output;
   static_assert(Walk::kSharedBytes <= kMostShared);
 
   // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
-  template <class Finish>
+  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through.
+  template <class Store, class Finish>
   AF_DEVICE static void run(const FlashFwdParams& params, const SplitParams& splits,
-                            const RowGrid& grid, const Finish& finish) {
+                            const RowGrid& grid, const Store& store, const Finish& finish) {
     const FlashProblem& p = params.problem;
-    const RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
+    RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
     if (!work.some) return;
+    if (Walk::Keys::kPages && p.mods.mask != nullptr) {  // the last keys are not seen whole
+      const int64_t unmasked = work.seq.k_len - p.mods.mask_keys;
+      work.keys.whole_hi = static_cast<int>(at_most<int64_t>(work.keys.whole_hi, unmasked));
+    }
     const Sequence& seq = work.seq;
     const RowTile& rows = work.rows;
     const Walk walk = {ptx::dynamic_shared_memory(),
@@ -30,10 +51,7 @@ struct RowKernel {
                        seq,
                        rows,
                        work.keys,
-                       row_ptr<const T>(params.k, seq.batch, seq.k_row, work.kv_head),
-                       row_ptr<const T>(params.v, seq.batch, seq.k_row, work.kv_head),
-                       params.k.seq_stride,
-                       params.v.seq_stride,
+                       store.template keys<typename Walk::Keys>(seq, work.kv_head),
                        RowPlaces<kM>::of(p, seq, rows, Walk::first_row()),
                        grid.map};
     RowSums<kM> sums = RowSums<kM>::none();

@@ -7,19 +7,27 @@
 
 namespace attnforge::cuda {
 
+constexpr int64_t kAnyRows = 0x7fffffff;
+
 // Blocks over splits of keys, row tiles, heads (or KV heads, if rows are packed) and sequences.
 struct RowGrid {
   int splits, tiles, heads, batch;
   int pack;
+  int above, most;  // sequences of so many rows per KV head are served: (above, most]
   ScoreMap map;
 
-  static RowGrid of(const FlashProblem& p, int block_m, int pack, int64_t splits) {
-    const int64_t tiles = (p.seqlen_q * pack + block_m - 1) / block_m;
+  static RowGrid of(const FlashProblem& p, int block_m, int pack, int64_t splits, int64_t above = 0,
+                    int64_t most = kAnyRows) {
+    const int64_t group = p.heads_q / p.heads_k;
+    const int64_t rows = p.seqlen_q * group > most ? most / group : p.seqlen_q;
+    const int64_t tiles = (rows * pack + block_m - 1) / block_m;
     return {static_cast<int>(splits),
             static_cast<int>(tiles),
             static_cast<int>(p.heads_q / pack),
             static_cast<int>(p.batch),
             pack,
+            static_cast<int>(above),
+            static_cast<int>(most),
             ScoreMap::of(p)};
   }
   unsigned blocks() const { return static_cast<unsigned>(int64_t{splits} * tiles * heads * batch); }
@@ -34,18 +42,21 @@ struct RowWork {
 
   // Where row r of the tile has its LSE: of the call, or of this split.
   AF_DEVICE float* lse(const FlashFwdParams& params, const SplitParams& splits, int r) const {
-    const FlashProblem& p = params.problem;
     const int query = rows.query(r), head = rows.head(r);
-    if (splits.lse == nullptr) return stat_ptr(params.lse, seq.batch, seq.q_row + query, head);
-    const int64_t at = (split * p.batch + seq.batch) * p.heads_q + head;
-    return splits.lse + at * p.seqlen_q + query;
+    if (splits.lse.data == nullptr) return stat_ptr(params.lse, seq.batch, seq.q_row + query, head);
+    return stat_ptr(splits.lse, seq.batch, part_row(splits, r), head) + split * splits.lse_stride;
   }
   // Where row r has its part of the output, if keys are split; null if it does not exist.
-  AF_DEVICE float* part(const FlashProblem& p, const SplitParams& splits, int r) const {
-    if (!rows.exists(r)) return nullptr;
-    const int64_t at = (split * p.batch + seq.batch) * p.seqlen_q + rows.query(r);
-    return splits.out + (at * p.heads_q + rows.head(r)) * p.v_head_dim;
+  AF_DEVICE float* part(const SplitParams& splits, int r) const {
+    if (!rows.exists(r) || nothing()) return nullptr;
+    return row_ptr<float>(splits.out, seq.batch, part_row(splits, r), rows.head(r)) +
+           split * splits.out_stride;
   }
+  AF_DEVICE int64_t part_row(const SplitParams& splits, int r) const {
+    return (splits.by_sequence ? 0 : seq.q_row) + rows.query(r);
+  }
+  // A split behind the end of its sequence: its LSE says so, and nobody reads its output.
+  AF_DEVICE bool nothing() const { return split > 0 && keys.lo >= keys.hi; }
 };
 
 // One (split, tile, head, sequence) of a grid.
@@ -53,10 +64,12 @@ AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const Spl
                            int split, int tile, int head, int batch, int block_m, int block_n) {
   RowWork w;
   w.split = split;
-  w.seq = sequence(p, batch);
+  const int group = static_cast<int>(p.heads_q / p.heads_k);
+  w.kv_head = head * grid.pack / group;
+  w.seq = sequence(p, batch, w.kv_head);
   w.rows = {tile * block_m, w.seq.q_len * grid.pack, grid.pack, head * grid.pack};
-  w.kv_head = w.rows.first_head / static_cast<int>(p.heads_q / p.heads_k);
-  w.some = w.rows.first < w.rows.rows;
+  const int64_t served = int64_t{w.seq.q_len} * group;
+  w.some = w.rows.first < w.rows.rows && served > grid.above && served <= grid.most;
   w.keys = seen_range(w.rows.first_query(), w.rows.last_query(block_m), w.seq.k_len, w.seq.offset(),
                       grid.map.keys, block_n);
   if (grid.splits > 1) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/flash/tiles.h"
+#include "cuda/paged/tiles.h"
 
 namespace attnforge::cuda {
 
@@ -37,6 +38,16 @@ inline std::vector<KernelRow> kernel_table() {
           rows.push_back({"dkdv", dtype, dims, features});
         }
         rows.push_back({"dq", dtype, dims, features});
+      }
+    }
+    for (const char* codes : {"", "_codes"}) {
+      for (HeadDims dims : kPagedDims) {
+        for (const char* kernel : {"paged_prefill", "paged_decode"}) {
+          rows.push_back({std::string(kernel) + codes, dtype, dims, false});
+        }
+      }
+      if (dtype != DType::kFloat32) {
+        rows.push_back({std::string("paged_latent") + codes, dtype, kLatentDims, false});
       }
     }
   }

@@ -12,13 +12,20 @@ namespace attnforge::cuda {
 
 constexpr int kMostShared = 99 * 1024;
 
-// A forward or decode kernel. Rows: 16 * m_tiles per warp (decode by warps: per block).
+// Who shares a key tile: tile/team.h.
+enum class TeamKind { kBlock, kWarp, kColumns };
+// Where keys are: a tensor, pages of the same dtype, pages of codes; the last two once more with V
+// in the first channels of K, which is read once.
+enum class StoreKind { kTensor, kPages, kCodes, kLatentPages, kLatentCodes };
+
+// A forward or decode kernel. Rows: 16 * m_tiles per warp of a block team, else per block.
 struct FwdTile {
   DType dtype;
   int head_dim, v_head_dim;  // what tiles are padded to
   bool features;             // softcap and ALiBi; the others are always there
-  bool by_warp;              // each warp has key tiles of its own
+  TeamKind team;
   int warps, m_tiles, block_n, stages;
+  StoreKind store = StoreKind::kTensor;
 };
 
 // Head dims that are built; a call takes the first that has room. 192 with 128 is a pair of its own
@@ -39,7 +46,7 @@ constexpr int head_dims_of(int64_t qk, int64_t v) {
 }
 
 constexpr FwdTile fwd_tile(DType dtype, HeadDims d, bool features) {
-  FwdTile t = {dtype, d.qk, d.v, features, false, 4, 1, 32, 2};
+  FwdTile t = {dtype, d.qk, d.v, features, TeamKind::kBlock, 4, 1, 32, 2};
   const int width = d.qk > d.v ? d.qk : d.v;
   if (dtype == DType::kFloat32) {
     // Three products for each: registers and shared memory allow 16 rows per warp. The keys of a
@@ -64,7 +71,7 @@ constexpr FwdTile fwd_tile(DType dtype, HeadDims d, bool features) {
 constexpr FwdTile decode_tile(DType dtype, HeadDims d) {
   // 16 rows, what mma.sync takes at least, and 16 keys per step of a warp: bytes in flight come
   // from warps and stages, and from several blocks on an SM. Fewer warps where rows are long.
-  FwdTile t = {dtype, d.qk, d.v, true, true, 4, 1, 16, 2};
+  FwdTile t = {dtype, d.qk, d.v, true, TeamKind::kWarp, 4, 1, 16, 2};
   const int bytes = (d.qk + d.v) * (dtype == DType::kFloat32 ? 4 : 2);
   if (bytes > 640) t.warps = 2;
   if (bytes > 1280) t.warps = 1;

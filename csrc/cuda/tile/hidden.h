@@ -57,16 +57,17 @@ AF_DEVICE bool tame(const Tile& tile AF_SITE) {
   return tame<Team>(tile, [](int) { return true; } AF_PASS_SITE);
 }
 
-// acc[m][d] + what is not finite of one row x [dim] of the other operand, for the rows of acc that
-// see it: seen(m, h). Without branches, as registers cannot be indexed and code would be long.
-template <class T, int kM, int kD, class Seen>
-AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Seen& seen) {
+// acc[m][d] + what is not finite of one row of the other operand, x(column), for the rows of acc
+// that see it: seen(m, h). The first column of acc is first_column. Without branches, as registers
+// cannot be indexed and code would be long.
+template <int kM, int kD, class X, class Seen>
+AF_DEVICE void add_wild_of(Accumulators<kM, kD>& acc, const X& x, int first_column,
+                           const Seen& seen) {
 #pragma unroll
   for (int d = 0; d < kD; ++d) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int column = fragment_column(d, i);
-      const float value = column < dim ? widen(x[column]) : 0.0f;
+      const float value = x(first_column + fragment_column(d, i));
       const float wild = finite(value) ? 0.0f : value;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -75,6 +76,12 @@ AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Se
       }
     }
   }
+}
+
+// The same of a row x [dim] in memory.
+template <class T, int kM, int kD, class Seen>
+AF_DEVICE void add_wild(Accumulators<kM, kD>& acc, const T* x, int dim, const Seen& seen) {
+  add_wild_of<kM, kD>(acc, [&](int c) { return c < dim ? widen(x[c]) : 0.0f; }, 0, seen);
 }
 
 // The same for V of all keys in the partly hidden of some tiles, whose first keys are first_key(j).

@@ -39,28 +39,29 @@ AF_DEVICE void zero(Accumulators<kM, kN>& acc) {
   fill<kM, kN>(acc, 0.0f);
 }
 
-// a_row, b_row: first rows of the operands inside their tiles, multiples of 8.
-template <int kM, int kN, class TileA, class TileB>
+// a_row, b_row: first rows of the operands inside their tiles, multiples of 8. kChunks, first:
+// the sum goes over so many chunks of a row from an even one on.
+template <int kM, int kN, class TileA, class TileB, int kChunks = TileA::kChunks>
 AF_DEVICE void product_nt(Accumulators<kM, kN>& acc, const TileA& a, int a_row, const TileB& b,
-                          int b_row AF_SITE) {
+                          int b_row, int first = 0 AF_SITE) {
   using Mma = Product<typename TileA::Element>;
-  static_assert(TileA::kDim == TileB::kDim && kN % 2 == 0);
+  static_assert(TileA::kDim == TileB::kDim && kN % 2 == 0 && kChunks % 2 == 0);
   const int lane = static_cast<int>(ptx::lane_id());
   const uint32_t a_home = a.chunk(a_row + lane % 16, lane / 16);
   const uint32_t b_home = b.chunk(b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
-  for (int k = 0; k < TileA::kChunks; k += 2) {
+  for (int k = 0; k < kChunks; k += 2) {
     typename Mma::Left left[kM];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       uint32_t r[4];
-      ptx::ldmatrix_x4(r, TileA::from(a_home, 16 * m, k) AF_PASS_SITE);
+      ptx::ldmatrix_x4(r, TileA::from(a_home, 16 * m, first + k) AF_PASS_SITE);
       left[m] = Mma::left(r);
     }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t r[4];
-      ptx::ldmatrix_x4(r, TileB::from(b_home, 8 * n, k) AF_PASS_SITE);
+      ptx::ldmatrix_x4(r, TileB::from(b_home, 8 * n, first + k) AF_PASS_SITE);
       const typename Mma::Right first = Mma::right(r[0], r[1]), second = Mma::right(r[2], r[3]);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -71,16 +72,17 @@ AF_DEVICE void product_nt(Accumulators<kM, kN>& acc, const TileA& a, int a_row, 
   }
 }
 
-// P: kK fragments of 8 columns; b's rows from b_row on are its k.
+// P: kK fragments of 8 columns; b's rows from b_row on are its k. first: b's fragment of 8 columns
+// that acc begins at, a multiple of 16.
 template <int kM, int kK, int kN, class TileB>
 AF_DEVICE void product_nn(Accumulators<kM, kN>& acc, const Accumulators<kM, kK>& p, const TileB& b,
-                          int b_row AF_SITE) {
+                          int b_row, int first = 0 AF_SITE) {
   using T = typename TileB::Element;
   using Mma = Product<T>;
   static_assert(kN % 2 == 0 && kK % 2 == 0);
   const int lane = static_cast<int>(ptx::lane_id());
   constexpr int kStep = sizeof(T) == 2 ? 2 : 1;  // fragments of P per step
-  const uint32_t b_home = b.chunk(b_row + lane % 16, lane / 16);
+  const uint32_t b_home = b.chunk(b_row + lane % 16, first + lane / 16);
 #pragma unroll
   for (int k = 0; k < kK; k += kStep) {
     typename Mma::Left left[kM];
@@ -104,7 +106,7 @@ AF_DEVICE void product_nn(Accumulators<kM, kN>& acc, const Accumulators<kM, kK>&
       if constexpr (sizeof(T) == 2) {
         ptx::ldmatrix_x4_trans(r, TileB::from(b_home, 8 * k, n) AF_PASS_SITE);
       } else {
-        const int row = b_row + 8 * k + lane % 4 * 2, column = 8 * n + lane / 4;
+        const int row = b_row + 8 * k + lane % 4 * 2, column = 8 * (first + n) + lane / 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           r[i] =

@@ -89,4 +89,31 @@ AF_DEVICE void hide(Accumulators<kM, kN>& s, const RowPlaces<kM>& places, int fi
   }
 }
 
+// Whether a mask over the last keys of a sequence (a tree of drafts) hides one from the row that
+// stands at `at`. Rows that do not exist see what they like.
+AF_DEVICE bool masked(const FlashProblem& p, const Sequence& seq, int at, int key) {
+  if (p.mods.mask == nullptr) return false;
+  const int query = at - seq.offset();
+  const int64_t column = key - (seq.k_len - p.mods.mask_keys);
+  if (query >= seq.q_len || column < 0 || column >= p.mods.mask_keys) return false;
+  return p.mods.mask[seq.batch * p.mods.mask_batch + query * p.mods.mask_row + column] == 0;
+}
+
+template <int kM, int kN>
+AF_DEVICE void hide_by_mask(Accumulators<kM, kN>& s, const RowPlaces<kM>& places, int first_key,
+                            const FlashProblem& p, const Sequence& seq) {
+  if (p.mods.mask == nullptr) return;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = first_key + fragment_column(n, i);
+        if (masked(p, seq, places.at[m][i / 2], key)) s[m][n][i] = -kInf;
+      }
+    }
+  }
+}
+
 }  // namespace attnforge::cuda

@@ -33,7 +33,8 @@ struct Sequence {
   AF_DEVICE int offset() const { return k_len - q_len; }  // query i stands at position i + offset
 };
 
-AF_DEVICE Sequence sequence(const FlashProblem& p, int batch) {
+// kv_head: lengths in use may differ from head to head.
+AF_DEVICE Sequence sequence(const FlashProblem& p, int batch, int kv_head = 0) {
   Sequence s = {batch, 0, 0, static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k), 0};
   if (p.cu_seqlens_q != nullptr) {
     s.q_row = at_least<int64_t>(0, at_most<int64_t>(p.cu_seqlens_q[batch], p.total_q));
@@ -46,7 +47,10 @@ AF_DEVICE Sequence sequence(const FlashProblem& p, int batch) {
     s.k_len = static_cast<int>(at_least<int64_t>(0, at_most(end - s.k_row, p.seqlen_k)));
   }
   s.k_slots = s.k_len;
-  if (p.seqused_k != nullptr) s.k_len = at_least(0, at_most(p.seqused_k[batch], s.k_len));
+  if (p.seqused_k != nullptr) {
+    const int used = p.seqused_k[batch * p.seqused_batch + kv_head * p.seqused_head];
+    s.k_len = at_least(0, at_most(used, s.k_len));
+  }
   return s;
 }
 

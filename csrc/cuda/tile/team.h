@@ -2,6 +2,9 @@
 //
 // A block team splits the rows of a tile over its warps. A warp team has all rows in every warp and
 // gives each warp key tiles of its own, which it loads and waits for alone: few rows, no barriers.
+// A column team shares rows and keys alike and splits the channels: of Q and K for the scores,
+// which the warps add up, and of V and the output. It is for rows too long for the registers of one
+// warp.
 #pragma once
 
 #include "cuda/launch.h"
@@ -34,10 +37,13 @@ template <int kWarps_>
 struct BlockTeam {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTeams = 1;  // of a block
+  static constexpr int kTeams = 1;          // of a block
+  static constexpr int kRowWarps = kWarps;  // that rows of a tile are dealt to
+  static constexpr int kColumnWarps = 1;    // that channels are dealt to
   AF_DEVICE static int rank() { return static_cast<int>(threadIdx.x); }
   AF_DEVICE static int index() { return 0; }
   AF_DEVICE static int row_warp() { return warp_id(); }  // which rows of a tile are this warp's
+  AF_DEVICE static int column_warp() { return 0; }       // and which channels
   AF_DEVICE static void sync(AF_ONLY_SITE) { ptx::sync_threads(AF_PASS_ONLY_SITE); }
   AF_DEVICE static int warp() { return warp_id(); }
   AF_DEVICE static bool any(bool mine, uint32_t scratch AF_SITE) {
@@ -50,13 +56,22 @@ struct WarpTeam {
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32;
   static constexpr int kTeams = kWarps_;
+  static constexpr int kRowWarps = 1, kColumnWarps = 1;
   AF_DEVICE static int rank() { return static_cast<int>(ptx::lane_id()); }
   AF_DEVICE static int index() { return warp_id(); }
   AF_DEVICE static int row_warp() { return 0; }
+  AF_DEVICE static int column_warp() { return 0; }
   AF_DEVICE static void sync(AF_ONLY_SITE) { ptx::sync_warp(ptx::kFullWarp AF_PASS_SITE); }
   AF_DEVICE static bool any(bool mine, uint32_t AF_SITE) {
     return ptx::any(mine, ptx::kFullWarp AF_PASS_SITE);
   }
+};
+
+template <int kWarps_>
+struct ColumnTeam : BlockTeam<kWarps_> {
+  static constexpr int kRowWarps = 1, kColumnWarps = kWarps_;
+  AF_DEVICE static int row_warp() { return 0; }
+  AF_DEVICE static int column_warp() { return warp_id(); }
 };
 
 }  // namespace attnforge::cuda

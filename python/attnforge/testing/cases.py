@@ -50,6 +50,11 @@ class Target(NamedTuple):
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
 
     @property
+    def rounded(self) -> bool:
+        """Whether tensor cores multiply, which take P in 16 bits (``oracle.truth``)."""
+        return self.backend not in ("reference", "cpu")
+
+    @property
     def exact(self) -> bool:
         """Whether results are the same bits in any layout and batch: all but the reference."""
         return self.backend != "reference"
