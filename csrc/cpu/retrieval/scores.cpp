@@ -84,7 +84,7 @@ AF_INLINE void score_run(const KeyScoresParams& params, const Store& kv, int64_t
 }
 
 // s - log sum counts exp(s); keys of count 0 are -inf.
-AF_INLINE void normalise_row(float* s, const int32_t* counts, int64_t n) {
+[[gnu::noinline]] static void normalise_row(float* s, const int32_t* counts, int64_t n) {
   float top = -kInf;
   for (int64_t c = 0; c < n; ++c) {
     if (counts[c] <= 0) s[c] = -kInf;
