@@ -84,7 +84,7 @@ AF_INLINE void score_run(const KeyScoresParams& params, const Store& kv, int64_t
 }
 
 // s - log sum counts exp(s); keys of count 0 are -inf.
-AF_INLINE void normalise_row(float* s, const int32_t* counts, int64_t n) {
+[[gnu::noinline]] static void normalise_row(float* s, const int32_t* counts, int64_t n) {
   float top = -kInf;
   for (int64_t c = 0; c < n; ++c) {
     if (counts[c] <= 0) s[c] = -kInf;
@@ -92,17 +92,21 @@ AF_INLINE void normalise_row(float* s, const int32_t* counts, int64_t n) {
   }
   const float base = top == -kInf ? 0.0f : top;
   double sum = 0.0;
-  for (int64_t c = 0; c < n; c += kLanes) {
-    float weight[kLanes] = {}, size[kLanes] = {};
-    const int64_t m = min64(kLanes, n - c);
-    for (int64_t i = 0; i < m; ++i) weight[i] = s[c + i], size[i] = counts[c + i];
-    for (int64_t i = m; i < kLanes; ++i) weight[i] = -kInf;
-    const VecF x = (load(weight) - splat(base)) * splat(kLog2E);
-    sum += reduce_add(exp2(x) * load(size));
+  auto add = [&](VecF x, VecI size) __attribute__((always_inline)) {
+    sum +=
+        reduce_add(exp2((x - splat(base)) * splat(kLog2E)) * __builtin_convertvector(size, VecF));
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) add(load(s + c), load_raw<VecI>(counts + c));
+  if (c < n) {
+    VecF x = splat(-kInf);
+    VecI size{};
+    for (int64_t i = c; i < n; ++i) x[i - c] = s[i], size[i - c] = counts[i];
+    add(x, size);
   }
   if (sum == 0.0) return;
   const float total = base + static_cast<float>(__builtin_log(sum));
-  for (int64_t c = 0; c < n; ++c) s[c] -= total;
+  for (c = 0; c < n; ++c) s[c] -= total;
 }
 
 template <class Store>
@@ -130,8 +134,8 @@ constexpr int64_t kPageRun = 256;
 
 // sum over channels of max(q low, q high) for R rows.
 template <int R, class E>
-AF_INLINE void bound_page(const float* q, int64_t ldq, const E* low, const E* high, int64_t dim,
-                          float* bound) {
+[[gnu::noinline]] static void bound_page(const float* q, int64_t ldq, const E* low, const E* high,
+                                         int64_t dim, float* bound) {
   VecF sum[R]{};
   for (int64_t d = 0; d < dim; d += kLanes) {
     const VecF a = load_partial(low + d, dim - d), b = load_partial(high + d, dim - d);
