@@ -329,7 +329,7 @@ class CentroidIndex:
     # ---- files ----
 
     def save(self, path: str | Path) -> None:
-        """Write the index to a safetensors file (needs the package safetensors)."""
+        """Write the index to a safetensors file (extra ``retrieval``)."""
         tensors = {n: x.contiguous() for n in _TENSORS if (x := getattr(self, n)) is not None}
         _safetensors("save_file")(tensors, str(path), {"attnforge": json.dumps(self.options)})
 
@@ -350,8 +350,8 @@ def _safetensors(name: str) -> Any:
         home = "safetensors" if name == "safe_open" else "safetensors.torch"
         return getattr(importlib.import_module(home), name)
     except ImportError:
-        fail(_CLASS, "the package safetensors is missing; want it to save and load an index; "
-                     "install safetensors", ImportError)  # fmt: skip
+        fail(_CLASS, "saving and loading need the package safetensors; "
+                     "run: pip install 'attnforge[retrieval]'", ImportError)  # fmt: skip
 
 
 def _quantile(scores: Tensor, weight: Tensor, share: float) -> Tensor:

@@ -90,8 +90,8 @@ def _bar(steps: int, wanted: bool) -> Any:
     try:
         return importlib.import_module("tqdm").tqdm(total=steps, desc="k-means", unit="iteration")
     except ImportError:
-        fail("kmeans", "progress needs tqdm; got no such package; install it, or leave progress "
-                       "False", ImportError)  # fmt: skip
+        fail("kmeans", "progress needs the package tqdm; run: pip install 'attnforge[retrieval]', "
+                       "or leave progress False", ImportError)  # fmt: skip
 
 
 def _segments(n: int, clusters: int, segment: int | None) -> Iterator[tuple[slice, int]]:

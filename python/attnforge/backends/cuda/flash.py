@@ -71,14 +71,16 @@ def fwd(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
 ) -> None:
     """Launcher of ``flash_fwd``."""
-    _fwd("flash_fwd", *map(_rows, (q, k, v)), p, out, lse, out_lo)
+    q, k, v = map(_rows, (q, k, v))
+    _fwd("flash_fwd", q, k, v, p, out, lse, out_lo)
 
 
 def fwd_sm90(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
 ) -> None:
     """Launcher of ``flash_fwd`` for sm_90a, where TMA reads ``q``, ``k`` and ``v``."""
-    _fwd("flash_fwd_sm90", *map(_rows_apart, (q, k, v)), p, out, lse, out_lo)
+    q, k, v = map(_rows_apart, (q, k, v))
+    _fwd("flash_fwd_sm90", q, k, v, p, out, lse, out_lo)
 
 
 def _fwd(
