@@ -7,8 +7,9 @@
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
 // Row i of a head, accumulated in o [v_head_dim rounded up to a vector], times scale.
-[[gnu::noinline]] static void store_row(const FlashFwdParams& params, const Sequence& seq,
-                                        int64_t head, int64_t i, const float* o, float scale) {
+[[gnu::noinline, maybe_unused]] static void store_row(const FlashFwdParams& params,
+                                                      const Sequence& seq, int64_t head, int64_t i,
+                                                      const float* o, float scale) {
   const FlashProblem& p = params.problem;
   dispatch_dtype(p.out_dtype, [&](auto element) {
     using T = decltype(element);
