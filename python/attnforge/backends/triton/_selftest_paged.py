@@ -90,7 +90,7 @@ def _cascade(
     """Two requests that share five pages."""
     cache = _cache(group, dtype, device)
     cache.block_table[1, :5] = cache.block_table[0, :5]
-    rows = 2
+    rows = 4  # at least those of a packed sequence
     p = _params(group, rows, device)._replace(window_left=-1, alibi_slopes=None, mask=None)
     if group.startswith("packed"):
         lengths = (cache.cache_seqlens + 40).clamp_max(cache.capacity)  # heads see the prefix
