@@ -9,6 +9,7 @@ import torch
 
 from attnforge import _native_cuda
 from attnforge.backends import _selftest as shared
+from attnforge.backends import _selftest_paged
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import CUDA
 from attnforge.registry import Request, list_kernels
@@ -46,11 +47,27 @@ def test_right_kernels_pass(kind: str, group: str, dtype: torch.dtype) -> None:
     assert shared.check(CUDA, f"flash.{kind}", group, dtype, CPU) is None
 
 
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [
+        *(("fwd", group) for group in ["", *list(_selftest_paged.GROUPS)[:6]]),
+        ("cascade", ""),
+        ("cascade", "packed rows and lengths per head"),
+        ("cascade", "int4 pages"),
+        *(("append", group) for group in ["", *list(_selftest_paged.GROUPS)[3:]]),
+    ],
+)
+def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
+    assert shared.check(CUDA, f"paged.{kind}", group, torch.float16, CPU) is None
+
+
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests for sm_80 are of this machine's GPU, whose problems run here."""
     check = shared.check
     monkeypatch.setattr(_native_cuda, "_state", [None])
+    monkeypatch.setattr(_native_cuda, "build", lambda: {"kernels": ""})
     monkeypatch.setattr(CUDA, "ready", lambda request: request.arch == "sm_80")
     monkeypatch.setattr(CUDA, "version", lambda: "CUDA 99.1 and a driver for CUDA 99.2")
     monkeypatch.setattr(shared, "_VERDICTS", {})
@@ -64,7 +81,9 @@ def choose(op: str, backend: str | None = "cuda", features: tuple[str, ...] = ()
 
 def why(decision: Decision, op: str) -> str:
     return next(
-        " ".join(r) for spec, r in decision.rejected if (spec.op, spec.backend) == (op, "cuda")
+        " ".join(r)
+        for spec, r in decision.rejected
+        if spec.op == op and spec.id.startswith("cuda.") and spec.id.endswith(".sm80")
     )
 
 

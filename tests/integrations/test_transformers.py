@@ -300,8 +300,8 @@ def test_training_step(smol: Smol) -> None:
 
     # Keys of the first layer: d K sums to zero over the keys of a row, and what remains after that
     # cancellation differs between torch's own two kernels too. E is the larger error of the two.
-    # The gradient of a norm's weight is a few large numbers, whose rounding is luck: hence 3 for one
-    # tensor, where all together must be as good as torch's within half.
+    # The gradient of a norm's weight is a few large numbers, whose rounding is luck: hence 3 for
+    # one tensor, where all together must be as good as torch's within half.
     limit = {name: max(error(flash, name), error(plain, name)) for name in truth}
     assert truth.keys() == ours.keys()
     for name, want in truth.items():

@@ -267,5 +267,11 @@ def test_what_serves_which_feature(op: str) -> None:
     spec = next(s for s in list_kernels(op) if s.backend == "triton")
     text = " ".join(map(str, spec.requires))
     of_pages = {f"kv_{code}" for code in KV_CODES.values()}
-    for feature in (*(_flash_mods.HEAVY - of_pages), "row_bounds", "segments", "key_bias", "row_scale"):
+    for feature in (
+        *(_flash_mods.HEAVY - of_pages),
+        "row_bounds",
+        "segments",
+        "key_bias",
+        "row_scale",
+    ):
         assert feature in text

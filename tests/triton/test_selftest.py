@@ -15,11 +15,10 @@ import torch
 
 from attnforge import _settings
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_flash
+from attnforge.backends import _selftest_flash, _selftest_paged
 from attnforge.backends.triton import (
     _selftest,
     _selftest_block_sparse,
-    _selftest_paged,
     block_sparse,
     cope,
     flash,

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnforge import _native_cuda
 from attnforge._params import PagedCache, PagedParams, PagedWrite
 from attnforge.backends.cuda import flash
+from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
 
@@ -215,7 +216,7 @@ def _spec(kind: str, op: str, requires: tuple[Any, ...], notes: str) -> KernelSp
         op=op,
         backend="cuda",
         launch=f"{__name__}:{kind}",
-        requires=(*_COMMON, *requires),
+        requires=(*_COMMON, *requires, SelfTest(f"paged.{kind}")),
         # As flash's: proved under the host emulator, not run on a GPU yet.
         score=40.0,
         notes=notes,
