@@ -103,13 +103,8 @@ def test_latent_decode(arch: int, dtype: torch.dtype) -> None:
     """Head dims 576 and 512 fit everywhere; a forward of 512 values does too."""
     with budgets.compiling(arch) as found:
         budgets.latent(dtype)
-    assert [name.rpartition(".")[2] for name, _ in found] == [
-        "decode",
-        "merge",
-        "fwd",
-        "fwd",
-        "merge",
-    ]
+    names = [name.rpartition(".")[2] for name, _ in found]
+    assert names == ["decode", "merge", "fwd", "fwd"]  # the last of pages, in one split
     for name, kernel in found:
         used = budgets.resources(kernel)
         assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
