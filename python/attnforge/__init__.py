@@ -8,14 +8,16 @@ Importing registers operators and nothing else: kernels are found and native cod
 the first call.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from attnforge import backends as _backends
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
-from attnforge.ops import patterns, reductions, retrieval
+from attnforge.ops import reductions, retrieval
 from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.block_sparse_decode import block_sparse_decode
-from attnforge.ops.centroid import CentroidIndex, centroid_attention
 from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
@@ -37,7 +39,6 @@ from attnforge.ops.linear import (
     simple_gla,
 )
 from attnforge.ops.linear_models import additive_gla, mamba2_ssd
-from attnforge.ops.lsh import LSHIndex, lsh_attention
 from attnforge.ops.moba import moba_attention, moba_select
 from attnforge.ops.msa import msa_select
 from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
@@ -47,7 +48,6 @@ from attnforge.ops.scan import hgrn
 from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
 from attnforge.ops.selection import BlockSelection
 from attnforge.ops.tables import rope_tables, t5_rel_bias
-from attnforge.paged_cache import PagedKVCache
 from attnforge.registry import (
     Config,
     KernelSpec,
@@ -58,10 +58,45 @@ from attnforge.registry import (
     list_kernels,
     register,
 )
-from attnforge.tuning import trace_shapes, tune
+from attnforge.tuning import trace_shapes
+
+if _TYPE_CHECKING:
+    from attnforge.ops import patterns
+    from attnforge.ops.centroid import CentroidIndex, centroid_attention
+    from attnforge.ops.lsh import LSHIndex, lsh_attention
+    from attnforge.paged_cache import PagedKVCache
+    from attnforge.tuning.runner import tune
 
 _registry.add_source(_backends.discover)
 _registry.set_table(_tuning.Tables())
+
+# What defines no operator waits for its first use: name -> module, of itself or that has it.
+_LATER = {
+    "CentroidIndex": "attnforge.ops.centroid",
+    "LSHIndex": "attnforge.ops.lsh",
+    "PagedKVCache": "attnforge.paged_cache",
+    "centroid_attention": "attnforge.ops.centroid",
+    "lsh_attention": "attnforge.ops.lsh",
+    "paged_cache": "attnforge.paged_cache",
+    "patterns": "attnforge.ops.patterns",
+    "tune": "attnforge.tuning.runner",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(_LATER[name])
+    found = module if module.__name__.endswith(f".{name}") else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "BlockSelection",

@@ -301,11 +301,11 @@ def test_training_step(smol: Smol) -> None:
     # Keys of the first layer: d K sums to zero over the keys of a row, and what remains after that
     # cancellation differs between torch's own two kernels too. E is the larger error of the two.
     # The gradient of a norm's weight is a few large numbers, whose rounding is luck: hence 3 for
-    # one tensor, where all together must be as good as torch's within half.
+    # those, where all together must be as good as torch's within half.
     limit = {name: max(error(flash, name), error(plain, name)) for name in truth}
     assert truth.keys() == ours.keys()
     for name, want in truth.items():
-        assert error(ours, name) <= 3 * limit[name], name
+        assert error(ours, name) <= (3 if "norm" in name else 2) * limit[name], name
         assert limit[name] < 1e-4 * float(want.norm()), name
     total = sum(error(ours, name) ** 2 for name in truth) ** 0.5
     assert total <= 1.5 * sum(error(flash, name) ** 2 for name in truth) ** 0.5

@@ -15,11 +15,12 @@ import attnforge
 from attnforge.registry import KernelSpec
 from attnforge.tuning import measure, store
 from attnforge.tuning.race import differs
+from attnforge.tuning.runner import Outcome
 
 Add = Callable[..., KernelSpec]
 
 
-def outcomes(budget: float = 1e9, **options: object) -> list[attnforge.tuning.Outcome]:
+def outcomes(budget: float = 1e9, **options: object) -> list[Outcome]:
     return list(attnforge.tune("toy", budget=budget, **options).outcomes)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,6 @@ Look-up at a call, once per bucket of sizes: user cache, nearest bucket, shipped
 """
 
 from attnforge.tuning.lookup import Tables
-from attnforge.tuning.runner import Outcome, Report, tune
 from attnforge.tuning.trace import read_trace, trace_shapes
 
-__all__ = ["Outcome", "Report", "Tables", "read_trace", "trace_shapes", "tune"]
+__all__ = ["Tables", "read_trace", "trace_shapes"]
