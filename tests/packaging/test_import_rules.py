@@ -52,6 +52,7 @@ ALLOWED |= {
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},
     "distributed": PUBLIC,
+    "compat": PUBLIC,
 }
 
 
