@@ -194,6 +194,14 @@ def test_cache_grows_and_is_read(form: str, causal: bool, interleaved: bool) -> 
     assert torch.equal(cache.nan_to_num(9e9), before.nan_to_num(9e9))
 
 
+def test_new_keys_without_rotation() -> None:
+    q, k, v = (drawn(1, 2, h, 16, seed=s) for h, s in ((4, 0), (2, 1), (2, 2)))
+    cache = torch.full((2, 1, 8, 2, 16), NAN)
+    out = flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=0, causal=True)
+    close(out[0], plain(q[0], k[0], v[0], band(2, 2, True)))
+    assert torch.equal(cache[:, :, :2], torch.stack((k, v)))
+
+
 def test_cache_padding_on_the_left_is_not_seen() -> None:
     q, cache = drawn(2, 1, 4, 16), drawn(2, 3, 9, 2, 16, seed=1)
     pad = torch.tensor([2, 0], dtype=torch.int32)

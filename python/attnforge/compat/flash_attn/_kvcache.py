@@ -119,7 +119,7 @@ def flash_attn_with_kvcache(
                 rope = (rotary_cos.float().unsqueeze(0), rotary_sin.float().unsqueeze(0))
             paged_append(
                 k, v, k_cache, v_cache, block_table=block_table, cache_seqlens=lengths,
-                rope=rope, rope_interleaved=rotary_interleaved,
+                rope=rope, rope_interleaved=rope is not None and rotary_interleaved,
             )  # fmt: skip
             used = lengths + k.shape[1]
         options: dict[str, Any] = {
