@@ -217,6 +217,13 @@ class PagedCache(NamedTuple):
         """Keys that a row of the table has room for."""
         return self.block_table.shape[1] * self.k_pages.shape[1]
 
+    @property
+    def latent(self) -> bool:
+        """Whether V is the first channels of K, in the same memory (MLA)."""
+        k, v = self.k_pages, self.v_pages
+        same_start = k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
+        return same_start and torch._C._is_alias_of(k, v)
+
 
 class PagedParams(NamedTuple):
     """What ``paged_fwd`` and ``cascade_fwd`` are asked beyond q and the cache.

@@ -90,10 +90,18 @@ def test_latent(dtype: torch.dtype, code: str) -> None:
 
 
 def test_latent_values_apart() -> None:
+    # refused by requires, with the reason, and selection goes on to what serves it
     d, dv = paged.LATENT
     inputs = PagedCase(heads_k=1, head_dim=d, v_head_dim=dv, dtype=BF16).make()
-    with pytest.raises(ValueError, match=r"v_pages are not a view of k_pages"):
+    text = r"paged_fwd.*512 is served where v_pages are a view of k_pages .* a tensor of their own"
+    with pytest.raises(ValueError, match=text):
         inputs.forward("emulated")
+    found = attnforge.explain(attnforge.paged_attention, inputs.q, inputs.k_pages, inputs.v_pages,
+                              **inputs.options)  # fmt: skip
+    rejected = {spec.id: why for spec, why in found.decisions[0].rejected}
+    assert any("a view of k_pages" in x for x in rejected["emulated.paged.fwd.sm80"])
+    assert found.chosen is not None
+    compare(inputs.forward(found.chosen.id), inputs.truth(True)).check()
 
 
 def raw(inputs: PagedInputs, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,6 +49,22 @@ def test_codes(target: Target, code: str, scales: str, rows: int) -> None:
                     dtype=torch.bfloat16), target)  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [1, 20, 120])
+@pytest.mark.parametrize(("code", "zero", "held"), [("int4", 14.95, 255), ("int8", 126.9, 127)])
+def test_values_beside_a_zero_point(
+    target: Target, code: str, zero: float, held: int, rows: int
+) -> None:
+    # one key, whose value is what a zero leaves of a code: a twentieth of a step
+    inputs = PagedCase(lengths=(1, 1), rows=(rows, rows), causal=False, code=code, scales="page",
+                       zeros=True).make()  # fmt: skip
+    zeros = (torch.full_like(inputs.options["kv_zeros"][0], zero),) * 2
+    inputs = inputs.with_(v_pages=torch.full_like(inputs.v_pages, held), kv_zeros=zeros)
+    got, want = inputs.forward(target.backend), inputs.truth(target.rounded)
+    compare(got, want).check()
+    error = (got["out"].double() - want.values["out"]).abs().max()
+    assert error < 2e-5 * inputs.options["kv_scales"][1].max()  # of a step
+
+
 @pytest.mark.parametrize("code", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("head_dim", [8, 40, 72])
 def test_codes_of_odd_dims(target: Target, code: str, head_dim: int) -> None:

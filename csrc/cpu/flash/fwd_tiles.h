@@ -125,15 +125,22 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
   float* k_block = head.k + place * plan.k_floats;
   float* v_block = head.v + place * plan.v_floats;
   if constexpr (Store::Keys::kPages) {
-    typename Store::Places places;
+    // A panel ahead of itself: its rows lie wherever their page does, each a token apart.
+    typename Store::Places places[2];
     bool finite = true;
+    auto rows_at = [&](int64_t c) { return max64(0, min64(kNR, n - c)); };
+    kv.locate(seq, key0, rows_at(0), places[0]);
     for (int64_t c = 0; c < n; c += kNR) {
-      const int64_t rows = min64(kNR, n - c);
-      kv.locate(seq, key0 + c, rows, places);
-      const auto keys = kv.keys(seq, key0 + c, kv_head, places);
+      const int64_t rows = rows_at(c), ahead = rows_at(c + kNR);
+      auto &here = places[c / kNR % 2], &there = places[(c / kNR + 1) % 2];
+      kv.locate(seq, key0 + c + kNR, ahead, there);
+      const auto keys = kv.keys(seq, key0 + c, kv_head, here);
+      const auto next = kv.keys(seq, key0 + c + kNR, kv_head, there);
+      for (int64_t j = 0; j < ahead; ++j) prefetch_row(next.k_row(j), p.head_dim);
       float* panel = k_block + c * p.head_dim;
       pack_key_rows([&](int64_t j) { return keys.k_row(j); }, rows, p.head_dim, panel);
       keys.decode_panel(rows, p.head_dim, panel);
+      for (int64_t j = 0; j < ahead; ++j) prefetch_row(next.v_row(j), p.v_head_dim);
       finite &= pack_value_rows([&](int64_t j) { return keys.v_row(j); },
                                 [&](int64_t j, VecF x) { return keys.decode_value(j, x); }, rows,
                                 p.v_head_dim, v_block + c * kNR, plan.block_n * kNR);

@@ -51,10 +51,9 @@ AF_INLINE void pack_four_keys(const Row& row, int64_t j, int64_t keys, int64_t d
   }
 }
 
-#if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
-// Whole vectors of keys are transposed in registers: four shuffles per vector of dwords. bf16 goes
-// two channels to a dword and is widened afterwards. Against four by four, a third of the time for
-// fp32 and a fifth for bf16.
+#if (ATTNFORGE_LANES == 16 && defined(__AVX512F__)) || (ATTNFORGE_LANES == 8 && defined(__AVX2__))
+// Whole vectors of keys are transposed in registers, log2(kLanes) shuffles per vector of dwords.
+// bf16 goes two channels to a dword and is widened afterwards.
 template <class T>
 constexpr int64_t kPackStep = kLanes;  // channels at a time
 template <>
@@ -78,6 +77,7 @@ AF_INLINE void store_dwords(T, VecU x, int64_t i, float* panel) {
   store(panel + i * kNR, bits_to_float(x));
 }
 
+#if ATTNFORGE_LANES == 16
 // One stage of a transposition: blocks of S x S off the diagonal change places.
 template <int S>
 AF_INLINE void exchange(VecU (&r)[kLanes]) {
@@ -94,6 +94,38 @@ AF_INLINE void exchange(VecU (&r)[kLanes]) {
     r[i + S] = __builtin_shuffle(a, b, high);
   }
 }
+AF_INLINE void transpose(VecU (&r)[kLanes]) {
+  exchange<1>(r);
+  exchange<2>(r);
+  exchange<4>(r);
+  exchange<8>(r);
+}
+#else
+// By instructions of one shuffle each: neighbours interleaved twice, then halves put together.
+AF_INLINE void transpose(VecU (&r)[kLanes]) {
+  constexpr VecU kLow = {0, 8, 1, 9, 4, 12, 5, 13}, kHigh = {2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr VecU kLowPairs = {0, 1, 8, 9, 4, 5, 12, 13}, kHighPairs = {2, 3, 10, 11, 6, 7, 14, 15};
+  constexpr VecU kFirst = {0, 1, 2, 3, 8, 9, 10, 11}, kLast = {4, 5, 6, 7, 12, 13, 14, 15};
+  VecU pair[kLanes], four[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    pair[i] = __builtin_shuffle(r[i], r[i + 1], kLow);
+    pair[i + 1] = __builtin_shuffle(r[i], r[i + 1], kHigh);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kLanes; i += 4) {  // channels 0 and 4, 1 and 5 .. of keys i .. i + 3
+    four[i] = __builtin_shuffle(pair[i], pair[i + 2], kLowPairs);
+    four[i + 1] = __builtin_shuffle(pair[i], pair[i + 2], kHighPairs);
+    four[i + 2] = __builtin_shuffle(pair[i + 1], pair[i + 3], kLowPairs);
+    four[i + 3] = __builtin_shuffle(pair[i + 1], pair[i + 3], kHighPairs);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = __builtin_shuffle(four[i], four[i + 4], kFirst);
+    r[i + 4] = __builtin_shuffle(four[i], four[i + 4], kLast);
+  }
+}
+#endif
 
 // kLanes keys from row(j) on, which are of type T; returns the channels done.
 template <class T, class Row>
@@ -107,10 +139,7 @@ AF_INLINE int64_t pack_vector_of_keys(const Row& row, const T*, int64_t j, int64
       VecU r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = load_dwords(rows[i] + d);
-      exchange<1>(r);
-      exchange<2>(r);
-      exchange<4>(r);
-      exchange<8>(r);
+      transpose(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store_dwords(T{}, r[i], i, panel + d * kNR + j);
     }

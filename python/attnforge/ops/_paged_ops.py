@@ -46,6 +46,7 @@ def metadata(q: Tensor, cache: PagedCache, p: PagedParams) -> tuple[Any, ...]:
             window_left=p.window_left >= 0,
             window_right=p.window_right >= 0,
             split_plan=p.split_pieces is not None,
+            latent=cache.latent,
         ),
     )
 

@@ -161,13 +161,16 @@ def paged_attention(
         (scales default to 1), int8, and uint8 for int4: channel 2 n in the low nibble of byte n,
         2 n + 1 in the high one, so that the last dimension is D / 2.
     kv_zeros: (k_zero, v_zero) fp32 of the shape of the scales, for int8 and int4; default 0 and 8.
-    num_splits: 0 splits every 2048 keys; n > 0 makes n equal splits of each sequence. Either way
-        a sequence's result does not depend on its neighbours.
+    num_splits: 0 cuts the keys of a sequence into splits of fixed length, by its rows r = Sq *
+        Hq / Hk: on the CPU 2048 keys for r to 192; on CUDA C++ 2048 for r to 256; in Triton 2048
+        for r to 16, 8192 for Sq to 64; none beyond. n > 0 makes n equal splits in their place.
+        Either way a sequence's result does not depend on its neighbours.
     split_plan: (pieces [3, N], first [B + 1 or more]), int32, in place of both: piece n is keys
         pieces[1, n] .. pieces[2, n] - 1 of sequence pieces[0, n], and those of sequence b, first[b]
         .. first[b + 1] - 1, follow each other from key 0 to its last one (of its longest head).
-        ``attnforge.paged_cache.SplitPlan`` makes one. Rows that are not decode may be split
-        otherwise; what changes is the order of sums alone.
+        ``attnforge.paged_cache.SplitPlan`` makes one. The CPU kernels follow it for r to 8; more
+        rows are split as without it, and the reference, which splits nothing, only checks it. The
+        Triton and CUDA kernels do not take one, so that selection passes them by.
 
     Other arguments are those of ``flash_attention``. Returns out [B, Sq, Hq, Dv] of q's dtype, or
     (out, lse) with lse [B, Hq, Sq] fp32; packed [T, Hq, Dv] and [Hq, T].

@@ -157,6 +157,8 @@ def cascade_parts(
     each request without its first pages. Nothing here waits for a device, so that an upper bound
     stands for the rows of the largest group.
     """
+    if cache.block_table.shape[0] == 0:  # groups of nobody
+        cu_groups, prefix_lens = cu_groups[:1], prefix_lens[:0]
     rows = q if q.dim() == 3 else q.flatten(0, 1)
     ends = p.cu_seqlens_q
     if ends is None:

@@ -63,13 +63,14 @@ _PAGES_ONLY = {
     "int4 pages": "kv_int4",
     "lengths per KV head": "lengths_per_head",
     "split plans": "split_plan",
+    "V as a view of K": "latent",
     "page bounds": "page_bounds",
 }
 _FEATURES = _FOUNDATION | _MODS | _PAGES_ONLY
 _PAGED = frozenset(_PAGES_ONLY.values())
 # Lengths are no option of a cache; of the mods it takes the tree mask.
 _PAGED_FWD = frozenset({"seqused_k", "page_bounds", *_MODS.values()}) - {"mask"}
-_APPENDED = _PAGED | {"varlen", "rope"}
+_APPENDED = _PAGED - {"split_plan", "latent"} | {"varlen", "rope"}
 # One sequence at a time, of plain logits; the LSE has the sinks.
 # Lists are what is seen: of the features of scores a bias alone, which is an argument.
 _LISTED = frozenset(_FEATURES.values()) - {"seqused_k"}
@@ -87,7 +88,8 @@ _NOT_ASKED = {
     "flash_bwd": _PAGED,
     "flash_decode": _PAGED | {"varlen"},
     "paged_fwd": _PAGED_FWD,
-    "cascade_fwd": _PAGED_FWD | {"mask", "alibi", "window_left", "window_right"},
+    "cascade_fwd": _PAGED_FWD
+    | {"mask", "alibi", "window_left", "window_right", "split_plan"},
     "paged_append": frozenset(_FEATURES.values()) - _APPENDED,
     "reductions_head_gradient": frozenset(_FEATURES.values()),
     **dict.fromkeys(

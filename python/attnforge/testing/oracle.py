@@ -135,11 +135,14 @@ def truth(
     dout: Tensor | None = None,
     dlse: Tensor | None = None,
     rounded: bool = False,
+    sizes: tuple[Tensor, Tensor] | None = None,
 ) -> Truth:
     """What ``flash_attention(_varlen)`` or ``flash_decode`` should give for these arguments.
 
     rounded: P goes to the inputs' dtype before P V, as tensor cores take it: u16 M more for O, and
     what follows from it for delta.
+    sizes: like k and v, what stands for |k| and |v| in S_max and K M: where a kernel adds up
+    larger terms than those of k and v (codes, and their zeros apart).
 
     options: the keywords of the call. Gradients are those of <out, dout> + <lse, dlse>; they
     are left out if both are None. Needs O(Hq Sq Sk) memory in float64, one sequence at a time.
@@ -178,7 +181,9 @@ def truth(
     d_mods = {n: zeros(x.shape, dtype=torch.float64) for n, x in mods.items()}
     d_mods_b = {n: zeros(x.shape, dtype=torch.float64) for n, x in mods.items()}
 
+    sized = None if sizes is None else _parts(q, *sizes, options)
     for part in _parts(q, k, v, options):
+        size = part if sized is None else next(sized)
         sq, sk = part.q.shape[1], part.k.shape[1]
         n = om.Shape(
             varlen, part.batch, part.index if varlen else slice(None),
@@ -193,7 +198,7 @@ def truth(
         if cap > 0:
             t = torch.tanh(s / cap)
             s, slope = cap * t, 1 - t * t
-        key_norm = keys.norm(dim=-1).unsqueeze(1) * seen  # [H, Sq, Sk]
+        key_norm = size.k.norm(dim=-1).unsqueeze(1) * seen  # [H, Sq, Sk]; no rotation changes it
         product = (abs(scale) * own.abs() * rows.norm(dim=-1, keepdim=True)) * _top(key_norm)
         s_max = product * (1 if turn_q is None else 2) + cap
         alibi = _slopes(options, part.batch)
@@ -211,8 +216,8 @@ def truth(
         p, total = w.prob, w.lse
         o = (p * kept) @ part.v
         half_mass = half * (p.abs() * kept) @ part.v.abs() if rounded else 0.0
-        mass = (w.prob_error * kept) @ part.v.abs()
-        lost = flush * (kept @ part.v.abs())
+        mass = (w.prob_error * kept) @ size.v.abs()
+        lost = flush * (kept @ size.v.abs())
         bound = 1.05 * u * o.abs() + mass + half_mass + lost + floor * (1 + sk)
         place = part.index
         out[place] = o.transpose(0, 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge.reference.paged import decoded, encoded
+from attnforge.reference.paged import code_zero, decoded, encoded
 from attnforge.testing import oracle
 from attnforge.testing.oracle import Truth
 
@@ -24,9 +24,6 @@ __all__ = ["CODES", "PagedCase", "PagedInputs", "quantised"]
 
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 _NONSENSE = (2147480000, -1, -(1 << 31), (1 << 31) - 1)
-# Kernels sum over codes and correct for zeros afterwards: terms are larger than those of the
-# decoded keys by |code| / |code - zero|.
-_CODE_SLACK = 4.0
 
 
 def quantised(x: Tensor, code: str, per: str, zeros: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -47,6 +44,14 @@ def _wide(s: Tensor, x: Tensor) -> tuple[int, int, int]:
     heads = x.shape[2]
     lead = {1: (1, 1), 2: (x.shape[0], 1)}.get(s.dim(), (x.shape[0], x.shape[1]))
     return (*lead, heads)
+
+
+def _code_size(codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """|code| + |zero|, both around the centre of their range, times |scale|; of others |x|."""
+    size = decoded(codes, None, None).abs()
+    if zero is not None:
+        size = size + (zero - code_zero(codes.dtype)).abs().unsqueeze(-1)
+    return size if scale is None else size * scale.abs().unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,16 @@ class PagedInputs:
 
     def keys(self, b: int, head: int) -> tuple[Tensor, Tensor]:
         """Decoded k [N, D] and v [N, Dv] of one KV head of one sequence."""
+        k, v = (decoded(*stored).squeeze(1) for stored in self._held(b, head))
+        return k, v
+
+    def sizes(self, b: int, head: int) -> tuple[Tensor, Tensor]:
+        """What kernels add up of them: codes around 0 and, apart, zeros, each times the scale."""
+        k, v = (_code_size(*stored).squeeze(1) for stored in self._held(b, head))
+        return k, v
+
+    def _held(self, b: int, head: int) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """K's and V's rows [N, 1, D] as pages hold them, their scales and zeros [N, 1]."""
         o, size = self.options, self.case.page_size
         own = o["cache_seqlens"][b]
         length = int(own if own.dim() == 0 else own[head])
@@ -212,8 +227,8 @@ class PagedInputs:
                 rows = codes[page, slot]
             pair = [None if o.get(name) is None else self._at(o[name][n], page, slot, head)
                     for name in ("kv_scales", "kv_zeros")]  # fmt: skip
-            found.append(decoded(rows.unsqueeze(1), *pair).squeeze(1))
-        return found[0], found[1]
+            found.append((rows.unsqueeze(1), pair[0], pair[1]))
+        return found
 
     def _at(self, x: Tensor, page: Tensor, slot: Tensor, head: int) -> Tensor:
         wide = x.view(_wide(x, self.k_pages.transpose(1, 2) if self.case.layout == "HND"
@@ -245,12 +260,14 @@ class PagedInputs:
                 if c.tree:
                     cut = max(0, rows - k.shape[0])
                     single["mask"] = o["tree_mask"][b, :, cut:].view(1, 1, rows, -1)
-                found = oracle.truth(q[place][None], k[None, :, None], v[None, :, None], single,
-                                     rounded=rounded)  # fmt: skip
-                slack = _CODE_SLACK if c.code else 1.0
+                sizes = self.sizes(b, h)
+                found = oracle.truth(
+                    q[place][None], k[None, :, None], v[None, :, None], single, rounded=rounded,
+                    sizes=(sizes[0][None, :, None], sizes[1][None, :, None]),
+                )  # fmt: skip
                 for n, (name, where) in enumerate((("out", place), ("lse", stat))):
                     values[n][where] = found.values[name][0]
-                    bounds[n][where] = found.bounds[name][0] * slack
+                    bounds[n][where] = found.bounds[name][0]
             at += rows
         result = Truth()
         result.put("out", values[0], bounds[0])

@@ -16,6 +16,7 @@ from attnforge import _native
 from attnforge._params import PagedCache, PagedParams, PagedWrite
 from attnforge.backends.cpu.flash import _HeadDims, _unit
 from attnforge.backends.cpu.flash import merge as merge_states
+from attnforge.reference.paged import cascade_parts
 from attnforge.registry.predicates import Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
 
@@ -60,26 +61,10 @@ def cascade(
     lse: Tensor,
 ) -> None:
     """Launcher of ``cascade_fwd``. Parts are fp32, so that outputs are rounded once."""
-    rows = q if q.dim() == 3 else q.flatten(0, 1)
-    ends = p.cu_seqlens_q
-    if ends is None:
-        ends = torch.arange(q.shape[0] + 1, dtype=torch.int32) * q.shape[1]
-    members = cu_groups.diff()
-    members_of = torch.repeat_interleave(members)  # group of each request
-    first = cu_groups[:-1].clamp_max(max(q.shape[0] - 1, 0))
-    group_ends = ends[cu_groups]
-    shared = cache._replace(block_table=cache.block_table[first],
-                            cache_seqlens=prefix_lens * (members > 0))  # fmt: skip
-    skipped = prefix_lens[members_of]
-    lengths = cache.cache_seqlens
-    rest = cache._replace(
-        block_table=_shifted(cache.block_table, skipped // cache.page_size),
-        cache_seqlens=lengths - (skipped if lengths.dim() == 1 else skipped.unsqueeze(1)),
-    )
-    longest_group = int(group_ends.diff().max()) if group_ends.numel() > 1 else 0
-    prefix = p._replace(cu_seqlens_q=group_ends, sinks=None, window_right=-1,
-                        max_seqlen_q=longest_group)  # fmt: skip
-    suffix = p._replace(cu_seqlens_q=ends)
+    rows, (shared, prefix), (rest, suffix) = cascade_parts(q, cache, cu_groups, prefix_lens, p)
+    ends = prefix.cu_seqlens_q
+    if ends is not None and ends.numel() > 1:  # exact, where the device is not waited for
+        prefix = prefix._replace(max_seqlen_q=int(ends.diff().max()))
     outs, lses = [], []
     for own, params in ((shared, prefix), (rest, suffix)):
         part = out.new_empty((*rows.shape[:-1], out.shape[-1]), dtype=torch.float32)
@@ -94,13 +79,6 @@ def cascade(
     if lse.dim() == 3:
         stat = stat.view(stat.shape[0], *out.shape[:2]).transpose(0, 1)
     lse.copy_(stat)
-
-
-def _shifted(table: Tensor, entries: Tensor) -> Tensor:
-    """Rows of a block table without their first entries; what is behind the end is never read."""
-    width = table.shape[1]
-    column = torch.arange(width, device=table.device) + entries.to(torch.int64).unsqueeze(1)
-    return table.gather(1, column.clamp_max(max(width - 1, 0))) if width else table
 
 
 def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> None:
@@ -119,7 +97,8 @@ _COMMON = (
 )
 _CODES = ("kv_fp8", "kv_int8", "kv_int4", "lengths_per_head", "varlen")
 _FWD = Features(
-    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask", "split_plan"),
+    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask"),
+    *("split_plan", "latent"),
 )
 
 

@@ -18,8 +18,9 @@ from attnforge import _native_cuda
 from attnforge._params import PagedCache, PagedParams, PagedWrite
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import SelfTest
+from attnforge.reference.paged import cascade_parts
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
-from attnforge.registry.spec import KernelSpec
+from attnforge.registry.spec import KernelSpec, Request
 
 __all__ = ["HEAD_DIMS", "LATENT", "SPECS"]
 
@@ -74,18 +75,8 @@ def _attend(
     )  # fmt: skip
 
 
-def _check_latent(q: Tensor, cache: PagedCache) -> None:
-    k, v = cache[:2]
-    if (q.shape[-1] == LATENT[0]) and (k.data_ptr() != v.data_ptr() or k.stride() != v.stride()):
-        raise ValueError(
-            "attnforge.paged_attention: v_pages are not a view of k_pages; got head_dim 576 on "
-            "backend 'cuda'; want v_pages = k_pages[..., :512]: its kernel reads both once"
-        )
-
-
 def fwd(q: Tensor, cache: PagedCache, p: PagedParams, out: Tensor, lse: Tensor) -> None:
     """Launcher of ``paged_fwd``."""
-    _check_latent(q, cache)
     mixed = p.cu_seqlens_q is not None
     if mixed:  # rows of no sequence
         out.zero_()
@@ -117,11 +108,10 @@ def cascade(
     lse: Tensor,
 ) -> None:
     """Launcher of ``cascade_fwd``: splits of the prefixes and of the rest meet in one merge."""
-    _check_latent(q, cache)
     if out.numel() == 0:
         lse.fill_(-math.inf)
         return
-    rows = q if q.dim() == 3 else q.flatten(0, 1)
+    rows, *levels = cascade_parts(q, cache, cu_groups, prefix_lens, p)
     total, heads = rows.shape[:2]
     whole = total > _CASCADE_ROWS and p.num_splits == 0
     splits = 1 if whole else _splits(cache, p.num_splits)
@@ -130,7 +120,7 @@ def cascade(
     lses = rows.new_full((2 * splits, 1, heads, total), -math.inf, dtype=torch.float32)
     flat, stat = out.view(total, heads, -1), lse.new_empty((heads, total))
     with flash._on(q.device):
-        for n, (own, params) in enumerate(_levels(q, cache, cu_groups, prefix_lens, p)):
+        for n, (own, params) in enumerate(levels):
             mine = slice(n * splits, (n + 1) * splits)
             parts = _Parts(outs[mine], lses[mine], keys, False)
             for rows_served in ((0, _FEW), (_FEW, _ANY)):
@@ -140,34 +130,6 @@ def cascade(
     if lse.dim() == 3:
         stat = stat.view(heads, *out.shape[:2]).transpose(0, 1)
     lse.copy_(stat)
-
-
-def _levels(
-    q: Tensor, cache: PagedCache, cu_groups: Tensor, prefix_lens: Tensor, p: PagedParams
-) -> list[tuple[PagedCache, PagedParams]]:
-    """Groups over their prefixes, and requests over the rest of their pages: both packed calls."""
-    table, lengths = cache.block_table, cache.cache_seqlens
-    batch, width = table.shape
-    ends = p.cu_seqlens_q
-    total = q.shape[0]
-    if ends is None:
-        ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * q.shape[1]
-        total *= q.shape[1]
-    request = torch.arange(batch, dtype=torch.int32, device=q.device)
-    group = torch.bucketize(request, cu_groups[1:], right=True)
-    group = group.clamp_max(max(prefix_lens.shape[0] - 1, 0))
-    first = cu_groups[:-1].to(torch.int64).clamp(0, max(batch - 1, 0))
-    used = prefix_lens * (cu_groups.diff() > 0)
-    shared = cache._replace(block_table=table[first], cache_seqlens=used.to(torch.int32))
-    skipped = used[group]
-    column = torch.arange(width, device=q.device) + (skipped // cache.page_size).unsqueeze(1)
-    rest = cache._replace(
-        block_table=table.gather(1, column.clamp(0, max(width - 1, 0))) if width else table,
-        cache_seqlens=lengths - (skipped if lengths.dim() == 1 else skipped.unsqueeze(1)),
-    )
-    heads = ends[cu_groups.to(torch.int64).clamp(0, batch)]
-    prefix = p._replace(cu_seqlens_q=heads, sinks=None, window_right=-1, max_seqlen_q=total)
-    return [(shared, prefix), (rest, p._replace(cu_seqlens_q=ends))]
 
 
 def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> None:
@@ -183,18 +145,22 @@ def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> Non
 
 
 class _HeadDims:
-    """D and Dv up to 256 in steps of 8, or in 16 bits the latent pair 576/512."""
+    """D and Dv up to 256 in steps of 8, or in 16 bits the latent pair 576/512 of one tensor."""
 
     _steps = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 256, 8))
 
-    def __call__(self, request: Any, /) -> str | None:
+    def __call__(self, request: Request, /) -> str | None:
         dims = (request.dim("head_dim"), request.dim("v_head_dim"))
         if dims == LATENT and request.dtype is not torch.float32:
-            return None
+            if "latent" in request.features:
+                return None
+            return ("head_dim 576 with v_head_dim 512 is served where v_pages are a view of "
+                    "k_pages (k_pages[..., :512]); they are a tensor of their own")  # fmt: skip
         return self._steps[0](request) or self._steps[1](request)
 
     def __str__(self) -> str:
-        return "head_dim and v_head_dim 8..256 in steps of 8, or in 16 bits 576 with 512"
+        return ("head_dim and v_head_dim 8..256 in steps of 8, or in 16 bits 576 with 512 as a "
+                "view of K")  # fmt: skip
 
 
 _COMMON = (
@@ -205,7 +171,7 @@ _COMMON = (
 )
 _CODES = ("kv_fp8", "kv_int8", "kv_int4", "lengths_per_head", "varlen")
 _FWD = Features(
-    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask"),
+    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask", "latent"),
 )
 _ROW_DIMS = (Dim("head_dim", 2, 1024), Dim("v_head_dim", 2, 1024))
 

@@ -106,8 +106,7 @@ def _stored(x: Tensor, scale: Tensor | None, zero: Tensor | None, of_k: bool = F
 def _store(c: PagedCache, dims: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """K, V, the table and the lengths of a cache; dims: of K and V."""
     k, v, table = c.k_pages, c.v_pages, _unit(c.block_table)
-    of_k = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
-    of_k = of_k and padded(dims[0]) == padded(dims[1])
+    of_k = c.latent and padded(dims[0]) == padded(dims[1])
     lengths = c.cache_seqlens.contiguous()
     batch, head = lengths.stride() if lengths.dim() == 2 else (1, 0)
     return (
@@ -286,7 +285,7 @@ class _RowDims:
 
 
 _FEATURES = ("varlen", "kv_fp8", "kv_int8", "kv_int4", "lengths_per_head")
-_SCORES = ("alibi", "sinks", "softcap", "window_left", "window_right", "mask")
+_SCORES = ("latent", "alibi", "sinks", "softcap", "window_left", "window_right", "mask")
 
 
 def _spec(
