@@ -41,6 +41,11 @@ struct Four {
 AF_DEVICE Four by_row(const float (&x)[2]) {
   return {x[0], x[0], x[1], x[1]};
 }
+AF_DEVICE Four by_column(uint32_t shared, int n) {
+  const auto pair =
+      ptx::load_shared<FloatPair>(shared + static_cast<uint32_t>(4 * fragment_column(n, 0)));
+  return {pair.x, pair.y, pair.x, pair.y};
+}
 
 template <Sm90BwdTile kTile>
 struct Sm90BwdBlock {
@@ -166,13 +171,10 @@ struct Sm90BwdBlock {
     ptx::wgmma_pin(flat<kN>(s));
   }
 
-  // Statistic `which` of the streamed rows that are columns of fragment n: 0 LSE in base 2, 1
-  // delta.
-  AF_DEVICE Four by_column(int j, int which, int n) const {
-    const uint32_t place = stats(j) + static_cast<uint32_t>(4 * (which * kStreamed));
-    const auto pair =
-        ptx::load_shared<FloatPair>(place + static_cast<uint32_t>(4 * fragment_column(n, 0)));
-    return {pair.x, pair.y, pair.x, pair.y};
+  // Statistics of the streamed rows that are the columns of fragment n. LSE is in base 2.
+  AF_DEVICE Four lse_of_columns(int j, int n) const { return by_column(stats(j), n); }
+  AF_DEVICE Four delta_of_columns(int j, int n) const {
+    return by_column(stats(j) + 4 * kStreamed, n);
   }
 
   // P = 2^(S - LSE), in place of base-2 logits.

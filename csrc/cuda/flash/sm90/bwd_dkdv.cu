@@ -112,12 +112,12 @@ __global__ void __launch_bounds__(Consumers<Case::kTile.groups>::kBlockThreads, 
     if (kTile.features) fill<1, kN>(slope, 1.0f);
     to_logits<kTile.features, 1, kN>(s, map, alibi,
                                      [&](int m, int n, int i, float x) { slope[m][n][i] = x; });
-    Block::to_weights(s, [&](int n) { return block.by_column(j, 0, n); });
+    Block::to_weights(s, [&](int n) { return block.lse_of_columns(j, n); });
     if (hidden) Block::clear_hidden(s, seen_here);
 
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(flat<kN>(dp));
-    Block::to_gradients(dp, s, slope, [&](int n) { return block.by_column(j, 1, n); });
+    Block::to_gradients(dp, s, slope, [&](int n) { return block.delta_of_columns(j, n); });
     if (hidden) Block::clear_hidden(dp, seen_here);
     pack_weights<T, kStreamed>(weights, s);
     pack_weights<T, kStreamed>(gradients, dp);

@@ -37,7 +37,7 @@ constexpr Sm90BwdTile sm90_bwd_tile(DType dtype, HeadDims d, bool features, Grad
     if (features) t.streamed = d.qk == 128 ? 32 : 64;  // slopes of a softcap live from S to dS
   } else {
     if (d.qk == 128) t.stages = 2;  // Q and dO 64 KiB, a stage as much
-    if (features) t.streamed = 64;
+    if (d.qk == 128 && features) t.streamed = 64;
   }
   return t;
 }
