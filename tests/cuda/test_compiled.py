@@ -71,7 +71,7 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     dims = {tuple(map(int, m)) for name in ids for m in re.findall(r"\.d(\d+)x(\d+)", name)}
     assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT}
     kinds = {spec.id.split(".")[2] for spec in flash.SPECS} - {"merge"}
-    owners = {name: "bwd" for name in ("dk", "dv", "dkdv", "dq")}
+    owners = dict.fromkeys(("dk", "dv", "dkdv", "dq"), "bwd")
     kernels = {name.split(".")[0] for name in ids}
     found = {name.removesuffix("_codes").removesuffix("_sm90") for name in kernels}
     paged_kinds = {"paged_prefill", "paged_decode", "paged_latent"}
