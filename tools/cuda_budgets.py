@@ -46,7 +46,7 @@ def kernel_id(symbol: str) -> str | None:
         kind, dtype, dims, codes = paged.groups()
         name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
         return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
-    case = re.search(r"\d(Fwd|Decode|Bwd|Sm90)CaseI(.*?)EEE", symbol + "EEE")
+    case = re.search(r"\d(Fwd|Decode|Bwd|Sm90|Sm90Bwd)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None
     found = re.match(
@@ -57,6 +57,7 @@ def kernel_id(symbol: str) -> str | None:
     assert found is not None, symbol
     kinds = {"Fwd": "fwd", "Decode": "decode", "Sm90": "fwd_sm90"}
     kind = kinds.get(case[1]) or GRADIENTS[int(found["gradient"])]
+    kind += "_sm90" if case[1] == "Sm90Bwd" else ""
     tail = ".features" if case[1] == "Decode" or found["features"] == "1" else ""
     return f"{kind}.{DTYPES[int(found['dtype'])]}.d{HEAD_DIMS[int(found['dims'])]}{tail}"
 
@@ -110,7 +111,7 @@ def code(library: Path = LIBRARY) -> dict[str, str]:
             for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
                 name = kernel_id(part.split(",")[0])
                 if name is not None:  # files are named without the architecture's suffix
-                    found[f"{arch}{'a' * name.startswith('fwd_sm90')}/{name}"] = part
+                    found[f"{arch}{'a' * ('sm90' in name)}/{name}"] = part
     return found
 
 

@@ -22,6 +22,20 @@ void set_tensors(FlashFwdParams& params, const Tensor& q, const Tensor& k, const
 // Kernels of the sm_80 class, or those for sm_90a.
 enum class Class { kSm80, kSm90 };
 
+// TMA has no rows that lie on top of each other.
+template <class Params>
+void check_for_tma(const Params& params) {
+  const FlashProblem& p = params.problem;
+  const auto check_rows = [](const TensorRef& t, const char* name, int64_t rows) {
+    STD_TORCH_CHECK(t.seq_stride != 0 || rows <= 1, "attnforge_native: rows of ", name,
+                    " must not be broadcast, TMA cannot read them; their stride is 0");
+  };
+  const int64_t rows = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
+  const int64_t keys = p.cu_seqlens_k == nullptr ? p.seqlen_k : p.total_k;
+  check_rows(params.q, "q", rows), check_rows(params.k, "k", keys), check_rows(params.v, "v", keys);
+  if constexpr (requires { params.dout; }) check_rows(params.dout, "dout", rows);
+}
+
 template <Class kClass>
 int launch_fwd(const FlashFwdParams& params, void* stream) {
   if constexpr (kClass == Class::kSm80) {
@@ -30,16 +44,10 @@ int launch_fwd(const FlashFwdParams& params, void* stream) {
     });
   }
 #if defined(ATTNFORGE_SM90A)
-  // TMA has no rows that lie on top of each other.
-  const FlashProblem& p = params.problem;
-  const bool apart = (params.k.seq_stride != 0 && params.v.seq_stride != 0) ||
-                     (p.cu_seqlens_k == nullptr ? p.seqlen_k : p.total_k) <= 1;
-  const int64_t rows = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
-  STD_TORCH_CHECK(
-      apart && (params.q.seq_stride != 0 || rows <= 1),
-      "attnforge_native::cuda_flash_fwd_sm90: rows of q, k and v must not be broadcast");
-  if (p.dtype == DType::kFloat16) return flash_fwd_sm90<DType::kFloat16>(params, stream);
-  if (p.dtype == DType::kBFloat16) return flash_fwd_sm90<DType::kBFloat16>(params, stream);
+  check_for_tma(params);
+  const DType dtype = params.problem.dtype;
+  if (dtype == DType::kFloat16) return flash_fwd_sm90<DType::kFloat16>(params, stream);
+  if (dtype == DType::kBFloat16) return flash_fwd_sm90<DType::kBFloat16>(params, stream);
 #endif
   return kNoKernel;
 }
@@ -92,6 +100,24 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
         "cuda_flash_decode");
 }
 
+template <Class kClass, DType kDType>
+int launch_bwd(const FlashBwdParams& params, void* stream) {
+  if (const int error = flash_delta<kDType>(params, stream)) return error;
+  if constexpr (kClass == Class::kSm80) {
+    const int error = flash_dkdv<kDType>(params, stream);
+    return error != 0 ? error : flash_dq<kDType>(params, stream);
+  }
+#if defined(ATTNFORGE_SM90A)
+  if constexpr (kClass == Class::kSm90 && kDType != DType::kFloat32) {
+    check_for_tma(params);
+    const int error = flash_dkdv_sm90<kDType>(params, stream);
+    return error != 0 ? error : flash_dq_sm90<kDType>(params, stream);
+  }
+#endif
+  return kNoKernel;
+}
+
+template <Class kClass>
 void bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
          const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& out_lo,
          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -114,15 +140,10 @@ void bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const 
   params.lse = stat(lse);
   if (dlse) params.dlse = stat(*dlse);
   params.delta = stat(delta);
-  check(with_dtype(p.dtype,
-                   [&]<DType kDType>() {
-                     for (auto* kernel :
-                          {flash_delta<kDType>, flash_dkdv<kDType>, flash_dq<kDType>}) {
-                       if (const int error = kernel(params, stream_of(stream))) return error;
-                     }
-                     return 0;
-                   }),
-        "cuda_flash_bwd");
+  check(with_dtype(
+            p.dtype,
+            [&]<DType kDType>() { return launch_bwd<kClass, kDType>(params, stream_of(stream)); }),
+        kClass == Class::kSm80 ? "cuda_flash_bwd" : "cuda_flash_bwd_sm90");
 }
 
 void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse,
@@ -164,6 +185,12 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
   "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int " \
   "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()"
 
+#define ATTNFORGE_BWD                                                                          \
+  "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? " \
+  "out_lo, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS                                                 \
+  "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, int max_seqlen_q, int "      \
+  "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
   m.def("cuda_flash_fwd" ATTNFORGE_FWD);
   m.def("cuda_flash_fwd_sm90" ATTNFORGE_FWD);
@@ -171,12 +198,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
       "cuda_flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS
       "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES
       "int split_keys, int stream) -> ()");
-  m.def(
-      "cuda_flash_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, "
-      "Tensor? out_lo, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, int max_seqlen_q, "
-      "int max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
+  m.def("cuda_flash_bwd" ATTNFORGE_BWD);
+  m.def("cuda_flash_bwd_sm90" ATTNFORGE_BWD);
   m.def(
       "cuda_merge_states(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse, "
       "bool inf_is_empty, int stream) -> ()");
@@ -187,7 +210,8 @@ STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
   m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm80>));
   m.impl("cuda_flash_fwd_sm90", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm90>));
   m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode));
-  m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd));
+  m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd<attnforge::cuda::Class::kSm80>));
+  m.impl("cuda_flash_bwd_sm90", TORCH_BOX(&attnforge::cuda::bwd<attnforge::cuda::Class::kSm90>));
   m.impl("cuda_merge_states", TORCH_BOX(&attnforge::cuda::merge));
 }
 

@@ -48,6 +48,12 @@ def test_right_kernels_pass(kind: str, group: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("group", ["", SOFTCAP, "packed sequences"])
+def test_the_right_backward_for_sm90a_passes(group: str) -> None:
+    assert shared.check(CUDA, "flash.bwd", group, torch.bfloat16, CPU, "bwd_sm90") is None
+
+
+@pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize(
     ("kind", "group"),
     [

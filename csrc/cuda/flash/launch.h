@@ -1,6 +1,6 @@
-// Launchers of the flash kernels, of the sm_80 class but for one. They launch on the current
-// device, allocate nothing, wait for nothing, and may be captured into a graph. They return a
-// cudaError_t as int, or kNoKernel for head dims that no kernel has room for.
+// Launchers of the flash kernels, of the sm_80 class but for those that say sm90. They launch on
+// the current device, allocate nothing, wait for nothing, and may be captured into a graph. They
+// return a cudaError_t as int, or kNoKernel for head dims that no kernel has room for.
 #pragma once
 
 #include "attnforge/params.h"
@@ -58,6 +58,20 @@ template <>
 int flash_fwd_sm90<DType::kFloat16>(const FlashFwdParams&, void*);
 template <>
 int flash_fwd_sm90<DType::kBFloat16>(const FlashFwdParams&, void*);
+
+// The backward for sm_90a, after flash_delta: head dims up to 128.
+template <DType kDType>
+int flash_dkdv_sm90(const FlashBwdParams& params, void* stream);
+template <DType kDType>
+int flash_dq_sm90(const FlashBwdParams& params, void* stream);
+template <>
+int flash_dkdv_sm90<DType::kFloat16>(const FlashBwdParams&, void*);
+template <>
+int flash_dkdv_sm90<DType::kBFloat16>(const FlashBwdParams&, void*);
+template <>
+int flash_dq_sm90<DType::kFloat16>(const FlashBwdParams&, void*);
+template <>
+int flash_dq_sm90<DType::kBFloat16>(const FlashBwdParams&, void*);
 
 // fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is
 // nothing.

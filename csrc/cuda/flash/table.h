@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/flash/sm90/bwd_tiles.h"
 #include "cuda/flash/tiles.h"
 #include "cuda/paged/tiles.h"
 
@@ -55,6 +56,12 @@ inline std::vector<KernelRow> kernel_table() {
   for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
     for (HeadDims dims : kHeadDims) {
       for (bool features : {false, true}) rows.push_back({"fwd_sm90", dtype, dims, features});
+    }
+    for (int index : kSm90BwdDims) {
+      for (bool features : {false, true}) {
+        rows.push_back({"dkdv_sm90", dtype, kHeadDims[index], features});
+        rows.push_back({"dq_sm90", dtype, kHeadDims[index], features});
+      }
     }
   }
 #endif

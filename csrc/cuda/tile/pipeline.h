@@ -1,12 +1,13 @@
 // Stages of shared memory between one producer thread, which fills them by TMA, and the warps of
 // the consumers: two mbarriers per stage, `full` (its bytes have landed) and `empty` (every
-// consumer warp has released it).
+// consumer warp has released it). Other producer warps may fill a part of each stage by stores.
 //
 // Both sides count what passes through: use n is in stage n % kStages, for the n / kStages-th time,
 // whose parity is what each waits for. The first uses find their stages empty.
 #pragma once
 
 #include "cuda/ptx/mbarrier.h"
+#include "cuda/ptx/sync.h"
 #include "cuda/ptx/warp.h"
 
 namespace attnforge::cuda {
@@ -24,9 +25,9 @@ struct Pipeline {
   AF_DEVICE uint32_t empty(int n) const { return full(n) + 8 * kStages; }
 
   // By one thread; then ptx::fence_mbarrier_init and a barrier of the block.
-  AF_DEVICE void init(uint32_t consumer_warps AF_SITE) const {
+  AF_DEVICE void init(uint32_t consumer_warps, uint32_t producers = 1 AF_SITE) const {
     for (int n = 0; n < kStages; ++n) {
-      ptx::mbarrier_init(full(n), 1 AF_PASS_SITE);
+      ptx::mbarrier_init(full(n), producers AF_PASS_SITE);
       ptx::mbarrier_init(empty(n), consumer_warps AF_PASS_SITE);
     }
   }
@@ -34,8 +35,17 @@ struct Pipeline {
   // Producer: waits until the stage of use n is free, and announces its bytes. The copies complete
   // on full(n).
   AF_DEVICE void acquire(int n, uint32_t bytes AF_SITE) const {
-    ptx::mbarrier_wait(empty(n), parity(n) ^ 1 AF_PASS_SITE);
+    await_empty(n AF_PASS_SITE);
     ptx::mbarrier_arrive_expect(full(n), bytes AF_PASS_SITE);
+  }
+
+  // A producer warp that stores: waits until the stage of use n is free, and shows its stores.
+  AF_DEVICE void await_empty(int n AF_SITE) const {
+    ptx::mbarrier_wait(empty(n), parity(n) ^ 1 AF_PASS_SITE);
+  }
+  AF_DEVICE void publish(int n AF_SITE) const {
+    ptx::sync_warp(ptx::kFullWarp AF_PASS_SITE);
+    if (ptx::lane_id() == 0) ptx::mbarrier_arrive(full(n) AF_PASS_SITE);
   }
 
   // Consumer: the bytes of use n are there. Every thread that touches them waits.

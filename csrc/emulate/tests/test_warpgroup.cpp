@@ -226,6 +226,71 @@ EMULATOR_TEST(stage_released_before_its_last_read) {
   expect_report([] { run_pass_through<Slip::kEarlyRelease>(); }, {"shared memory at byte"});
 }
 
+// A stage with two parts: one thread loads the first, another warp stores the second.
+template <bool kWaits>
+__global__ void pass_parts_through(const float* x, int uses, float* sums) {
+  using Team = Consumers<1>;
+  const Pipeline<2> pipe = {ptx::dynamic_shared_memory()};
+  const auto slot = [&](int n) { return pipe.base + 128 + 256 * pipe.stage(n); };
+  if (threadIdx.x == 0) {
+    pipe.init(Team::kWarps, 2);
+    ptx::fence_mbarrier_init();
+  }
+  ptx::sync_threads();
+  const uint32_t lane = ptx::lane_id();
+  if (Team::producing()) {
+    for (int n = 0; n < uses; ++n) {
+      if (threadIdx.x == 0) {
+        pipe.acquire(n, 128);
+        ptx::bulk_load(slot(n), x + 32 * n, 128, pipe.full(n));
+      } else if (warp_id() == 1) {
+        if (kWaits) pipe.await_empty(n);
+        ptx::store_shared(slot(n) + 128 + 4 * lane, x[32 * n + lane] + 1.0f);
+        pipe.publish(n);
+      }
+    }
+    return;
+  }
+  float sum = 0.0f;
+  for (int n = 0; n < uses; ++n) {
+    pipe.wait(n);
+    sum += ptx::load_shared<float>(slot(n) + 4 * lane) +
+           ptx::load_shared<float>(slot(n) + 128 + 4 * (31 - lane));
+    ptx::sync_warp();
+    pipe.release(n);
+  }
+  sums[Team::rank()] = sum;
+}
+
+template <bool kWaits>
+void run_pass_parts_through() {
+  constexpr int kUses = 7;
+  const auto x = numbers<float>(32 * kUses + 4, 9);
+  const float* aligned = x.data();
+  while (reinterpret_cast<uintptr_t>(aligned) % 16) ++aligned;
+  std::vector<float> sums(128);
+  ATTNFORGE_LAUNCH(pass_parts_through<kWaits>, dim3(1), dim3(256), 128 + 2 * 256, nullptr, aligned,
+                   kUses, sums.data());
+  for (int i = 0; i < 128; ++i) {
+    float sum = 0.0f;
+    for (int n = 0; n < kUses; ++n) {
+      sum += aligned[32 * n + i % 32] + (aligned[32 * n + 31 - i % 32] + 1.0f);
+    }
+    REQUIRE(sums[i] == sum);
+  }
+}
+
+EMULATOR_TEST(stages_wait_for_every_producer) {
+  for (uint64_t n = 0; n < 3; ++n) {
+    emulate::set_options(emulate::testing::seeded(n, 5));
+    run_pass_parts_through<true>();
+  }
+}
+
+EMULATOR_TEST(stage_stored_into_while_it_is_read) {
+  expect_report([] { run_pass_parts_through<false>(); }, {"shared memory at byte"});
+}
+
 template <int kGroups>
 __global__ void take_turns(int turns, uint32_t* ticket, uint32_t* order) {
   using Team = Consumers<kGroups>;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec, Predicate
 
-__all__ = ["HEAD_DIMS", "SPECS"]
+__all__ = ["BWD_DIMS_SM90", "HEAD_DIMS", "SPECS"]
 
 # What tiles are padded to: (head_dim, v_head_dim), as csrc/cuda/flash/tiles.h lists them.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+BWD_DIMS_SM90 = ((64, 64), (128, 128))  # the same of the backward for sm_90a
 _SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _TILE = 64  # keys: splits have at least so many
 
@@ -104,6 +106,20 @@ def bwd(
     dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
 ) -> None:
     """Launcher of ``flash_bwd``; dsinks is summed here from delta."""
+    _bwd("flash_bwd", _rows, dout, dlse, tape, p, grads)
+
+
+def bwd_sm90(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: FlashParams, grads: FlashGrads
+) -> None:
+    """Launcher of ``flash_bwd`` for sm_90a, where TMA reads ``dout``, ``q``, ``k`` and ``v``."""
+    _bwd("flash_bwd_sm90", _rows_apart, dout, dlse, tape, p, grads)
+
+
+def _bwd(
+    name: str, rows: Callable[[Tensor], Tensor], dout: Tensor, dlse: Tensor | None,
+    tape: FlashTape, p: FlashParams, grads: FlashGrads,
+) -> None:  # fmt: skip
     q, k, v, out, lse, out_lo = tape
     dq, dk, dv, dsinks = grads[:4]
     if p.cu_seqlens_q is not None or q.numel() == 0:  # rows and slots of no sequence
@@ -114,8 +130,8 @@ def bwd(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     with _on(q.device):
-        _operator("flash_bwd")(
-            _rows(dout), _contiguous(dlse), *map(_rows, (q, k, v, out)), lse,
+        _operator(name)(
+            rows(dout), _contiguous(dlse), *map(rows, (q, k, v)), _rows(out), lse,
             _rows(out_lo) if out_lo.dim() > 1 else None, *map(_contiguous, p[:5]), dq, dk, dv,
             delta, p.max_seqlen_q, p.max_seqlen_k, *_scores(p), _stream(q.device),
         )  # fmt: skip
@@ -163,14 +179,13 @@ def _sm90_unavailable() -> str | None:
 
 
 _HALVES = (torch.bfloat16, torch.float16)
-_SHAPES = (
-    Dim("head_dim", 8, 256, 8),
-    Dim("v_head_dim", 8, 256, 8),
-    Features(
-        *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
-    ),
+_CALLS = Features(
+    *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
 )
+_SHAPES = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 256, 8), _CALLS)
+_SHAPES_128 = (Dim("head_dim", 8, 128, 8), Dim("v_head_dim", 8, 128, 8), _CALLS)  # BWD_DIMS_SM90
 _LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
+_LIBRARY_SM90 = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
 _SM80 = (Device("cuda"), Arch(80), Dtypes(torch.float32, *_HALVES))
 _SM90 = (Device("cuda"), Arch(90, 90), Dtypes(*_HALVES))
 
@@ -199,7 +214,10 @@ SPECS = (
     _spec("merge", "merge_states", "a warp per row, parts added in order", (*_SM80, _LIBRARY)),
     _spec(
         "fwd", "flash_fwd", "TMA and wgmma, persistent, a producer and two consumer warpgroups",
-        (*_SM90, *_SHAPES, Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)),
-        "sm90", 45.0,
+        (*_SM90, *_SHAPES, _LIBRARY_SM90), "sm90", 45.0,
+    ),
+    _spec(
+        "bwd", "flash_bwd", "TMA and wgmma, dK and dV apart from dQ, one owner per sum, no atomics",
+        (*_SM90, *_SHAPES_128, _LIBRARY_SM90), "sm90", 45.0,
     ),
 )  # fmt: skip
