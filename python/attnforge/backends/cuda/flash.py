@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from attnforge import _native_cuda
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec, Predicate
 
-__all__ = ["HEAD_DIMS", "SPECS"]
+__all__ = ["DECODE_DIMS", "FP8_DIMS", "HEAD_DIMS", "SPECS"]
 
 # What tiles are padded to: (head_dim, v_head_dim), as csrc/cuda/flash/tiles.h lists them.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+# The same of the decode for sm_90a (csrc/cuda/flash/sm90/decode_tiles.h); the last is latent.
+DECODE_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
+FP8_DIMS = ((64, 64), (128, 128), (256, 256))  # csrc/cuda/flash/sm90/fp8_tiles.h
 _SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _TILE = 64  # keys: splits have at least so many
 
@@ -83,6 +86,24 @@ def fwd_sm90(
     _fwd("flash_fwd_sm90", q, k, v, p, out, lse, out_lo)
 
 
+def fwd_fp8_sm90(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd`` for sm_90a and e4m3; ``out_lo`` is empty, there is no backward."""
+    if p.cu_seqlens_q is not None:  # rows of no sequence
+        lse.fill_(-math.inf)
+        out.zero_()
+    if out.numel() == 0:
+        return
+    q, k, v = map(_rows_apart, (q, k, v))
+    descales = map(_contiguous, (p.score_mods.qk_descale, p.score_mods.v_descale))
+    with _on(q.device):
+        _operator("flash_fwd_fp8_sm90")(
+            q, k, v, *map(_contiguous, p[:5]), out, lse, *descales, p.max_seqlen_q,
+            p.max_seqlen_k, *_scores(p), _stream(q.device),
+        )  # fmt: skip
+
+
 def _fwd(
     name: str, q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor,
     out_lo: Tensor,
@@ -127,6 +148,24 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
 ) -> None:
     """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
+    q, k, v = map(_rows, (q, k, v))
+    _decode("flash_decode", q, k, v, p, out, lse, num_splits)
+
+
+def decode_sm90(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """The same for sm_90a. A latent ``v``, the first channels of ``k``, is that of a copy too."""
+    latent = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+    q, k, width = _rows(q), _rows_apart(k), v.shape[-1]
+    v = k[..., :width] if latent and width <= k.shape[-1] else _rows_apart(v)
+    _decode("flash_decode_sm90", q, k, v, p, out, lse, num_splits)
+
+
+def _decode(
+    name: str, q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor,
+    num_splits: int,
+) -> None:  # fmt: skip
     if out.numel() == 0:
         return
     keys = max(1, k.shape[1])
@@ -137,8 +176,8 @@ def decode(
         stats = lse.new_empty((splits, *lse.shape))
     with _on(q.device):
         stream = _stream(q.device)
-        _operator("flash_decode")(
-            *map(_rows, (q, k, v)), *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
+        _operator(name)(
+            q, k, v, *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
             0 if num_splits > 0 else _SPLIT, stream,
         )  # fmt: skip
         if splits > 1:
@@ -163,16 +202,19 @@ def _sm90_unavailable() -> str | None:
 
 
 _HALVES = (torch.bfloat16, torch.float16)
-_SHAPES = (
-    Dim("head_dim", 8, 256, 8),
-    Dim("v_head_dim", 8, 256, 8),
-    Features(
-        *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
-    ),
+_PLAIN = Features(
+    *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
 )
+_SHAPES = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 256, 8), _PLAIN)
+_LONG_SHAPES = (Dim("head_dim", 8, 576, 8), Dim("v_head_dim", 8, 512, 8), _PLAIN)
 _LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
 _SM80 = (Device("cuda"), Arch(80), Dtypes(torch.float32, *_HALVES))
 _SM90 = (Device("cuda"), Arch(90, 90), Dtypes(*_HALVES))
+_FP8 = (
+    Device("cuda"), Arch(90, 90), Dtypes(FLOAT8), Dim("q_bytes", 1, 1),
+    Dim("head_dim", 16, 256, 16), Dim("v_head_dim", 16, 256, 16), _PLAIN,
+)  # fmt: skip
+_SM90_LIBRARY = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
 
 
 def _spec(
@@ -199,7 +241,14 @@ SPECS = (
     _spec("merge", "merge_states", "a warp per row, parts added in order", (*_SM80, _LIBRARY)),
     _spec(
         "fwd", "flash_fwd", "TMA and wgmma, persistent, a producer and two consumer warpgroups",
-        (*_SM90, *_SHAPES, Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)),
-        "sm90", 45.0,
+        (*_SM90, *_SHAPES, _SM90_LIBRARY), "sm90", 45.0,
+    ),
+    _spec(
+        "fwd", "flash_fwd", "e4m3 products, P as two terms, V transposed in the producer's warps",
+        (*_FP8, _SM90_LIBRARY), "fp8_sm90", 45.0,
+    ),
+    _spec(
+        "decode", "flash_decode", "TMA and wgmma, 64 rows of a group, a latent V is not loaded",
+        (*_SM90, *_LONG_SHAPES, _SM90_LIBRARY), "sm90", 45.0,
     ),
 )  # fmt: skip
