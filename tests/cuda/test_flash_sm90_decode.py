@@ -6,7 +6,6 @@ Every launch has another random schedule. Tiles have 64 rows, and 64 or 32 keys.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest

@@ -219,7 +219,7 @@ _SM90_LIBRARY = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
 
 def _spec(
     kind: str, op: str, notes: str, requires: tuple[Predicate, ...] = (*_SM80, *_SHAPES, _LIBRARY),
-    arch: str = "sm80", score: float = 40.0,
+    arch: str = "sm80", score: float = 40.0, test: str = "",
 ) -> KernelSpec:  # fmt: skip
     # Scores are below Triton's 50: proved under the host emulator, not run on a GPU yet.
     launcher = kind if arch == "sm80" else f"{kind}_{arch}"
@@ -228,7 +228,7 @@ def _spec(
         op=op,
         backend="cuda",
         launch=f"{__name__}:{launcher}",
-        requires=(*requires, SelfTest(f"flash.{kind}", launcher)),
+        requires=(*requires, SelfTest(f"flash.{test or kind}", launcher)),
         score=score,
         notes=notes,
     )
@@ -249,6 +249,6 @@ SPECS = (
     ),
     _spec(
         "decode", "flash_decode", "TMA and wgmma, 64 rows of a group, a latent V is not loaded",
-        (*_SM90, *_LONG_SHAPES, _SM90_LIBRARY), "sm90", 45.0,
+        (*_SM90, *_LONG_SHAPES, _SM90_LIBRARY), "sm90", 45.0, "latent_decode",
     ),
 )  # fmt: skip
