@@ -74,7 +74,7 @@ def kernel_id(symbol: str) -> str | None:
 def hot_spills(sass: str) -> int:
     """Accesses to local memory inside the loop that holds most products; 0 without one.
 
-    Loops over HGMMA lie in the loop of a persistent kernel: the innermost counts.
+    Loops over HGMMA, or QGMMA of e4m3, lie in the loop of a persistent kernel: the innermost counts.
     """
     lines = sass.splitlines()
     first = {m[1]: n for n, x in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", x))}
@@ -84,7 +84,7 @@ def hot_spills(sass: str) -> int:
         start = first.get(branch[1], number) if branch else number
         if start < number:
             body = "\n".join(lines[start:number])
-            rank = len(re.findall(r"\bHMMA\b", body)) or ("HGMMA" in body) / (number - start)
+            rank = len(re.findall(r"\bHMMA\b", body)) or ("GMMA" in body) / (number - start)
             best = max(best, (rank, len(re.findall(r"\b(?:LDL|STL)\b", body))))
     return best[1] if best[0] else 0
 

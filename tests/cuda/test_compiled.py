@@ -114,8 +114,10 @@ def test_sm90a_kernels_use_what_that_gpu_has(
     hopper: dict[str, str], table: dict[str, dict[str, int]]
 ) -> None:
     for name, text in hopper.items():
-        used = set(re.findall(r"\b(HGMMA|UTMALDG|SYNCS|USETMAXREG|HMMA|LDGSTS)\b", text))
-        assert used == {"HGMMA", "UTMALDG", "SYNCS", "USETMAXREG"}, name
+        used = set(re.findall(r"\b(HGMMA|QGMMA|UTMALDG|SYNCS|USETMAXREG|HMMA|LDGSTS)\b", text))
+        product = "QGMMA" if ".fp8." in name else "HGMMA"
+        rows = {"LDGSTS"} if re.search(r"/(decode|latent)_sm90\.", name) else set()  # of Q
+        assert used == {product, "UTMALDG", "SYNCS", "USETMAXREG"} | rows, name
         assert table[name]["hot_spills"] == 0, name
 
 
@@ -138,8 +140,8 @@ def test_roles_stay_inside_their_registers(hopper: dict[str, str]) -> None:
         _, producer, consumers = re.split(r"\bUSETMAXREG\b", text)
         assert "UTMALDG" in producer, name
         assert "UTMALDG" not in consumers, name
-        assert "HGMMA" not in producer, name
-        assert "HGMMA" in consumers, name
+        assert "GMMA" not in producer, name
+        assert "GMMA" in consumers, name
         for part, most in zip((producer, consumers), registers_of(name), strict=True):
             assert max(map(int, re.findall(r"\bR(\d+)\b", part))) < most, name
 

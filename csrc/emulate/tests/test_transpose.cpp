@@ -1,5 +1,6 @@
 // Transposition of e4m3 tiles and their second product (csrc/cuda/tile/transpose.h), each alone.
 #include "cuda/ptx/memory.h"
+#include "cuda/ptx/sync.h"
 #include "cuda/tile/transpose.h"
 #include "testing.h"
 

@@ -20,7 +20,7 @@ from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
-from attnforge.registry.spec import KernelSpec, Predicate
+from attnforge.registry.spec import KernelSpec, Predicate, Request
 
 __all__ = ["DECODE_DIMS", "FP8_DIMS", "HEAD_DIMS", "SPECS"]
 
@@ -201,6 +201,16 @@ def _sm90_unavailable() -> str | None:
     return why
 
 
+class _Float8Queries:
+    """Beside fp8 k and v, q is fp8 too; the request has ``q_bytes`` where it is another dtype."""
+
+    def __call__(self, request: Request, /) -> str | None:
+        return None if request.dim("q_bytes") is None else "q is wider than k and v"
+
+    def __str__(self) -> str:
+        return "q of the same dtype"
+
+
 _HALVES = (torch.bfloat16, torch.float16)
 _PLAIN = Features(
     *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
@@ -211,7 +221,7 @@ _LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
 _SM80 = (Device("cuda"), Arch(80), Dtypes(torch.float32, *_HALVES))
 _SM90 = (Device("cuda"), Arch(90, 90), Dtypes(*_HALVES))
 _FP8 = (
-    Device("cuda"), Arch(90, 90), Dtypes(FLOAT8), Dim("q_bytes", 1, 1),
+    Device("cuda"), Arch(90, 90), Dtypes(FLOAT8), _Float8Queries(),
     Dim("head_dim", 16, 256, 16), Dim("v_head_dim", 16, 256, 16), _PLAIN,
 )  # fmt: skip
 _SM90_LIBRARY = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
