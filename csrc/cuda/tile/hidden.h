@@ -42,12 +42,13 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
 template <class Team, class Tile, class Counts>
 AF_DEVICE bool tame(const Tile& tile, const Counts& counts AF_SITE) {
   using S = Share<Team, Tile>;
+  constexpr bool kRoom = Tile::kChunks * Tile::kPerChunk > Tile::kDim;  // of a last panel
   bool wild = false;
 #pragma unroll 1
   for (int i = 0; i < S::kPasses * S::kSegments; ++i) {
     const int row = S::own_row() + i / S::kSegments * S::kPass;
     const int c = i % S::kSegments * S::kPeriod + S::own_chunk();
-    if (!S::inside(row) || c * Tile::kPerChunk >= Tile::kDim) continue;  // a panel may have room
+    if (!S::inside(row) || (kRoom && c * Tile::kPerChunk >= Tile::kDim)) continue;
     const uint32_t address = tile.chunk(row, c);
     auto chunk = ptx::load_shared<ptx::U32x4>(address AF_PASS_SITE);
     if (tame_chunk<typename Tile::Element>(chunk)) {
