@@ -78,8 +78,10 @@ struct Sm90Decode {
   // By all threads of the block, before the roles part.
   AF_DEVICE void start() const {
     if (threadIdx.x == 0) {
-      ptx::prefetch_tensor_map(&maps.k);
-      ptx::prefetch_tensor_map(&maps.v);
+      if (count() > 0) {  // else there may be no map
+        ptx::prefetch_tensor_map(&maps.k);
+        ptx::prefetch_tensor_map(&maps.v);
+      }
       stages().init(Team::kWarps);
       ptx::fence_mbarrier_init();
     }
