@@ -22,10 +22,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "cuda" / "budgets.json"
 LIBRARY = ROOT / "python" / "attnforge" / "lib" / "libattnforge_cuda.so"
-DTYPES = ("fp32", "fp16", "bf16")  # of enum DType
+DTYPES = ("fp32", "fp16", "bf16", "fp8")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
 PAGED_DIMS = ("64x64", "128x128", "256x256")  # of kPagedDims
+SM90_DECODE_DIMS = ("64x64", "128x128", "192x128", "256x256", "576x512")  # of kSm90DecodeDims
+SM90_FP8_DIMS = ("64x64", "128x128", "256x256")  # of kSm90Fp8Dims
 
 Row = dict[str, int]
 
@@ -46,6 +48,14 @@ def kernel_id(symbol: str) -> str | None:
         kind, dtype, dims, codes = paged.groups()
         name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
         return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
+    decode = re.search(r"Sm90DecodeCaseILN\w*?5DTypeE(\d)ELi(\d)ELb(\d)E", symbol)
+    if decode is not None:
+        dtype, dims, latent = map(int, decode.groups())
+        kind = "latent_sm90" if latent else "decode_sm90"
+        return f"{kind}.{DTYPES[dtype]}.d{SM90_DECODE_DIMS[dims]}.features"
+    fp8 = re.search(r"Sm90Fp8CaseILi(\d)E", symbol)
+    if fp8 is not None:
+        return f"fwd_sm90.fp8.d{SM90_FP8_DIMS[int(fp8[1])]}.features"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90|Sm90Bwd)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None
@@ -65,7 +75,7 @@ def kernel_id(symbol: str) -> str | None:
 def hot_spills(sass: str) -> int:
     """Accesses to local memory inside the loop that holds most products; 0 without one.
 
-    Loops over HGMMA lie in the loop of a persistent kernel: the innermost counts.
+    Loops over HGMMA, or QGMMA of e4m3, lie in the loop of a persistent kernel: the innermost counts.
     """
     lines = sass.splitlines()
     first = {m[1]: n for n, x in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", x))}
@@ -75,7 +85,7 @@ def hot_spills(sass: str) -> int:
         start = first.get(branch[1], number) if branch else number
         if start < number:
             body = "\n".join(lines[start:number])
-            rank = len(re.findall(r"\bHMMA\b", body)) or ("HGMMA" in body) / (number - start)
+            rank = len(re.findall(r"\bHMMA\b", body)) or ("GMMA" in body) / (number - start)
             best = max(best, (rank, len(re.findall(r"\b(?:LDL|STL)\b", body))))
     return best[1] if best[0] else 0
 
@@ -111,7 +121,7 @@ def code(library: Path = LIBRARY) -> dict[str, str]:
             for part in re.split(r"\.section\s+\.text\.", _run("nvdisasm", "-c", cubin))[1:]:
                 name = kernel_id(part.split(",")[0])
                 if name is not None:  # files are named without the architecture's suffix
-                    found[f"{arch}{'a' * ('sm90' in name)}/{name}"] = part
+                    found[f"{arch}{'a' * ('_sm90.' in name)}/{name}"] = part
     return found
 
 

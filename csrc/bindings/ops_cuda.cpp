@@ -22,9 +22,9 @@ void set_tensors(FlashFwdParams& params, const Tensor& q, const Tensor& k, const
 // Kernels of the sm_80 class, or those for sm_90a.
 enum class Class { kSm80, kSm90 };
 
-// TMA has no rows that lie on top of each other.
+// TMA has no rows that lie on top of each other. with_q: it loads Q too.
 template <class Params>
-void check_for_tma(const Params& params) {
+void check_for_tma(const Params& params, bool with_q = true) {
   const FlashProblem& p = params.problem;
   const auto check_rows = [](const TensorRef& t, const char* name, int64_t rows) {
     STD_TORCH_CHECK(t.seq_stride != 0 || rows <= 1, "attnforge_native: rows of ", name,
@@ -32,7 +32,8 @@ void check_for_tma(const Params& params) {
   };
   const int64_t rows = p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q;
   const int64_t keys = p.cu_seqlens_k == nullptr ? p.seqlen_k : p.total_k;
-  check_rows(params.q, "q", rows), check_rows(params.k, "k", keys), check_rows(params.v, "v", keys);
+  if (with_q) check_rows(params.q, "q", rows);
+  check_rows(params.k, "k", keys), check_rows(params.v, "v", keys);
   if constexpr (requires { params.dout; }) check_rows(params.dout, "dout", rows);
 }
 
@@ -70,7 +71,55 @@ void fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor
         kClass == Class::kSm80 ? "cuda_flash_fwd" : "cuda_flash_fwd_sm90");
 }
 
+// q, k, v e4m3; out of any other dtype. qk_descale, v_descale: fp32 [B, Hk].
+void fwd_fp8(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+             const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k,
+             const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
+             const Tensor& lse, const OptionalTensor& qk_descale, const OptionalTensor& v_descale,
+             int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, int64_t window_left,
+             int64_t window_right, double softcap, int64_t stream) {
+  FlashFwdParams params;
+  FlashProblem& p = params.problem;
+  p = problem(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sinks, max_seqlen_q,
+              max_seqlen_k, {softmax_scale, window_left, window_right, softcap, true});
+  if (empty(p)) return;
+  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v"), check_aligned(out, "out");
+  params.q = ref(q, DType::kFloat8), params.k = ref(k, DType::kFloat8);
+  params.v = ref(v, DType::kFloat8);
+  p.out_dtype = dtype_of(out);
+  params.out = ref(out, p.out_dtype);
+  params.lse = stat(lse);
+  const int64_t factors = p.batch * p.heads_k;
+  STD_TORCH_CHECK((!qk_descale || qk_descale->numel() == factors) &&
+                      (!v_descale || v_descale->numel() == factors),
+                  "attnforge_native::cuda_flash_fwd_fp8_sm90: descales must be [batch, kv heads]");
+  p.mods.qk_descale = data<float>(qk_descale, ScalarType::Float);
+  p.mods.v_descale = data<float>(v_descale, ScalarType::Float);
+  int error = kNoKernel;
+#if defined(ATTNFORGE_SM90A)
+  check_for_tma(params);
+  error = flash_fwd_fp8_sm90(params, stream_of(stream));
+#endif
+  check(error, "cuda_flash_fwd_fp8_sm90");
+}
+
+template <Class kClass>
+int launch_decode(const FlashFwdParams& params, const SplitParams& splits, void* stream) {
+  const DType dtype = params.problem.dtype;
+  if constexpr (kClass == Class::kSm80) {
+    return with_dtype(dtype,
+                      [&]<DType kDType>() { return flash_decode<kDType>(params, splits, stream); });
+  }
+#if defined(ATTNFORGE_SM90A)
+  check_for_tma(params, false);
+  if (dtype == DType::kFloat16) return flash_decode_sm90<DType::kFloat16>(params, splits, stream);
+  if (dtype == DType::kBFloat16) return flash_decode_sm90<DType::kBFloat16>(params, splits, stream);
+#endif
+  return kNoKernel;
+}
+
 // parts, part_lses: fp32 [splits, B, Sq, Hq, Dv] and [splits, B, Hq, Sq] for several splits.
+template <Class kClass>
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& seqused_k,
             const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, const Tensor& out,
             const Tensor& lse, const OptionalTensor& parts, const OptionalTensor& part_lses,
@@ -93,11 +142,8 @@ void decode(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
     splits.keys = split_keys;
     set_parts(splits, *parts, *part_lses, p);
   }
-  check(with_dtype(p.dtype,
-                   [&]<DType kDType>() {
-                     return flash_decode<kDType>(params, splits, stream_of(stream));
-                   }),
-        "cuda_flash_decode");
+  check(launch_decode<kClass>(params, splits, stream_of(stream)),
+        kClass == Class::kSm80 ? "cuda_flash_decode" : "cuda_flash_decode_sm90");
 }
 
 template <Class kClass, DType kDType>
@@ -184,6 +230,10 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
   "(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS          \
   "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? out_lo, int max_seqlen_q, int " \
   "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()"
+#define ATTNFORGE_DECODE                                                                        \
+  "(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS                         \
+  "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES \
+  "int split_keys, int stream) -> ()"
 
 #define ATTNFORGE_BWD                                                                          \
   "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? " \
@@ -194,10 +244,12 @@ void merge(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
   m.def("cuda_flash_fwd" ATTNFORGE_FWD);
   m.def("cuda_flash_fwd_sm90" ATTNFORGE_FWD);
-  m.def(
-      "cuda_flash_decode(Tensor q, Tensor k, Tensor v, Tensor? seqused_k, " ATTNFORGE_EXTRAS
-      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? parts, Tensor(d!)? part_lses, " ATTNFORGE_SCORES
-      "int split_keys, int stream) -> ()");
+  m.def("cuda_flash_fwd_fp8_sm90(Tensor q, Tensor k, Tensor v, " ATTNFORGE_VARLEN ATTNFORGE_EXTRAS
+        "Tensor(a!) out, Tensor(b!) lse, Tensor? qk_descale, Tensor? v_descale, int max_seqlen_q, "
+        "int "
+        "max_seqlen_k, " ATTNFORGE_SCORES "int stream) -> ()");
+  m.def("cuda_flash_decode" ATTNFORGE_DECODE);
+  m.def("cuda_flash_decode_sm90" ATTNFORGE_DECODE);
   m.def("cuda_flash_bwd" ATTNFORGE_BWD);
   m.def("cuda_flash_bwd_sm90" ATTNFORGE_BWD);
   m.def(
@@ -209,7 +261,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
 STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
   m.impl("cuda_flash_fwd", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm80>));
   m.impl("cuda_flash_fwd_sm90", TORCH_BOX(&attnforge::cuda::fwd<attnforge::cuda::Class::kSm90>));
-  m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode));
+  m.impl("cuda_flash_fwd_fp8_sm90", TORCH_BOX(&attnforge::cuda::fwd_fp8));
+  m.impl("cuda_flash_decode", TORCH_BOX(&attnforge::cuda::decode<attnforge::cuda::Class::kSm80>));
+  m.impl("cuda_flash_decode_sm90",
+         TORCH_BOX(&attnforge::cuda::decode<attnforge::cuda::Class::kSm90>));
   m.impl("cuda_flash_bwd", TORCH_BOX(&attnforge::cuda::bwd<attnforge::cuda::Class::kSm80>));
   m.impl("cuda_flash_bwd_sm90", TORCH_BOX(&attnforge::cuda::bwd<attnforge::cuda::Class::kSm90>));
   m.impl("cuda_merge_states", TORCH_BOX(&attnforge::cuda::merge));

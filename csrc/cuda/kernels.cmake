@@ -7,9 +7,13 @@ set(cuda_dtypes kFloat32 kFloat16 kBFloat16)
 file(GLOB cuda_per_dtype CONFIGURE_DEPENDS
      "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu"
      "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu")
-# The kernels for sm_90a: code of that one architecture, of the 16-bit dtypes.
-file(GLOB cuda_sm90 CONFIGURE_DEPENDS "${cuda_dir}/flash/sm90/*.cu")
-set(cuda_sm90_dtypes kFloat16 kBFloat16)
+# The kernels for sm_90a: code of that one architecture, of the 16-bit dtypes or fp8.
+file(GLOB cuda_sm90_halves CONFIGURE_DEPENDS "${cuda_dir}/flash/sm90/*.cu")
+set(cuda_sm90_kFloat8 "${cuda_dir}/flash/sm90/fwd_fp8.cu")
+list(REMOVE_ITEM cuda_sm90_halves ${cuda_sm90_kFloat8})
+set(cuda_sm90_kFloat16 ${cuda_sm90_halves})
+set(cuda_sm90_kBFloat16 ${cuda_sm90_halves})
+set(cuda_sm90_dtypes kFloat16 kBFloat16 kFloat8)
 set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/paged/append.cu" "${cuda_dir}/paged/combine.cu"
     "${cuda_dir}/runtime.cu")
 set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
@@ -27,7 +31,7 @@ function(attnforge_cuda_library name with_sm90)
   endforeach()
   if(with_sm90)
     foreach(dtype IN LISTS cuda_sm90_dtypes)
-      add_library(${name}_sm90_${dtype} OBJECT ${cuda_sm90})
+      add_library(${name}_sm90_${dtype} OBJECT ${cuda_sm90_${dtype}})
       target_compile_definitions(${name}_sm90_${dtype} PRIVATE ATTNFORGE_DTYPE=${dtype})
       target_include_directories(${name}_sm90_${dtype} PRIVATE ${includes})
       set_target_properties(${name}_sm90_${dtype} PROPERTIES CUDA_ARCHITECTURES "90a-real")

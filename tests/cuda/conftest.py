@@ -75,7 +75,7 @@ def emulated(spec: KernelSpec) -> KernelSpec:
     """A spec of ``cuda`` as one of ``emulated`` or, for sm_90a, ``emulated90``."""
     elsewhere = (Device, Arch, Available)
     needs = tuple(need for need in spec.requires if not isinstance(need, elsewhere))
-    backend = "emulated90" if spec.id.endswith(".sm90") else "emulated"
+    backend = "emulated90" if spec.id.endswith("sm90") else "emulated"
     name = spec.id.replace("cuda.", f"{backend}.")
     return replace(spec, id=name, backend=backend, score=-1.0, requires=(Device("cpu"), *needs))
 

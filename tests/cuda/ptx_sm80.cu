@@ -72,6 +72,7 @@ __global__ void warp_and_math(const float* in, float* out, uint32_t* bits) {
   bits[0] = ptx::ballot(x > 0);
   bits[1] = ptx::any(x > 1) + ptx::all(x > 2);
   bits[2] = ptx::pack_bf16x2(x, 1) ^ ptx::pack_f16x2(x, 1) ^ ptx::tf32_from_float(x);
+  bits[7] = ptx::permute_bytes(bits[2], bits[1], 0x6420) + ptx::fma_f16x2(bits[2], bits[1], 1);
   bits[3] = ptx::bf16_from_float(x) + ptx::f16_from_float(x) + ptx::bits_of_float(x);
   x = ptx::fma(x, ptx::exp2_approx(x), ptx::log2_approx(x));
   x = ptx::max(ptx::rcp_approx(x), ptx::tanh_approx(x));

@@ -10,5 +10,6 @@ __global__ void e4m3(const uint32_t* in, float* out, uint32_t* bits) {
   float d[4] = {};
   ptx::mma_m16n8k32_e4m3(d, a, b);
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
-  bits[threadIdx.x] = ptx::f16x2_from_e4m3x2(ptx::pack_e4m3x2(d[0], d[1]));
+  const uint32_t pair = ptx::f16x2_from_e4m3x2(ptx::pack_e4m3x2(d[0], d[1]));
+  bits[threadIdx.x] = pair + ptx::e4m3x2_from_f16x2(ptx::fma_f16x2(pair, in[6], in[7]));
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnforge import _native_cuda
+from attnforge._params import FLOAT8
 from attnforge.backends import _selftest as shared
 from attnforge.backends import _selftest_paged
 from attnforge.backends.cuda import flash
@@ -51,6 +52,23 @@ def test_right_kernels_pass(kind: str, group: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group", ["", SOFTCAP, "packed sequences"])
 def test_the_right_backward_for_sm90a_passes(group: str) -> None:
     assert shared.check(CUDA, "flash.bwd", group, torch.bfloat16, CPU, "bwd_sm90") is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(
+    ("kind", "group", "dtype", "launcher"),
+    [
+        ("latent_decode", "", torch.bfloat16, "decode_sm90"),
+        ("latent_decode", SOFTCAP, torch.float16, "decode_sm90"),
+        ("fwd", "", FLOAT8, "fwd_fp8_sm90"),
+        ("fwd", "packed sequences", FLOAT8, "fwd_fp8_sm90"),
+        ("fwd", SOFTCAP, FLOAT8, "fwd_fp8_sm90"),
+    ],
+)
+def test_right_kernels_for_sm90a_pass(
+    kind: str, group: str, dtype: torch.dtype, launcher: str
+) -> None:
+    assert shared.check(CUDA, f"flash.{kind}", group, dtype, CPU, launcher) is None
 
 
 @pytest.mark.usefixtures("twin")

@@ -1,6 +1,6 @@
-// Launchers of the flash kernels, of the sm_80 class but for those that say sm90. They launch on
-// the current device, allocate nothing, wait for nothing, and may be captured into a graph. They
-// return a cudaError_t as int, or kNoKernel for head dims that no kernel has room for.
+// Launchers of the flash kernels, of the sm_80 class unless they say so. They launch on the current
+// device, allocate nothing, wait for nothing, and may be captured into a graph. They return a
+// cudaError_t as int, or kNoKernel for head dims that no kernel has room for.
 #pragma once
 
 #include "attnforge/params.h"
@@ -72,6 +72,16 @@ template <>
 int flash_dq_sm90<DType::kFloat16>(const FlashBwdParams&, void*);
 template <>
 int flash_dq_sm90<DType::kBFloat16>(const FlashBwdParams&, void*);
+// The forward of fp8 Q, K and V for sm_90a, with the problem's out_dtype and descales.
+int flash_fwd_fp8_sm90(const FlashFwdParams& params, void* stream);
+
+// The decode for sm_90a: any number of rows, 64 of a KV head's group to a tile.
+template <DType kDType>
+int flash_decode_sm90(const FlashFwdParams& params, const SplitParams& splits, void* stream);
+template <>
+int flash_decode_sm90<DType::kFloat16>(const FlashFwdParams&, const SplitParams&, void*);
+template <>
+int flash_decode_sm90<DType::kBFloat16>(const FlashFwdParams&, const SplitParams&, void*);
 
 // fp32_parts: params.outs is fp32, else of params.dtype. inf_is_empty: a part of LSE +inf is
 // nothing.

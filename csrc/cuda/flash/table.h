@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "cuda/flash/sm90/bwd_tiles.h"
+#include "cuda/flash/sm90/decode_tiles.h"
+#include "cuda/flash/sm90/fp8_tiles.h"
 #include "cuda/flash/tiles.h"
 #include "cuda/paged/tiles.h"
 
@@ -19,7 +21,7 @@ struct KernelRow {
 
   // For example fwd.bf16.d192x128.features
   std::string id() const {
-    const char* names[] = {"fp32", "fp16", "bf16"};
+    const char* names[] = {"fp32", "fp16", "bf16", "fp8"};
     return kernel + "." + names[static_cast<int>(dtype)] + ".d" + std::to_string(dims.qk) + "x" +
            std::to_string(dims.v) + (features ? ".features" : "");
   }
@@ -63,7 +65,10 @@ inline std::vector<KernelRow> kernel_table() {
         rows.push_back({"dq_sm90", dtype, kHeadDims[index], features});
       }
     }
+    for (HeadDims dims : kSm90DecodeDims) rows.push_back({"decode_sm90", dtype, dims, true});
+    rows.push_back({"latent_sm90", dtype, kSm90DecodeDims[kNumSm90DecodeDims - 1], true});
   }
+  for (HeadDims dims : kSm90Fp8Dims) rows.push_back({"fwd_sm90", DType::kFloat8, dims, true});
 #endif
   return rows;
 }

@@ -183,4 +183,46 @@ AF_DEVICE uint32_t f16x2_from_e4m3x2(uint16_t packed) {
 #endif
 }
 
+// cvt.rn.satfinite.e4m3x2.f16x2 (sm_89)
+AF_DEVICE uint16_t e4m3x2_from_f16x2(uint32_t pair) {
+#if AF_EMULATE
+  return pack_e4m3x2(emulate::f16_value(pair & 0xffff), emulate::f16_value(pair >> 16));
+#else
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(packed) : "r"(pair));
+  return packed;
+#endif
+}
+
+// fma.rn.f16x2: a b + c of each half, rounded once.
+AF_DEVICE uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if AF_EMULATE
+  const auto half = [&](int shift) {  // a product of 11-bit numbers is exact in fp32
+    const auto x = [&](uint32_t pair) { return emulate::f16_value(pair >> shift & 0xffff); };
+    return emulate::fma(x(a), x(b), x(c));
+  };
+  return pack_f16x2(half(0), half(16));
+#else
+  uint32_t pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+#endif
+}
+
+// prmt.b32: byte n of the result is byte (selector >> 4 n) & 7 of b:a, a's bytes the lower four.
+AF_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if AF_EMULATE
+  const uint64_t all = uint64_t{b} << 32 | a;
+  uint32_t bytes = 0;
+  for (int n = 0; n < 4; ++n) {
+    bytes |= static_cast<uint32_t>(all >> 8 * (selector >> 4 * n & 7) & 0xff) << 8 * n;
+  }
+  return bytes;
+#else
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+#endif
+}
+
 }  // namespace attnforge::ptx

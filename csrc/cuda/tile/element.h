@@ -17,6 +17,9 @@ struct BFloat16 {
 struct Half {
   uint16_t bits;
 };
+struct Float8 {  // e4m3
+  uint8_t bits;
+};
 
 template <DType kDType>
 struct ElementOf;
@@ -32,6 +35,10 @@ template <>
 struct ElementOf<DType::kBFloat16> {
   using Type = BFloat16;
 };
+template <>
+struct ElementOf<DType::kFloat8> {
+  using Type = Float8;
+};
 
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kLog2E = 1.44269504088896340736f;
@@ -45,6 +52,10 @@ AF_DEVICE float widen(Half x) {
 }
 AF_DEVICE float widen(BFloat16 x) {
   return ptx::float_from_bf16(x.bits);
+}
+
+AF_DEVICE float widen(Float8 x) {  // sm_89
+  return ptx::float_from_f16(static_cast<uint16_t>(ptx::f16x2_from_e4m3x2(x.bits)));
 }
 
 template <class T>

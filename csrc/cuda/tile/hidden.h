@@ -21,6 +21,10 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
       const bool bad = !finite(ptx::float_from_bits(chunk.v[i]));
       wild |= bad;
       chunk.v[i] = bad ? 0u : chunk.v[i];
+    } else if constexpr (sizeof(T) == 1) {  // e4m3 has NaN alone: all bits but the sign
+      const uint32_t bad = ((chunk.v[i] & 0x7f7f7f7fu) + 0x01010101u) >> 7 & 0x01010101u;
+      wild |= bad != 0;
+      chunk.v[i] &= ~(bad * 0xffu);
     } else {
       constexpr uint32_t kExponent = __is_same(T, Half) ? 0x7c00u : 0x7f80u;
       const bool low = (chunk.v[i] & kExponent) == kExponent;
@@ -38,12 +42,14 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
 template <class Team, class Tile, class Counts>
 AF_DEVICE bool tame(const Tile& tile, const Counts& counts AF_SITE) {
   using S = Share<Team, Tile>;
+  constexpr bool kRoom = Tile::kChunks * Tile::kPerChunk > Tile::kDim;  // of a last panel
   bool wild = false;
 #pragma unroll 1
   for (int i = 0; i < S::kPasses * S::kSegments; ++i) {
     const int row = S::own_row() + i / S::kSegments * S::kPass;
-    if (!S::inside(row)) continue;
-    const uint32_t address = tile.chunk(row, i % S::kSegments * S::kPeriod + S::own_chunk());
+    const int c = i % S::kSegments * S::kPeriod + S::own_chunk();
+    if (!S::inside(row) || (kRoom && c * Tile::kPerChunk >= Tile::kDim)) continue;
+    const uint32_t address = tile.chunk(row, c);
     auto chunk = ptx::load_shared<ptx::U32x4>(address AF_PASS_SITE);
     if (tame_chunk<typename Tile::Element>(chunk)) {
       ptx::store_shared(address, chunk AF_PASS_SITE);

@@ -94,9 +94,11 @@ AF_DEVICE void issue_nt(Accumulators<1, TileB::kRows / 8>& acc, const TileA& a, 
   const uint64_t left = a.along_rows(a_row), right = b.along_rows(0);
   auto& d = flat<TileB::kRows / 8>(acc);
 #pragma unroll
-  for (int k = 0; k < TileA::kDim / 16; ++k) {
+  for (int k = 0; k < TileA::kSteps; ++k) {
     const uint64_t x = left + TileA::columns_on(k), y = right + TileB::columns_on(k);
-    if constexpr (__is_same(typename TileA::Element, Half)) {
+    if constexpr (TileA::kSize == 1) {
+      ptx::wgmma_e4m3<TileB::kRows>(d, x, y, k > 0 AF_PASS_SITE);
+    } else if constexpr (__is_same(typename TileA::Element, Half)) {
       ptx::wgmma_f16<TileB::kRows>(d, x, y, k > 0 AF_PASS_SITE);
     } else {
       ptx::wgmma_bf16<TileB::kRows>(d, x, y, k > 0 AF_PASS_SITE);

@@ -83,6 +83,8 @@ def _params(group: str, rows: int, keys: int, device: torch.device) -> FlashPara
         used = torch.tensor([keys - 7], dtype=torch.int32, device=device)
         slopes = torch.rand(_HEADS, generator=g).to(device) / 8
         return p._replace(seqused_k=used, alibi_slopes=slopes, softcap=5.0)
+    if group == "latent":
+        return p
     p = p._replace(mods=tuple(_mods(group, rows, keys, device)))
     return p._replace(dropout_p=0.25) if group == "dropout" else p
 
@@ -94,15 +96,20 @@ def _inputs(
     g, keys = torch.Generator().manual_seed(0), 330 if group == "" else 170
     sizes = ((1, rows, _HEADS, _DIM), *[(1, keys, _HEADS_KV, _DIM)] * 2)
     q, k, v = (torch.randn(size, generator=g).to(device, dtype) for size in sizes)
+    p = _params(group, rows, keys, device)
     if group == "packed sequences":
         q, k, v = q[0], k[0], v[0]
-    return q, k, v, _params(group, rows, keys, device)
+    if group == "" and dtype is FLOAT8:
+        factors = 0.5 + torch.rand(2, 1, _HEADS_KV, generator=g).to(device)
+        p = p._replace(mods=tuple(FlashMods(qk_descale=factors[0], v_descale=factors[1])))
+    return q, k, v, p
 
 
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """out and lse of a problem whose V is as wide as its K."""
+def _outputs(q: Tensor, width: int = 0) -> tuple[Tensor, Tensor]:
+    """out and lse of a problem whose V is as wide as its K, or has `width` channels."""
     stat = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    out = torch.empty_like(q, dtype=torch.bfloat16 if q.dtype is FLOAT8 else q.dtype)
+    shape = (*q.shape[:-1], width or q.shape[-1])
+    out = q.new_empty(shape, dtype=torch.bfloat16 if q.dtype is FLOAT8 else q.dtype)
     return out, out.new_empty(stat, dtype=torch.float32)
 
 
@@ -146,6 +153,23 @@ def _decode(
     return list(got), list(want)
 
 
+def _latent_decode(
+    group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Decode, and in the plain problem once more where V is the first channels of K."""
+    found, wanted = _decode(group, run, dtype, device)
+    if group == "":
+        g = torch.Generator().manual_seed(3)
+        sizes = ((1, 3, _HEADS, 576), (1, 170, 1, 576))
+        q, k = (torch.randn(size, generator=g).to(device, dtype) for size in sizes)
+        v, p = k[..., :512], _params("latent", 3, 170, device)
+        got, want = _outputs(q, 512), _outputs(q, 512)
+        run(q, k, v, p, *got, 2)
+        reference.forward(q, k, v, p, *want, q.new_empty(0))
+        found, wanted = [*found, *got], [*wanted, *want]
+    return found, wanted
+
+
 def _merge(
     _: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -158,7 +182,8 @@ def _merge(
     return list(got), list(want)
 
 
-_PROBLEMS = {"fwd": _forward, "bwd": _backward, "decode": _decode, "merge": _merge}
+_PROBLEMS = {"fwd": _forward, "bwd": _backward, "decode": _decode, "merge": _merge,
+             "latent_decode": _latent_decode}  # fmt: skip
 
 
 def problem(

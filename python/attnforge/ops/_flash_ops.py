@@ -54,7 +54,7 @@ def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
     *_, heads_kv, v_head_dim = v.shape
     return (
         q.device,
-        v.dtype,  # q's too, unless k and v are fp8
+        v.dtype if q.dtype is v.dtype else (v.dtype, q.dtype),  # another q beside fp8 k and v
         head_dim,
         v_head_dim,
         heads_q // heads_kv if heads_kv else 1,
@@ -79,12 +79,16 @@ def request(op: str, meta: tuple[Any, ...]) -> Request:
     """The Request that ``metadata`` stands for."""
     device, dtype, head_dim, v_head_dim, group, *used, mods = meta
     kind, arch = device_arch(device)
+    wide: tuple[tuple[str, int], ...] = ()
+    if isinstance(dtype, tuple):
+        dtype, q_dtype = dtype
+        wide = (("q_bytes", q_dtype.itemsize),)
     return Request(
         op,
         kind,
         arch,
         dtype,
-        (("head_dim", head_dim), ("v_head_dim", v_head_dim), ("group", group)),
+        (("head_dim", head_dim), ("v_head_dim", v_head_dim), ("group", group), *wide),
         frozenset([*(name for name, on in zip(_FEATURES, used, strict=True) if on), *mods]),
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -78,11 +78,7 @@ int flash_fwd_sm90<kThisDType>(const FlashFwdParams& params, void* stream) {
     const auto launch = [&]<bool kFeatures>() {
       using Case = Sm90Case<kThisDType, kDims, kFeatures>;
       using Walk = Sm90Walk<Case>;
-      // Rows of short sequences share tiles with the other heads of their group, if boxes can.
-      const int group = static_cast<int>(p.heads_q / p.heads_k);
-      const bool pack = p.seqlen_q <= Walk::kBlockM / 2 && Walk::kBlockM % group == 0 &&
-                        params.q.head_stride != 0;
-      const Sm90Box box = pack ? Sm90Box{group, Walk::kBlockM / group} : Sm90Box{1, Walk::kBlockM};
+      const Sm90Box box = q_box(params, Walk::kBlockM);
       const auto schedule = Sm90Schedule::of(p, Walk::kBlockM, box.heads);
       if (schedule.work == 0) return 0;
       Sm90Maps maps;

@@ -1,4 +1,5 @@
-// How TMA sees Q, K and V: rank 4, [head_dim, heads, rows, batch], any strides of 16 bytes.
+// How TMA sees Q, K and V: rank 4, [head_dim, heads, rows, batch], any strides of 16 bytes, of 16
+// bits or e4m3.
 //
 // A dimension without a stride (broadcast, or the batch of packed sequences) has extent 1 there,
 // and its coordinate is 0. Rows must have one.
@@ -13,26 +14,39 @@ struct Sm90Maps {
   TensorMap q, k, v;
 };
 
-// Boxes of 64 columns, `heads` heads and `rows` rows.
+// Boxes of 128 bytes of columns, `heads` heads and `rows` rows.
 struct Sm90Box {
   int heads, rows;
 };
+
+// Of tiles of Q. Rows of short sequences share them with the other heads of their group, if boxes
+// can.
+inline Sm90Box q_box(const FlashFwdParams& params, int block_m) {
+  const FlashProblem& p = params.problem;
+  const int group = static_cast<int>(p.heads_q / p.heads_k);
+  const bool pack = p.seqlen_q <= block_m / 2 && block_m % group == 0 && params.q.head_stride != 0;
+  return pack ? Sm90Box{group, block_m / group} : Sm90Box{1, block_m};
+}
 
 inline int map_rows(TensorMap* map, const TensorRef& t, const FlashProblem& p, int64_t dim,
                     int64_t heads, int64_t rows, const Sm90Box& box) {
   const int64_t extents[] = {dim, t.head_stride == 0 ? 1 : heads, rows,
                              t.batch_stride == 0 ? 1 : p.batch};
   const int64_t strides[] = {1, t.head_stride, t.seq_stride, t.batch_stride};
-  TensorShape shape = {t.data,
-                       4,
-                       {},
-                       {},
-                       {64, static_cast<uint32_t>(box.heads), static_cast<uint32_t>(box.rows), 1},
-                       p.dtype == DType::kFloat16 ? TensorType::kF16 : TensorType::kBf16,
-                       TensorSwizzle::k128};
+  const uint32_t size = p.dtype == DType::kFloat8 ? 1 : 2;
+  TensorShape shape = {
+      t.data,
+      4,
+      {},
+      {},
+      {128 / size, static_cast<uint32_t>(box.heads), static_cast<uint32_t>(box.rows), 1},
+      p.dtype == DType::kFloat8    ? TensorType::kByte
+      : p.dtype == DType::kFloat16 ? TensorType::kF16
+                                   : TensorType::kBf16,
+      TensorSwizzle::k128};
   for (int d = 0; d < 4; ++d) {
     shape.extent[d] = static_cast<uint64_t>(extents[d]);
-    shape.stride[d] = extents[d] == 1 ? 16 : 2 * static_cast<uint64_t>(strides[d]);
+    shape.stride[d] = extents[d] == 1 ? 16 : size * static_cast<uint64_t>(strides[d]);
   }
   return make_tensor_map(map, shape);
 }

@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from attnforge import _native_cuda
-from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
-from attnforge.registry.spec import KernelSpec, Predicate
+from attnforge.registry.spec import KernelSpec, Predicate, Request
 
-__all__ = ["BWD_DIMS_SM90", "HEAD_DIMS", "SPECS"]
+__all__ = ["BWD_DIMS_SM90", "DECODE_DIMS", "FP8_DIMS", "HEAD_DIMS", "SPECS"]
 
 # What tiles are padded to: (head_dim, v_head_dim), as csrc/cuda/flash/tiles.h lists them.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 BWD_DIMS_SM90 = ((64, 64), (128, 128))  # the same of the backward for sm_90a
+# The same of the decode for sm_90a (csrc/cuda/flash/sm90/decode_tiles.h); the last is latent.
+DECODE_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
+FP8_DIMS = ((64, 64), (128, 128), (256, 256))  # csrc/cuda/flash/sm90/fp8_tiles.h
 _SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _TILE = 64  # keys: splits have at least so many
 
@@ -83,6 +86,24 @@ def fwd_sm90(
     """Launcher of ``flash_fwd`` for sm_90a, where TMA reads ``q``, ``k`` and ``v``."""
     q, k, v = map(_rows_apart, (q, k, v))
     _fwd("flash_fwd_sm90", q, k, v, p, out, lse, out_lo)
+
+
+def fwd_fp8_sm90(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``flash_fwd`` for sm_90a and e4m3; ``out_lo`` is empty, there is no backward."""
+    if p.cu_seqlens_q is not None:  # rows of no sequence
+        lse.fill_(-math.inf)
+        out.zero_()
+    if out.numel() == 0:
+        return
+    q, k, v = map(_rows_apart, (q, k, v))
+    descales = map(_contiguous, (p.score_mods.qk_descale, p.score_mods.v_descale))
+    with _on(q.device):
+        _operator("flash_fwd_fp8_sm90")(
+            q, k, v, *map(_contiguous, p[:5]), out, lse, *descales, p.max_seqlen_q,
+            p.max_seqlen_k, *_scores(p), _stream(q.device),
+        )  # fmt: skip
 
 
 def _fwd(
@@ -143,6 +164,24 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
 ) -> None:
     """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
+    q, k, v = map(_rows, (q, k, v))
+    _decode("flash_decode", q, k, v, p, out, lse, num_splits)
+
+
+def decode_sm90(
+    q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor, num_splits: int
+) -> None:
+    """The same for sm_90a. A latent ``v``, the first channels of ``k``, is that of a copy too."""
+    latent = k.data_ptr() == v.data_ptr() and k.stride() == v.stride()
+    q, k, width = _rows(q), _rows_apart(k), v.shape[-1]
+    v = k[..., :width] if latent and width <= k.shape[-1] else _rows_apart(v)
+    _decode("flash_decode_sm90", q, k, v, p, out, lse, num_splits)
+
+
+def _decode(
+    name: str, q: Tensor, k: Tensor, v: Tensor, p: FlashParams, out: Tensor, lse: Tensor,
+    num_splits: int,
+) -> None:  # fmt: skip
     if out.numel() == 0:
         return
     keys = max(1, k.shape[1])
@@ -153,8 +192,8 @@ def decode(
         stats = lse.new_empty((splits, *lse.shape))
     with _on(q.device):
         stream = _stream(q.device)
-        _operator("flash_decode")(
-            *map(_rows, (q, k, v)), *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
+        _operator(name)(
+            q, k, v, *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
             0 if num_splits > 0 else _SPLIT, stream,
         )  # fmt: skip
         if splits > 1:
@@ -178,21 +217,36 @@ def _sm90_unavailable() -> str | None:
     return why
 
 
+class _Float8Queries:
+    """Beside fp8 k and v, q is fp8 too; the request has ``q_bytes`` where it is another dtype."""
+
+    def __call__(self, request: Request, /) -> str | None:
+        return None if request.dim("q_bytes") is None else "q is wider than k and v"
+
+    def __str__(self) -> str:
+        return "q of the same dtype"
+
+
 _HALVES = (torch.bfloat16, torch.float16)
-_CALLS = Features(
+_PLAIN = Features(
     *("varlen", "seqused_k", "alibi", "sinks", "softcap", "window_left", "window_right"),
 )
-_SHAPES = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 256, 8), _CALLS)
-_SHAPES_128 = (Dim("head_dim", 8, 128, 8), Dim("v_head_dim", 8, 128, 8), _CALLS)  # BWD_DIMS_SM90
+_SHAPES = (Dim("head_dim", 8, 256, 8), Dim("v_head_dim", 8, 256, 8), _PLAIN)
+_SHAPES_128 = (Dim("head_dim", 8, 128, 8), Dim("v_head_dim", 8, 128, 8), _PLAIN)  # BWD_DIMS_SM90
+_LONG_SHAPES = (Dim("head_dim", 8, 576, 8), Dim("v_head_dim", 8, 512, 8), _PLAIN)
 _LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
-_LIBRARY_SM90 = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
 _SM80 = (Device("cuda"), Arch(80), Dtypes(torch.float32, *_HALVES))
 _SM90 = (Device("cuda"), Arch(90, 90), Dtypes(*_HALVES))
+_FP8 = (
+    Device("cuda"), Arch(90, 90), Dtypes(FLOAT8), _Float8Queries(),
+    Dim("head_dim", 16, 256, 16), Dim("v_head_dim", 16, 256, 16), _PLAIN,
+)  # fmt: skip
+_SM90_LIBRARY = Available("sm_90a in libattnforge_cuda.so", _sm90_unavailable)
 
 
 def _spec(
     kind: str, op: str, notes: str, requires: tuple[Predicate, ...] = (*_SM80, *_SHAPES, _LIBRARY),
-    arch: str = "sm80", score: float = 40.0,
+    arch: str = "sm80", score: float = 40.0, test: str = "",
 ) -> KernelSpec:  # fmt: skip
     # Scores are below Triton's 50: proved under the host emulator, not run on a GPU yet.
     launcher = kind if arch == "sm80" else f"{kind}_{arch}"
@@ -201,7 +255,7 @@ def _spec(
         op=op,
         backend="cuda",
         launch=f"{__name__}:{launcher}",
-        requires=(*requires, SelfTest(f"flash.{kind}", launcher)),
+        requires=(*requires, SelfTest(f"flash.{test or kind}", launcher)),
         score=score,
         notes=notes,
     )
@@ -214,10 +268,18 @@ SPECS = (
     _spec("merge", "merge_states", "a warp per row, parts added in order", (*_SM80, _LIBRARY)),
     _spec(
         "fwd", "flash_fwd", "TMA and wgmma, persistent, a producer and two consumer warpgroups",
-        (*_SM90, *_SHAPES, _LIBRARY_SM90), "sm90", 45.0,
+        (*_SM90, *_SHAPES, _SM90_LIBRARY), "sm90", 45.0,
+    ),
+    _spec(
+        "fwd", "flash_fwd", "e4m3 products, P as two terms, V transposed in the producer's warps",
+        (*_FP8, _SM90_LIBRARY), "fp8_sm90", 45.0,
     ),
     _spec(
         "bwd", "flash_bwd", "TMA and wgmma, dK and dV apart from dQ, one owner per sum, no atomics",
-        (*_SM90, *_SHAPES_128, _LIBRARY_SM90), "sm90", 45.0,
+        (*_SM90, *_SHAPES_128, _SM90_LIBRARY), "sm90", 45.0,
+    ),
+    _spec(
+        "decode", "flash_decode", "TMA and wgmma, 64 rows of a group, a latent V is not loaded",
+        (*_SM90, *_LONG_SHAPES, _SM90_LIBRARY), "sm90", 45.0, "latent_decode",
     ),
 )  # fmt: skip
