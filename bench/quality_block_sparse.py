@@ -18,7 +18,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,34 +83,16 @@ def losses(model: Any, window: Tensor) -> Tensor:
     ).double()
 
 
-def methods(gates: Sequence[Any], base: float, size: int, top_k: int) -> dict[str, sparse.Select]:
-    """What is compared, by the names in the table; all take top_k blocks per row."""
-    same: dict[str, Any] = {"block_size": size, "top_k": top_k}
-    seers = {
-        "Seer gate" if seed == 0 else f"Seer gate, seed {seed}":
-        sparse.Seer(**same, q_block=size, gates=own, rope_base=base)
-        for seed, own in enumerate(gates)
-    }  # fmt: skip
-    return {
-        "oracle, per token": sparse.Oracle(**same, q_block=1),
-        "MoBA": sparse.MoBA(**same),
-        "oracle": sparse.Oracle(**same, q_block=size),
-        **seers,
-        "mean-pooled": sparse.MeanPooled(**same, q_block=size),
-        "sink and recent": sparse.Recent(**same, q_block=size),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--model", help="folder of a causal language model; default SmolLM2-135M")
-    parser.add_argument("--window", type=int, default=4096, help="tokens of context")
-    parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--top-k", type=int, nargs="+", default=[2, 4, 8, 16], metavar="K")
+    parser.add_argument("--window", type=int, default=2048, help="tokens of context")
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--top-k", type=int, nargs="+", default=[3, 4, 8], metavar="K")
     parser.add_argument("--steps", type=int, default=200, help="of training, per gate")
     parser.add_argument("--rows", type=int, default=4, help="windows of text that gates train on")
-    parser.add_argument("--seeds", type=int, default=1, help="gates are trained with so many seeds")
+    parser.add_argument("--seeds", type=int, default=1, help="so many sets of gates are trained")
     parser.add_argument("--quick", action="store_true", help="a short window, one density, 4 steps")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
@@ -124,51 +107,73 @@ def main() -> None:
     starts = torch.linspace(0, len(rest) - args.window, args.rows).long().tolist()
     rows = [rest[at : at + args.window] for at in starts]
 
+    exact = losses(model, test)
+    said = {name: getattr(args, name) for name in ("window", "block", "steps", "rows", "seeds")}
+    said |= {"tokens": len(exact), "perplexity": math.exp(exact.mean()), "kl": []}
+    print(f"dense: perplexity {said['perplexity']:.3f} of {len(exact)} tokens")
+    print("method              blocks  density    mass  perplexity  change of the loss +- s.e.")
+    lines: list[dict[str, Any]] = []
+
+    def measure(kinds: dict[str, Callable[..., sparse.Select]]) -> None:
+        for top_k in args.top_k:
+            for name, kind in kinds.items():
+                line = {"method": name, "top_k": top_k}
+                line |= compare(model, test, exact, kind(block_size=args.block, top_k=top_k))
+                lines.append(line)
+                print(f"{name:20}{top_k:6} {line['density']:8.1%} {line['mass']:7.1%} "
+                      f"{line['perplexity']:11.3f}  {line['loss_change']:+.4f} +- "
+                      f"{line['standard_error']:.4f}", flush=True)  # fmt: skip
+                if args.out:
+                    args.out.write_text(json.dumps({**said, "lines": lines}, indent=1) + "\n")
+
+    by_row = {"q_block": args.block}
+    measure({
+        "mean-pooled": partial(sparse.MeanPooled, **by_row),
+        "oracle": partial(sparse.Oracle, **by_row),
+        "MoBA": sparse.MoBA,
+        "oracle, per token": partial(sparse.Oracle, q_block=1),
+        "sink and recent": partial(sparse.Recent, **by_row),
+    })  # fmt: skip
+    gates = trained(model, rows, args, said["kl"]) if args.seeds else []
     base = seer.rope_base(model)
-    gates = []
+    measure({
+        f"Seer gate, seed {seed}": partial(sparse.Seer, **by_row, gates=own, rope_base=base)
+        for seed, own in enumerate(gates)
+    })  # fmt: skip
+
+
+def compare(model: Any, test: Tensor, exact: Tensor, select: sparse.Select) -> dict[str, Any]:
+    """Of one method: what it reads, finds and costs; exact: the losses of dense attention."""
+    shares = Shares()
+    with sparse.enable(select, name="attnforge:measured", watch=shares):
+        model.set_attn_implementation("attnforge:measured")
+        loss = losses(model, test)
+    change = loss - exact
+    return {
+        "density": mean(shares.density), "mass": mean(shares.mass),
+        "perplexity": math.exp(loss.mean()), "loss_change": float(change.mean()),
+        "standard_error": float(change.std() / len(change) ** 0.5),
+    }  # fmt: skip
+
+
+def trained(model: Any, rows: list[Tensor], args: Any, kl: list[list[float]]) -> list[Any]:
+    """Gates of all layers, one list per seed; kl: gets the mean loss before and after."""
+    model.set_attn_implementation("attnforge")
+    found: list[Any] = []
     for seed in range(args.seeds):
         torch.manual_seed(seed)
-        gates.append(seer.make_gates(model, block_size=args.block))
+        found.append(seer.make_gates(model, block_size=args.block))
     start = time.perf_counter()
-    seen = seer.samples(model, gates[0], rows)
+    seen = seer.samples(model, found[0], rows)
     print(f"samples of {args.rows} windows, {time.perf_counter() - start:.0f} s", flush=True)
-    kl = []
-    for seed in range(args.seeds):
+    for seed, gates in enumerate(found):
         start = time.perf_counter()
         runs = [distil_seer_gate(gate, own, steps=args.steps)
-                for gate, own in zip(gates[seed], seen, strict=True)]  # fmt: skip
+                for gate, own in zip(gates, seen, strict=True)]  # fmt: skip
         kl.append([mean([run[at] for run in runs]) for at in (0, -1)])
         print(f"gates, seed {seed}: KL {kl[-1][0]:.3f} -> {kl[-1][1]:.3f}, "
               f"{time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
-    del seen
-
-    exact = losses(model, test)
-    print(f"dense: perplexity {math.exp(exact.mean()):.3f} of {len(exact)} tokens")
-    print(
-        "method              blocks  density    mass  perplexity  mean change of the loss +- s.e."
-    )
-    lines = []
-    for top_k in args.top_k:
-        for name, select in methods(gates, base, args.block, top_k).items():
-            shares = Shares()
-            with sparse.enable(select, name="attnforge:measured", watch=shares):
-                model.set_attn_implementation("attnforge:measured")
-                loss = losses(model, test)
-            change = loss - exact
-            line = {
-                "method": name, "top_k": top_k, "density": mean(shares.density),
-                "mass": mean(shares.mass), "perplexity": math.exp(loss.mean()),
-                "loss_change": float(change.mean()),
-                "standard_error": float(change.std() / len(change) ** 0.5),
-            }  # fmt: skip
-            lines.append(line)
-            print(f"{name:20}{top_k:6} {line['density']:8.1%} {line['mass']:7.1%} "
-                  f"{line['perplexity']:11.3f}  {line['loss_change']:+.4f} +- "
-                  f"{line['standard_error']:.4f}", flush=True)  # fmt: skip
-    if args.out:
-        said = {name: getattr(args, name) for name in ("window", "block", "steps", "rows", "seeds")}
-        said |= {"tokens": len(exact), "perplexity": math.exp(exact.mean()), "kl": kl}
-        args.out.write_text(json.dumps({**said, "lines": lines}, indent=1) + "\n")
+    return found
 
 
 def mean(values: Sequence[float]) -> float:
