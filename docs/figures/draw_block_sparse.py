@@ -28,7 +28,7 @@ def quality(data: dict[str, Any], path: Path) -> None:
             lines.setdefault(name, []).append((100 * line["density"], line["perplexity"]))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, points), (colour, marker, dashes) in zip(lines.items(), _CYCLE, strict=True):
+    for (name, points), (colour, marker, dashes) in zip(lines.items(), _CYCLE, strict=False):
         axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, linewidth=1.4,
                   linestyle=dashes, markersize=4, label=name)  # fmt: skip
     axes.axhline(data["perplexity"], color="#000000", linewidth=1, label="dense")
