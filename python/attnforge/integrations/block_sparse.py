@@ -93,18 +93,13 @@ class _Best:
             scores, q_block=self.q_block, kv_block=self.block_size, top_k=self.top_k
         )
 
-    def _pooled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Means of blocks, the keys repeated for each query head."""
-        means = attnforge.pool_blocks(k, block=self.block_size, partial=True)
-        rows = attnforge.pool_blocks(q, block=self.q_block, partial=True) if self.q_block > 1 else q
-        return rows, means.repeat_interleave(q.shape[2] // k.shape[2], 2)
-
 
 @dataclass(frozen=True)
 class Oracle(_Best):
     """By the largest attention probability in the block: what no cheap score can know.
 
-    Costs a dense call and its scores again. The probabilities are those over all keys.
+    Costs a dense call and its scores again. The probabilities are those over all keys, without
+    softcap and sinks.
     """
 
     def scores(self, module: torch.nn.Module, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -121,7 +116,10 @@ class MeanPooled(_Best):
     """By the product of the mean query and the mean key: the usual score without training."""
 
     def scores(self, module: torch.nn.Module, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        return torch.einsum("bihd,bjhd->bhij", *self._pooled(q, k))
+        means = attnforge.pool_blocks(k, block=self.block_size, partial=True)
+        rows = attnforge.pool_blocks(q, block=self.q_block, partial=True)
+        means = means.repeat_interleave(q.shape[2] // k.shape[2], 2)
+        return torch.einsum("bihd,bjhd->bhij", rows, means)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,8 @@ class Recent(_Best):
 
 @dataclass(frozen=True)
 class Seer(_Best):
-    """By learned gates: ``gates[layer]`` is an `attnforge.nn.SeerAttentionGate` of form "prefill".
+    """By learned gates: ``gates[layer]`` is an `attnforge.nn.SeerAttentionGate` of this block_size,
+    of form "prefill" with q_block = block_size, of form "decode" with q_block = 1.
 
     Gates read queries and keys before rotation. The models' rotation, halves of all channels at
     positions that count from the first key, is undone with ``rope_base``; None: they are used
@@ -269,7 +268,8 @@ def enable(method: str | Select, *, name: str | None = None, watch: Watch | None
 
     Raises:
         ImportError: transformers is missing or too old.
-        ValueError: no such method or setting, or the name is used by others.
+        ValueError: no such method, or the name is used by others.
+        TypeError: the method has no such setting.
     """
     if isinstance(method, str):
         if method not in METHODS:
