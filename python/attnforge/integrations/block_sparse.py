@@ -145,7 +145,8 @@ class Seer(_Best):
     rope_base: float | None = 10000.0
 
     def scores(self, module: torch.nn.Module, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        out: Tensor = self.gates[module.layer_idx](*unrotated(q, k, self.rope_base))  # type: ignore[index]
+        layer: Any = module.layer_idx
+        out: Tensor = self.gates[layer](*unrotated(q, k, self.rope_base))
         return out
 
 

@@ -8,20 +8,23 @@ model.set_attn_implementation("attnforge:seer")
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import attnforge
 import attnforge.nn as anf
 from attnforge.integrations import block_sparse as sparse
 from attnforge.nn.seer_training import SeerSample, distil_seer_gate, seer_sample
 
-__all__ = ["distil", "make_gates", "rope_base", "samples"]
+__all__ = ["Gates", "distil", "make_gates", "rope_base", "samples"]
 
 _WHERE = "attnforge.integrations.seer"
+
+Gates = Sequence[anf.SeerAttentionGate]
+"""One per layer; an `nn.ModuleList` made of them saves or moves them together."""
 
 
 def rope_base(model: Any) -> float:
@@ -42,23 +45,20 @@ def rope_base(model: Any) -> float:
     return float(base)
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def make_gates(model: Any, *, block_size: int = 64, **options: Any) -> nn.ModuleList:
+def make_gates(model: Any, *, block_size: int = 64, **options: Any) -> Gates:
     """A prefill gate for each layer, at the model's sizes; options of `SeerAttentionGate`."""
     config = model.config
     options.setdefault("rope_base", rope_base(model))
-    sizes = (_head_dim(config), config.num_attention_heads, config.num_key_value_heads)
-    return nn.ModuleList(
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = (dim, config.num_attention_heads, config.num_key_value_heads)
+    return [
         anf.SeerAttentionGate(*sizes, block_size=block_size, **options)
         for _ in range(config.num_hidden_layers)
-    )
+    ]
 
 
 @torch.no_grad()
-def samples(model: Any, gates: nn.ModuleList, rows: Iterable[Tensor]) -> list[list[SeerSample]]:
+def samples(model: Any, gates: Gates, rows: Iterable[Tensor]) -> list[list[SeerSample]]:
     """For each gate what it learns from: one pass of the model per row of token ids [S].
 
     Holds queries and keys of all layers: S (Hq + Hk) D elements per layer and row.
@@ -69,8 +69,8 @@ def samples(model: Any, gates: nn.ModuleList, rows: Iterable[Tensor]) -> list[li
 
     def look(module: Any, q: Tensor, k: Tensor, scale: float) -> attnforge.BlockSelection:
         layer = module.layer_idx
-        raw = sparse.unrotated(q, k, base)
-        found[layer].append(seer_sample(gates[layer], *raw, q, k, softmax_scale=scale))  # type: ignore[arg-type]
+        gate, raw = gates[layer], sparse.unrotated(q, k, base)
+        found[layer].append(seer_sample(gate, *raw, q, k, softmax_scale=scale))
         return everything(module, q, k, scale)
 
     before = model.config._attn_implementation
@@ -85,11 +85,11 @@ def samples(model: Any, gates: nn.ModuleList, rows: Iterable[Tensor]) -> list[li
 
 
 def distil(
-    model: Any, gates: nn.ModuleList, rows: Iterable[Tensor], *, steps: int, **options: Any
+    model: Any, gates: Gates, rows: Iterable[Tensor], *, steps: int, **options: Any
 ) -> list[list[float]]:
     """Trains each layer's gate on the rows; losses by layer. Options of `distil_seer_gate`."""
     seen = samples(model, gates, rows)
     return [
-        distil_seer_gate(gate, own, steps=steps, **options)  # type: ignore[arg-type]
+        distil_seer_gate(gate, own, steps=steps, **options)
         for gate, own in zip(gates, seen, strict=True)
     ]
