@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -63,3 +66,47 @@ def test_distillation(form: str) -> None:
     best = float(want.topk(top_k, -1).values.sum(-1).mean())
     assert found[1] > found[0] + 0.05
     assert found[1] > 0.75 * best
+
+
+@pytest.mark.parametrize("form", ["prefill", "decode"])
+def test_training_loop(form: str) -> None:
+    """The loss of a sample falls, samples repeat in their order, only the gate learns."""
+    torch.manual_seed(0)
+    gate = anf.SeerAttentionGate(16, 4, 2, gate_dim=16, block_size=8, form=form)
+    before = [p.clone() for p in gate.parameters()]
+    samples = []
+    for _ in range(2):
+        q, k = torch.randn(1, 64, 4, 16, requires_grad=True), torch.randn(1, 64, 2, 16)
+        samples.append(anf.seer_sample(gate, q, k, 2 * q, 2 * k))
+        assert not samples[-1].q.requires_grad
+    losses = anf.distil_seer_gate(gate, samples, steps=41, lr=3e-3, warmup=3)
+    assert len(losses) == 41
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    assert not any(torch.equal(a, b) for a, b in zip(before, gate.parameters(), strict=True))
+
+
+def test_rate_rises_and_falls() -> None:
+    """A step moves a weight by about the rate: Adam's first, the peak after it, the last near 0."""
+    gate = anf.SeerAttentionGate(16, 2, 2, block_size=8)
+    q = torch.randn(1, 32, 2, 16)
+    sample = anf.seer_sample(gate, q, q, q, q)
+    seen: list[torch.Tensor] = []
+
+    def samples() -> Iterator[anf.SeerSample]:
+        for _ in range(12):
+            seen.append(gate.k_weight.detach().clone())
+            yield sample
+
+    anf.distil_seer_gate(gate, samples(), steps=12, lr=1e-2, warmup=4)
+    seen.append(gate.k_weight.detach())
+    moved = [float((b - a).abs().max()) for a, b in itertools.pairwise(seen)]
+    assert moved[0] == pytest.approx(1e-2 / 4, rel=0.01)
+    assert moved[-1] < 0.1 * max(moved)
+
+
+def test_errors_of_the_training_loop() -> None:
+    gate = anf.SeerAttentionGate(16, 2, 2, block_size=8)
+    with pytest.raises(ValueError, match="steps is 0 and warmup 20"):
+        anf.distil_seer_gate(gate, [], steps=0)
+    with pytest.raises(ValueError, match="samples has none"):
+        anf.distil_seer_gate(gate, [], steps=1)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import attnforge
 from attnforge import BlockSelection
@@ -77,12 +81,73 @@ def test_density() -> None:
     assert lists.density(64, 64, causal=False) == 10 / 16
 
 
-def test_plot() -> None:
+@hypothesis.given(data=st.data())
+def test_density_counts_pairs(data: st.DataObject) -> None:
+    """Against a mask of single pairs: ragged ends, more queries than keys, invalid ids."""
+    q_block, kv_block = (data.draw(st.integers(1, 9)) for _ in range(2))
+    rows, keys = (data.draw(st.integers(1, 40)) for _ in range(2))
+    causal = data.draw(st.booleans())
+    shape = (2, 3, -(-rows // q_block), 3)
+    ids = torch.randint(-1, -(-keys // kv_block) + 2, shape, dtype=torch.int32)
+    lists = BlockSelection(ids, q_block, kv_block)
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    seen = seen.tril(keys - rows) if causal else seen
+    listed = lists.to_mask(-(-keys // kv_block))
+    listed = listed.repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)
+    listed = listed[:, :, :rows, :keys]
+    pairs = float(seen.sum())
+    want = float((listed & seen).double().sum((2, 3)).mean()) / pairs if pairs else 0.0
+    assert lists.density(rows, keys, causal) == pytest.approx(want, abs=1e-12)
+
+
+def drawn(figure: Any, path: Path) -> Any:
+    """bool [rows, blocks] read back from the pixels of a PNG: black in the middle of a cell."""
+    from matplotlib.image import imread
+
+    figure.savefig(path)
+    pixels = imread(path)[..., 0]
+    axes = figure.axes[0]
+    rows, blocks = axes.images[0].get_array().shape
+    at = [[axes.transData.transform((x, y)) for x in range(blocks)] for y in range(rows)]
+    return [[bool(pixels[len(pixels) - 1 - int(y), int(x)] < 0.5) for x, y in row] for row in at]
+
+
+def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    lists = BlockSelection.from_mask(torch.eye(5, dtype=torch.bool)[None, None], q_block=16,
-                                     kv_block=16)  # fmt: skip
-    figure = lists.plot()
-    assert figure.axes[0].images[0].get_array().shape == (5, 5)
+    mask = torch.rand(2, 3, 5, 7) < 0.5
+    mask[1, 2, 0, 6] = True
+    lists = BlockSelection.from_mask(mask, q_block=16, kv_block=16)
+    figure = lists.plot(head=2, batch=1)
+    assert drawn(figure, tmp_path / "lists.png") == mask[1, 2].tolist()
+    assert "key block (16 keys)" in figure.axes[0].get_xlabel()
+    packed = BlockSelection(lists.indices[1], 16, 16, lists.counts[1])  # type: ignore[index]
+    assert drawn(packed.plot(head=2), tmp_path / "packed.png") == mask[1, 2].tolist()
+
+
+def test_plot_of_everything_nothing_and_what_names_no_block(tmp_path: Path) -> None:
+    """Full lists are black, empty ones white; what names no block is not drawn."""
+    pytest.importorskip("matplotlib")
+    ids = torch.tensor([[[[0, 1], [1, 9], [-1, -1]]]], dtype=torch.int32)
+    counts = torch.tensor([[[2, 1, 2]]], dtype=torch.int32)
+    lists = BlockSelection(ids, 8, 8, counts)
+    want = [[True, True], [False, True], [False, False]]
+    assert drawn(lists.plot(), tmp_path / "a.png") == want
+    full = BlockSelection(ids[:, :, :1], 8, 8)
+    assert drawn(full.plot(), tmp_path / "b.png") == [[True, True]]
+    assert drawn(BlockSelection(ids[:, :, 2:], 8, 8).plot(), tmp_path / "c.png") == [[False]]
+
+
+def test_plot_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    lists = BlockSelection(IDS, 1, 64)
+    with pytest.raises(ImportError, match=r"pip install 'attnforge\[bench\]'"):
+        lists.plot()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=r"head is 1; want 0 \.\. 0"):
+        lists.plot(head=1)
+    with pytest.raises(ValueError, match="batch is -1"):
+        lists.plot(batch=-1)
 
 
 IDS = torch.zeros(1, 1, 4, 2, dtype=torch.int32)

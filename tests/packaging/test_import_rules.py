@@ -48,7 +48,7 @@ ALLOWED |= {
     # tune_flash calls launchers; the retrieval bench measures policies
     "testing": PUBLIC | BUILD_FACTS | {"_params", "policies"},
     "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
-    "integrations": PUBLIC,
+    "integrations": PUBLIC | {"nn"},  # learned gates for a model's layers
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},
     "distributed": PUBLIC,

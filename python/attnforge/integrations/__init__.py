@@ -2,4 +2,7 @@
 
 - `attnforge.integrations.transformers.enable()`: Hugging Face transformers models run their
   attention on attnforge with ``attn_implementation="attnforge"``.
+- `attnforge.integrations.block_sparse.enable(method)`: the same on the blocks of keys that a method
+  chooses (MoBA, an oracle, a learned gate, ...), ``attn_implementation="attnforge:moba"``.
+- `attnforge.integrations.seer`: learns SeerAttention's gates for such a model.
 """

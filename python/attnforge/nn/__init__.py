@@ -29,5 +29,8 @@ from attnforge.nn.native_sparse import NativeSparseAttention as NativeSparseAtte
 from attnforge.nn.native_sparse import NSACache as NSACache
 from attnforge.nn.regla import ReGLA as ReGLA
 from attnforge.nn.seer_gate import SeerAttentionGate as SeerAttentionGate
+from attnforge.nn.seer_training import SeerSample as SeerSample
+from attnforge.nn.seer_training import distil_seer_gate as distil_seer_gate
+from attnforge.nn.seer_training import seer_sample as seer_sample
 from attnforge.nn.short_conv import ShortConvolution as ShortConvolution
 from attnforge.nn.window import window_linear_attention as window_linear_attention

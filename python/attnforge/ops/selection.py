@@ -198,35 +198,67 @@ class BlockSelection:
         """Listed share of the (query, key) pairs that a dense call would see; not packed."""
         if self.packed:
             fail(_CLASS, "density of packed lists is not defined; ask for one sequence at a time")
-        seen = total = 0.0
-        listed = self.to_mask(-(-seqlen_k // self.kv_block)).double().mean((0, 1))
-        for row in range(min(self.rows, -(-seqlen_q // self.q_block))):
-            i = torch.arange(row * self.q_block, min(seqlen_q, (row + 1) * self.q_block))
-            end = i + seqlen_k - seqlen_q + 1 if causal else torch.full_like(i, seqlen_k)
-            first = torch.arange(listed.shape[1]) * self.kv_block
-            keys = (end[:, None].clamp_max(seqlen_k) - first).clamp(0, self.kv_block)
-            seen += float((keys.sum(0) * listed[row].cpu()).sum())
-            total += float(keys.sum())
-        return seen / total if total else 0.0
+        blocks = -(-seqlen_k // self.kv_block)
+        first = torch.arange(min(self.rows, -(-seqlen_q // self.q_block))) * self.q_block
+        if causal:  # queries of a row see keys up to ends that follow each other
+            ends = (first, (first + self.q_block).clamp_max(seqlen_q))
+            before, behind = (_keys_up_to(x + seqlen_k - seqlen_q, blocks, self.kv_block)
+                              for x in ends)  # fmt: skip
+            pairs = behind - before
+        else:
+            queries = (seqlen_q - first).clamp_max(self.q_block)
+            keys = (seqlen_k - torch.arange(blocks) * self.kv_block).clamp_max(self.kv_block)
+            pairs = queries[:, None] * keys
+        total = int(pairs.sum())
+        listed = self.to_mask(blocks)[..., : len(first), :].double().mean((0, 1)).cpu()
+        return float((pairs * listed).sum()) / total if total else 0.0
 
     def plot(self, blocks: int | None = None, head: int = 0, batch: int = 0) -> Any:
-        """A matplotlib figure of one head's lists: rows down, key blocks right."""
-        try:  # an optional extra: the core itself needs torch alone
+        """A matplotlib figure of one head's lists: rows down, key blocks right, listed ones black.
+
+        blocks: how many key blocks there are (default: up to the last one that a list names); ids
+        past them are not drawn. ``figure.savefig(path)`` writes it. Needs matplotlib, an optional
+        extra.
+        """
+        try:  # the core itself needs torch alone
             figures = importlib.import_module("matplotlib.figure")
         except ImportError:
             raise ImportError(
-                "attnforge.BlockSelection.plot: matplotlib is missing; install attnforge[bench]"
+                "attnforge.BlockSelection.plot: matplotlib is missing; "
+                "run: pip install 'attnforge[bench]'"
             ) from None
+        lists = self.indices if self.packed else self.indices[_place("batch", batch, self.indices)]
+        lists = lists[_place("head", head, lists)]
+        counts = self.counts
+        if counts is not None:
+            counts = (counts if self.packed else counts[batch])[head][None]
+        one = BlockSelection(lists[None], self.q_block, self.kv_block, counts)
         if blocks is None:
-            blocks = int(self.indices.max()) + 1 if self.indices.numel() else 1
-        mask = self.to_mask(blocks)
+            slot = torch.arange(lists.shape[-1], device=lists.device)
+            used = lists if counts is None else lists.where(slot < counts[0, :, None], -1)
+            blocks = max(1, int(used.max()) + 1) if used.numel() else 1
         figure = figures.Figure(figsize=(5, 5))
         axes = figure.subplots()
-        axes.imshow((mask if self.packed else mask[batch])[head].cpu(), aspect="auto", cmap="Greys")
+        shown = one.to_mask(blocks)[0].cpu().numpy()
+        axes.imshow(shown, aspect="auto", cmap="Greys", vmin=0, vmax=1)  # full lists are black too
         axes.set(
             xlabel=f"key block ({self.kv_block} keys)", ylabel=f"row of {self.q_block} queries"
         )
         return figure
+
+
+def _place(name: str, value: int, of: Tensor) -> int:
+    if not 0 <= value < of.shape[0]:
+        fail(_CLASS, f"{name} is {value}; want 0 .. {of.shape[0] - 1}: the lists have no other")
+    return value
+
+
+def _keys_up_to(ends: Tensor, blocks: int, size: int) -> Tensor:
+    """int64 [R, blocks]: the (query, key) pairs in each block of queries that see e keys, summed
+    over e <= ends: the triangle of the own block, then whole rows of ``size`` keys."""
+    inside = (ends[:, None] - torch.arange(blocks) * size).clamp_min(0)
+    part = inside.clamp_max(size)
+    return part * (part + 1) // 2 + (inside - part) * size
 
 
 def top_blocks(scores: Tensor, top_k: int) -> Tensor:

@@ -260,6 +260,8 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "measurements-linear": lambda root: measured(root, family="linear"),
     "training-char-lm": training.char_lm_table,
     "training-smollm2": training.smollm2_table,
+    "training-block-sparse": training.block_sparse_table,
+    "training-needle": training.needle_table,
     "support-summary": lambda root: short_matrix("flash"),
     "measurements": measured,
     "measurements-summary": lambda root: measured(root, table_only=True),

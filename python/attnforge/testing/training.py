@@ -3,6 +3,8 @@
     python examples/char_lm.py all --steps 120 --out docs/measurements/training/char_lm.json
     python examples/linearize_smollm2.py --window 32 --length 256 --segments 4 --steps 24 \\
         --out docs/measurements/training/smollm2_linear.json
+    python bench/quality_block_sparse.py --out docs/measurements/training/block_sparse.json
+    python examples/nsa_needle.py --seeds 3 --out docs/measurements/training/nsa_needle.json
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["char_lm_table", "runs", "smollm2_table"]
+__all__ = ["block_sparse_table", "char_lm_table", "needle_table", "runs", "smollm2_table"]
 
 
 def runs(root: Path, name: str) -> Any:
@@ -41,4 +43,34 @@ def smollm2_table(root: Path) -> str:
     names = ("softmax", "linearised, distilled", "linearised, untrained", "window alone")
     lines = ["| attention | perplexity |", "| --- | --- |"]
     lines += [f"| {name} | {data[name]:.1f} |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def block_sparse_table(root: Path) -> str:
+    """Per method and number of blocks: what is read, the share of probability found, the cost."""
+    data = runs(root, "block_sparse")
+    lines = ["| blocks per row | method | density | probability found | perplexity | change of the "
+             "loss |", "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    dense = f"| all | dense | 100% | 100% | {data['perplexity']:.2f} | |"
+    ordered = sorted(data["lines"], key=lambda x: (-x["top_k"], x["perplexity"]))
+    lines += [dense] + [
+        f"| {x['top_k']} | {x['method']} | {x['density']:.1%} | {x['mass']:.1%} | "
+        f"{x['perplexity']:.2f} | {x['loss_change']:+.3f} ± {x['standard_error']:.3f} |"
+        for x in ordered
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def needle_table(root: Path) -> str:
+    """Of each run of the needle task its end."""
+    data = runs(root, "nsa_needle")
+    lines = [
+        "| layer | seed | parameters | loss | needles found |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in data["runs"]:
+        _, loss, right = run["curve"][-1]
+        name = {"dense": "dense", "nsa": "NSA"}[run["layer"]]
+        lines.append(f"| {name} | {run['seed']} | {run['parameters'] / 1e3:.0f} k | {loss:.3f} | "
+                     f"{right:.1%} |")  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+"""Native sparse attention learns to find needles as dense attention does, from scratch.
+
+    python examples/nsa_needle.py                       # dense and NSA, a minute or two
+    python examples/nsa_needle.py --quick               # does it run: a few steps
+    python examples/nsa_needle.py --seeds 3 --out docs/measurements/training/nsa_needle.json
+
+A sequence is noise in which a few needles lie, tokens of a key and a value; its last tokens name
+the keys, in any order, and the answers are the values. Two blocks of attention and MLP, everything
+the same but the attention. NSA's window, first and last blocks reach few of the needles: the others
+it must find by compressed keys, and select their blocks.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, silu
+
+import attnforge
+import attnforge.nn as anf
+
+NOISE, KEYS, VALUES = 32, 8, 8  # kinds of tokens: noise, needles KEYS x VALUES, questions KEYS
+WIDTH, HEADS, KV_HEADS, BLOCKS, LENGTH, BATCH = 64, 4, 1, 2, 256, 16
+# Of the 32 blocks of 8 tokens a question sees 6, three of them its choice.
+NSA = {"cmp_block": 8, "cmp_stride": 4, "slc_block": 8, "top_n": 6, "window": 16}
+
+
+class Dense(nn.Module):
+    """Causal attention with the projections of the NSA layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.kv = nn.Linear(WIDTH, 2 * KV_HEADS * WIDTH // HEADS, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, -1))
+        k, v = self.kv(x).unflatten(-1, (2, KV_HEADS, -1)).unbind(2)
+        return self.out(attnforge.flash_attention(q, k, v, causal=True).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.mixer = Dense() if kind == "dense" else anf.NativeSparseAttention(
+            WIDTH, HEADS, KV_HEADS, **NSA, rope_base=None)  # fmt: skip
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norms[0](x))
+        return x + self.down(silu(self.up(self.norms[1](x))))
+
+
+class Finder(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(NOISE + KEYS * VALUES + KEYS, WIDTH)
+        self.blocks = nn.Sequential(*(Block(kind) for _ in range(BLOCKS)))
+        self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, VALUES)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the values at the questions, [B, KEYS, VALUES]."""
+        return self.head(self.norm(self.blocks(self.tokens(ids))[:, -KEYS:]))
+
+
+def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens [BATCH, LENGTH], and the values that its last KEYS tokens ask for."""
+    ids = torch.randint(NOISE, (BATCH, LENGTH), generator=generator)
+    values = torch.randint(VALUES, (BATCH, KEYS), generator=generator)
+    room = torch.rand(BATCH, LENGTH - KEYS, generator=generator)
+    places = room.topk(KEYS).indices
+    ids.scatter_(1, places, NOISE + torch.arange(KEYS) * VALUES + values)
+    order = torch.rand(BATCH, KEYS, generator=generator).argsort(1)
+    ids[:, -KEYS:] = NOISE + KEYS * VALUES + order
+    return ids, values.gather(1, order)
+
+
+def train(kind: str, steps: int, seed: int = 0) -> dict[str, object]:
+    torch.manual_seed(seed)
+    model = Finder(kind)
+    known, held = (torch.Generator().manual_seed(s) for s in (seed + 1, 1000))
+    tests = [batch(held) for _ in range(8)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
+    curve, start = [], time.perf_counter()
+    for step in range(steps + 1):
+        if step % max(1, steps // 20) == 0 or step == steps:
+            with torch.no_grad():
+                logits = [(model(ids), want) for ids, want in tests]
+            loss, right = (
+                sum(float(f(y, want)) for y, want in logits) / len(logits)
+                for f in (lambda y, w: cross_entropy(y.flatten(0, 1), w.flatten()),
+                          lambda y, w: (y.argmax(-1) == w).float().mean())
+            )  # fmt: skip
+            curve.append((step, round(loss, 4), round(right, 4)))
+        ids, want = batch(known)
+        loss = cross_entropy(model(ids).flatten(0, 1), want.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+    parameters = sum(p.numel() for p in model.parameters())
+    seconds = round(time.perf_counter() - start, 1)
+    return {"layer": kind, "parameters": parameters, "seconds": seconds, "curve": curve}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="3 steps: nothing is learned")
+    parser.add_argument("--out", type=Path, help="write the curves as JSON")
+    args = parser.parse_args()
+    steps, runs = 3 if args.quick else args.steps, []
+    for seed in range(args.seeds):
+        for kind in ("dense", "nsa"):
+            runs.append({"seed": seed, **train(kind, steps, seed)})
+            _, loss, right = runs[-1]["curve"][-1]
+            print(f"{kind:6} seed {seed}, {steps} steps, {runs[-1]['seconds']:5.1f} s: loss "
+                  f"{loss:.3f}, {right:.1%} of the needles found", flush=True)  # fmt: skip
+            if args.out is not None:
+                args.out.write_text(json.dumps({"steps": steps, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
