@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
 
     mods: a group of features of single scores, see ``score_features``, or "cope" for the kernels
-    of that family, or a key of PAGED. fp8 has no backward.
+    of that family, or a key of PAGED, or one of LINEAR. fp8 has no backward.
     """
 
     dtype: torch.dtype
@@ -66,6 +66,9 @@ PAGED = {
     "int4-pages": Paged(rows=1, code=torch.uint8, writes=True),
 }
 
+# Linear attention with gates of a kind, by its rule.
+LINEAR = ("additive-scalar", "additive-key", "delta-key")
+
 # Every tile that ships (three widths, two sizes of elements), and masks and features once.
 VARIANTS = (
     *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
@@ -78,6 +81,7 @@ VARIANTS = (
     Variant(torch.float32, 64, causal=True, mods="cope"),
     *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in PAGED),
     Variant(torch.bfloat16, 256, causal=True, mods="many-rows"),
+    *(Variant(torch.bfloat16, 128, mods=mods) for mods in LINEAR),
 )
 
 
@@ -276,6 +280,10 @@ def launch(variant: Variant) -> None:
     if variant.mods in PAGED:
         launch_paged(variant, PAGED[variant.mods])
         return
+    if variant.mods in LINEAR:
+        rule, _, kind = variant.mods.partition("-")
+        (delta if rule == "delta" else linear)(variant.dtype, variant.head_dim, kind)
+        return
     q, k, v, out, low, lse, p = _problem(variant)
     if variant.mods == "cope":
         launch_cope(torch.zeros_like(out), FlashTape(q, k, v, out, lse, low), p)
@@ -362,11 +370,46 @@ def linear(dtype: torch.dtype, head_dim: int, kind: str) -> None:
     )
 
 
+def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
+    """Every kernel of the delta rules, with gates of a kind (none, scalar, key), and of the scan."""
+    from attnforge._params import DeltaGrads, DeltaParams
+    from attnforge.backends.triton import delta as launchers
+    from attnforge.backends.triton import scan
+
+    time, heads, d = 80, 4, head_dim
+    q, k = torch.zeros(2, 2, time, 2, d, dtype=dtype)
+    v = torch.zeros(2, time, heads, d, dtype=dtype)
+    beta, state = torch.zeros(v.shape[:3]), torch.zeros(2, heads, d, d)
+    g = None if kind == "none" else torch.zeros(v.shape[: 3 if kind == "scalar" else 4])
+    p = DeltaParams(g, beta, state, None, 0.1)
+    launchers.delta_chunk_fwd(q, k, v, p, v, state)
+    none = q.new_empty(0)
+    grads = DeltaGrads(q, k, v, none if g is None else g, beta, state)
+    launchers.delta_chunk_bwd(v, state, q, k, v, p, grads)
+    p = p._replace(g=None if g is None else g[:, 0], beta=beta[:, 0])
+    launchers.delta_step(q[:, 0], k[:, 0], v[:, 0], state, None, p, v[:, 0])
+    if kind == "none":
+        x, log, last = v[:, :, 0], torch.zeros(2, time, d), torch.zeros(2, d)
+        scan.diag_scan_fwd(x, log, last, None, x, last)
+        scan.diag_scan_bwd(x, last, x, log, last, None, (x, log, last))
+
+
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
-    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
+    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``.
+
+    A kernel that runs several times is named by its turn, too: walk, walk-2, ...
+    """
     with compiling(arch) as found:
         launch(variant)
-    return {name.rpartition(".")[2]: (resources(kernel), kernel) for name, kernel in found}
+    named: dict[str, tuple[dict[str, int], Any]] = {}
+    for name, kernel in found:
+        short = own = name.rpartition(".")[2]
+        turn = 1
+        while own in named:
+            turn += 1
+            own = f"{short}-{turn}"
+        named[own] = (resources(kernel), kernel)
+    return named
 
 
 def row_name(arch: int, variant: Variant, kernel: str) -> str:

@@ -44,6 +44,11 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
         problem = budgets.PAGED[variant.mods]
         several = ["merge"] if problem.keys > 2048 else []
         return sorted(["fwd", *several, *["append", "bounds"] * problem.writes])
+    if variant.mods == "delta-key":
+        return ["delta_bwd", "delta_fwd", "step"]
+    if variant.mods in budgets.LINEAR:
+        rest = ["over_time"] if variant.mods == "additive-scalar" else []
+        return sorted(["delta", "step", "walk", "walk-2", "walk-3", "walk-4", *rest])
     if variant.dtype.itemsize == 1:
         return ["decode", "fwd", "merge"]
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
@@ -77,6 +82,9 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
             product = TENSOR_CORE[arch] if large else "mma."
             if product not in compiled.asm["ptx"]:
                 wrong.append(f"{name}: no {product}")
+        walks = kernel.startswith(("walk", "delta_"))
+        if walks and "mma" not in compiled.asm["ptx"]:
+            wrong.append(f"{name}: no mma")
     assert not wrong, "\n".join([*wrong, "after a reason: python tools/triton_budgets.py --write"])
 
 

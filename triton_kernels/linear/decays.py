@@ -38,9 +38,7 @@ def triangle(BLOCK_T: tl.constexpr, BACKWARD: tl.constexpr):
 
 
 @triton.jit
-def of_numbers(
-    gate, b, h, first, start, length, BLOCK_T: tl.constexpr, BACKWARD: tl.constexpr
-):
+def of_numbers(gate, b, h, first, start, length, BLOCK_T: tl.constexpr, BACKWARD: tl.constexpr):
     """(between, ahead, behind, whole); between is 0 where row i does not see j."""
     seen = triangle(BLOCK_T, BACKWARD)
     if gate is None:

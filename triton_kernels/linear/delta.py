@@ -163,9 +163,7 @@ def delta_fwd(
         write = exact(inverse(erase, beta, BLOCK_T), error * beta[:, None])
         y = product(q_ahead, state, DTYPE) + product(scores, write, DTYPE)
         state = state * whole[:, None] + product(tl.trans(k_behind), write, DTYPE)
-        store_tile(
-            out, 0, y * x.scale, b, h, first, start, length, column, V, BLOCK_T, BLOCK_C
-        )
+        store_tile(out, 0, y * x.scale, b, h, first, start, length, column, V, BLOCK_T, BLOCK_C)
     if final is not None:
         at, inner = state_tile(final, n, h, heads, column, K, V, BLOCK_K, BLOCK_C)
         tl.store(at, state, mask=inner)

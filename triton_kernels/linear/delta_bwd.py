@@ -96,9 +96,7 @@ def through_numbers(
 ):  # fmt: skip
     """(dq, dk_read, dk_write) with what comes through scores and E; decays are numbers."""
     DTYPE: tl.constexpr = x.k.view.ptr.dtype.element_ty
-    between, ahead, behind, _whole = of_numbers(
-        x.gate, b, h, first, start, length, BLOCK_T, False
-    )
+    between, ahead, behind, _whole = of_numbers(x.gate, b, h, first, start, length, BLOCK_T, False)
     dscores, derase = dscores * between, derase * between
     dq = dq * ahead[:, None] + product(dscores, k, DTYPE)
     dk_read = dk_read * ahead[:, None] + product(derase, k, DTYPE)

@@ -56,6 +56,4 @@ def over_time(
         to_end = tl.sum(reset, 0) - (before - reset) == 0
         sums = sums.to(tl.float64) + tl.where(to_end, carry, 0.0)
         carry = tl.zeros([1], tl.float64) + tl.sum(tl.where(i == 0, sums, 0.0), 0)
-        tl.store(
-            head_ptr(out, b, h, first) + row * out.row, sums.to(tl.float32), mask=real
-        )
+        tl.store(head_ptr(out, b, h, first) + row * out.row, sums.to(tl.float32), mask=real)

@@ -47,8 +47,8 @@ from attnforge.triton_kernels.tensors import head_ptr, tile_ptr
 NUMBERS, ROWS, COLUMNS = (tl.constexpr(n) for n in range(3))  # what a decay belongs to
 
 
-# In a tuple of tuples Triton 3.6 forgets inside loops that an inner number is the constant 1, unless
-# a constant of the outer tuple comes after it: ``seal``.
+# In a tuple of tuples Triton 3.6 forgets inside loops that an inner number is the constant 1, but
+# where a constant of the outer tuple comes after it: ``seal``.
 
 
 class Operand(NamedTuple):
@@ -247,7 +247,6 @@ def finish(
             rest = y - rounded.to(tl.float32)
             tl.store(tile_ptr(base, start, sink.low, BLOCK_T, BLOCK_C), rest, mask=mask)
     return carry
-
 
 
 @triton.jit

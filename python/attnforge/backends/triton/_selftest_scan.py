@@ -13,7 +13,7 @@ from attnforge.reference import scan as reference
 __all__ = ["GROUPS", "problem"]
 
 GROUPS: dict[str, frozenset[str]] = {"packed sequences": frozenset({"varlen"})}
-_TIME, _DIM = 75, 70
+_TIME, _DIM = 35, 20
 
 
 def problem(
