@@ -371,7 +371,7 @@ def linear(dtype: torch.dtype, head_dim: int, kind: str) -> None:
 
 
 def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
-    """Every kernel of the delta rules, with gates of a kind (none, scalar, key), and of the scan."""
+    """Every kernel of the delta rules, with gates of a kind, and of the scan."""
     from attnforge._params import DeltaGrads, DeltaParams
     from attnforge.backends.triton import delta as launchers
     from attnforge.backends.triton import scan

@@ -19,14 +19,11 @@ STEP_COLUMNS = 32  # of a decode's program: K x 32 fp32 are up to 64 registers o
 # Of the diagonal scan: 32 tokens of 64 channels, a pair of fp32 each, are 32 registers of a thread.
 SCAN = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
 
-SPACE = {
-    kernel: {"BLOCK_C": [16, 32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [1, 2, 3]}
-    for kernel in ("numbers", "channels")
-}
+SPACE = {"BLOCK_C": [16, 32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [1, 2, 3]}
 
 
 def choose(kernel: str, shape: Shape) -> dict[str, int]:
-    """The shipped tile of a kernel (a key of SPACE): ``width`` is of the rows of a state."""
+    """The shipped tile of walks with decays of "numbers" or "channels"; width: rows of a state."""
     wide = shape.width > 128
     if kernel == "channels":
         # Two tiles [16, rows] of decays and the operands beside them.

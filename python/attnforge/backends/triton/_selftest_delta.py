@@ -18,7 +18,7 @@ GROUPS: dict[str, frozenset[str]] = {
     "a gate per key channel": frozenset({"key_gate"}),
     "packed sequences": frozenset({"varlen"}),
 }
-_TIME, _HEADS, _VALUE_HEADS, _DIM = 37, 1, 2, 64
+_TIME, _HEADS, _VALUE_HEADS, _DIM = 18, 1, 2, 64
 
 
 def problem(

@@ -18,10 +18,12 @@ from attnforge import _settings
 from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTape
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._flash_tiles import padded
+from attnforge.backends.triton._linear_tiles import space
 from attnforge.backends.triton._selftest import SelfTest
 from attnforge.backends.triton.flash import _COMMON, _delta, _on, _tiles, _unit
 from attnforge.registry.predicates import Dim
 from attnforge.registry.select import device_arch
+from attnforge.registry.space import Config
 from attnforge.registry.spec import KernelSpec
 from attnforge.triton_kernels.linear import config as tiles_of
 
@@ -64,18 +66,20 @@ def _gate(p: LinearParams) -> Any:
 class _Call:
     """What the walks of one call share."""
 
-    def __init__(self, v: Tensor, p: LinearParams) -> None:
+    def __init__(self, v: Tensor, p: LinearParams, config: Config | None) -> None:
+        self.config = config
         self.p, self.heads, self.device = p, v.shape[2], v.device
         self.ends = None if p.cu_seqlens is None else p.cu_seqlens.contiguous()
         self.sequences = v.shape[0] if self.ends is None else self.ends.shape[0] - 1
         self.count, self.gate = v.shape[1], _gate(p)
 
-    def tile(self, decay: int, rows: int, itemsize: int) -> dict[str, int]:
+    def tile(self, decay: int, rows: int, itemsize: int) -> dict[str, Any]:
         """Constants of a walk over states of ``rows`` rows."""
-        kernel = "channels" if decay else "numbers"
+        fixed = {"BLOCK_T": tiles_of.SUB if decay else tiles_of.CHUNK, "BLOCK_R": padded(rows)}
+        if self.config is not None:
+            return {**fixed, **self.config}
         shape = tiles_of.Shape(device_arch(self.device)[1], itemsize, padded(rows))
-        block = tiles_of.SUB if decay else tiles_of.CHUNK
-        return {"BLOCK_T": block, "BLOCK_R": padded(rows), **tiles_of.choose(kernel, shape)}
+        return {**fixed, **tiles_of.choose("channels" if decay else "numbers", shape)}
 
     def decay(self, transposed: bool) -> int:
         """Whether a decay is a number, or of rows or columns of a state or its transpose."""
@@ -115,12 +119,15 @@ class _Call:
             )  # fmt: skip
 
 
-def chunk_fwd(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOutputs) -> None:
+def chunk_fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOutputs,
+    *, config: Config | None = None,
+) -> None:  # fmt: skip
     """Launcher of ``linear_chunk_fwd``."""
     if p.cu_seqlens is not None:  # rows of no sequence
         for x in (outputs.out, outputs.den, outputs.out_lo):
             x.zero_()
-    call, heads = _Call(v, p), v.shape[2]
+    call, heads = _Call(v, p, config), v.shape[2]
     q, k, v = map(_unit, (q, k, v))
     with _on(v.device):
         call.walk(
@@ -175,13 +182,15 @@ def chunk_bwd(
     tape: LinearTape,
     p: LinearParams,
     grads: LinearGrads,
+    *,
+    config: Config | None = None,
 ) -> None:
     """Launcher of ``linear_chunk_bwd``.
 
     dq and dk of value heads that share one are added up from fp32 parts per value head.
     """
     q, k, v, dout = map(_unit, (tape.q, tape.k, tape.v, dout))
-    call, heads = _Call(v, p), v.shape[2]
+    call, heads = _Call(v, p, config), v.shape[2]
     if p.cu_seqlens is not None:  # rows of no sequence
         for x in grads[:3] if p.gate_kind == "head" else grads[:4]:
             x.zero_()
@@ -287,6 +296,7 @@ def _spec(kind: str, notes: str) -> KernelSpec:
         launch=f"{__name__}:{kind}",
         requires=(*_REQUIRES, SelfTest(f"linear.{kind}")),
         score=50.0,  # above the reference; native kernels of a device go first
+        space=None if kind == "step" else space(),
         notes=notes,
     )
 
