@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
 
     mods: a group of features of single scores, see ``score_features``, or "cope" for the kernels
-    of that family, or a key of PAGED, or one of LINEAR. fp8 has no backward.
+    of that family, or a key of PAGED. fp8 has no backward.
     """
 
     dtype: torch.dtype
@@ -66,9 +66,6 @@ PAGED = {
     "int4-pages": Paged(rows=1, code=torch.uint8, writes=True),
 }
 
-# Linear attention with gates of a kind, by its rule.
-LINEAR = ("additive-scalar", "additive-key", "delta-key")
-
 # Every tile that ships (three widths, two sizes of elements), and masks and features once.
 VARIANTS = (
     *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
@@ -81,7 +78,6 @@ VARIANTS = (
     Variant(torch.float32, 64, causal=True, mods="cope"),
     *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in PAGED),
     Variant(torch.bfloat16, 256, causal=True, mods="many-rows"),
-    *(Variant(torch.bfloat16, 128, mods=mods) for mods in LINEAR),
 )
 
 
@@ -280,10 +276,6 @@ def launch(variant: Variant) -> None:
     if variant.mods in PAGED:
         launch_paged(variant, PAGED[variant.mods])
         return
-    if variant.mods in LINEAR:
-        rule, _, kind = variant.mods.partition("-")
-        (delta if rule == "delta" else linear)(variant.dtype, variant.head_dim, kind)
-        return
     q, k, v, out, low, lse, p = _problem(variant)
     if variant.mods == "cope":
         launch_cope(torch.zeros_like(out), FlashTape(q, k, v, out, lse, low), p)
@@ -395,21 +387,10 @@ def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
-    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``.
-
-    A kernel that runs several times is named by its turn, too: walk, walk-2, ...
-    """
+    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
     with compiling(arch) as found:
         launch(variant)
-    named: dict[str, tuple[dict[str, int], Any]] = {}
-    for name, kernel in found:
-        short = own = name.rpartition(".")[2]
-        turn = 1
-        while own in named:
-            turn += 1
-            own = f"{short}-{turn}"
-        named[own] = (resources(kernel), kernel)
-    return named
+    return {name.rpartition(".")[2]: (resources(kernel), kernel) for name, kernel in found}
 
 
 def row_name(arch: int, variant: Variant, kernel: str) -> str:

@@ -24,21 +24,24 @@ SPACE = {"BLOCK_C": [16, 32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [1,
 
 def choose(kernel: str, shape: Shape) -> dict[str, int]:
     """The shipped tile of walks with decays of "numbers" or "channels"; width: rows of a state."""
-    wide = shape.width > 128
     if kernel == "channels":
-        # Two tiles [16, rows] of decays and the operands beside them.
-        return {"BLOCK_C": 32, "num_warps": 4, "num_stages": 1}
-    columns = 32 if wide or shape.itemsize == 4 else 64
-    return {"BLOCK_C": columns, "num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2}
+        # Up to six tiles [16, rows] in fp32 beside the state.
+        return {"BLOCK_C": 32, "num_warps": 4 if shape.width <= 64 else 8, "num_stages": 1}
+    # Scores and decays are [64, 64] in fp32 beside a state of rows x 64: 4 warps spill.
+    wide = shape.width > 128 or shape.itemsize == 4
+    columns, stages = (32, 1) if wide else (64, 2)
+    return {"BLOCK_C": columns, "num_warps": 8, "num_stages": stages}
 
 
 def delta(kernel: str, width: int, itemsize: int) -> dict[str, int]:
     """The tile of the delta rules' kernel "fwd" or "bwd"; width: of keys, padded.
 
-    The backward holds two states, and four tiles [16, width] in fp32 beside them.
+    The backward holds two states, and up to eight tiles [16, width] in fp32 beside them: with 4
+    warps it spills in its loops from a width of 64 on.
     """
-    columns = 32 if kernel == "fwd" and itemsize == 2 else 16
-    return {"BLOCK_C": columns, "num_warps": 8 if width > 128 else 4, "num_stages": 1}
+    forward = kernel == "fwd"
+    columns = 32 if forward and itemsize == 2 else 16
+    return {"BLOCK_C": columns, "num_warps": 4 if forward and width <= 64 else 8, "num_stages": 1}
 
 
 def fits(kernel: str, tile: dict[str, int], shape: Shape) -> bool:

@@ -199,7 +199,7 @@ def chunk_bwd(
         x.new_zeros((*v.shape[:3], x.shape[3]), dtype=torch.float32) if shared else x
         for x in (grads.dq, grads.dk)
     )
-    dgate = _given(grads.dgate) if grads.dgate.dim() > 1 else None
+    dgate = _given(grads.dgate)
     kind = p.gate_kind if dgate is not None else ""
     with _on(v.device):
         factor, extra = _denominators(dout, tape.outputs, p)
@@ -220,7 +220,7 @@ def chunk_bwd(
         )  # fmt: skip
         call.walk(
             v_rows, dn, q_rows, gains=(1.0, p.scale), out=dk, first=dstate, extra=extra,
-            z=(_given(dfinal_z), _given(grads.dinitial_z) if p.initial_z is not None else None),
+            z=(_given(dfinal_z), _given(grads.dinitial_z)),
             backward=True, transposed=True,
             sides=(k_rows, terms_k, end if kind == "key" else None) if by_key else None,
         )  # fmt: skip
