@@ -1,11 +1,12 @@
 """Tiles of the linear kernels: what ships, and what a tuner may try. Plain data, no Triton.
 
 A walk's state [rows, BLOCK_C] stays in registers, with what a chunk reads and writes of it beside;
-BLOCK_C follows from that. Chunks are fixed: 64 tokens fill a tensor core and keep the products
-inside a chunk small beside those with the state; with a decay per channel those inside a chunk run
-on plain cores, and 16 tokens are what a tensor core takes at least. A choice depends on dims and
-dtype alone: the order of sums is the same in any batch. No number here was measured on a GPU;
-``budgets.json`` holds what the compiler makes of them.
+BLOCK_C follows from that. Chunks are fixed: 32 tokens keep the products inside a chunk small beside
+those with the state, and 64, which wgmma would want, spill beside 128 rows. With a decay per channel
+products inside a chunk run on plain cores, and 16 tokens are what a tensor core takes at least.
+
+A choice depends on dims and dtype alone: the order of sums is the same in any batch. Spills were
+seen in compiled kernels; no number here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from attnforge.triton_kernels.flash.config import SHARED_LIMIT, Shape, arch_clas
 
 __all__ = ["CHUNK", "SCAN", "SPACE", "STEP_COLUMNS", "SUB", "Shape", "choose", "delta", "fits"]
 
-CHUNK, SUB = 64, 16
+CHUNK, SUB = 32, 16
 STEP_COLUMNS = 32  # of a decode's program: K x 32 fp32 are up to 64 registers of 128 threads
 # Of the diagonal scan: 32 tokens of 64 channels, a pair of fp32 each, are 32 registers of a thread.
 SCAN = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4}
@@ -27,10 +28,10 @@ def choose(kernel: str, shape: Shape) -> dict[str, int]:
     if kernel == "channels":
         # Up to six tiles [16, rows] in fp32 beside the state.
         return {"BLOCK_C": 32, "num_warps": 4 if shape.width <= 64 else 8, "num_stages": 1}
-    # Scores and decays are [64, 64] in fp32 beside a state of rows x 64: 4 warps spill.
-    wide = shape.width > 128 or shape.itemsize == 4
-    columns, stages = (32, 1) if wide else (64, 2)
-    return {"BLOCK_C": columns, "num_warps": 8, "num_stages": stages}
+    # Operands [32, rows] twice and a state of rows x 64: 4 warps spill.
+    size = shape.width * shape.itemsize
+    columns = 64 if size <= 256 else 32 if size <= 512 else 16
+    return {"BLOCK_C": columns, "num_warps": 8, "num_stages": 2 if size <= 256 else 1}
 
 
 def delta(kernel: str, width: int, itemsize: int) -> dict[str, int]:

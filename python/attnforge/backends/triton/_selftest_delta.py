@@ -47,20 +47,20 @@ def problem(
     found: list[list[Tensor]] = []
     for mine in (True, False):
         if kind == "delta_step":
-            rows = [x[0, :2] for x in (q, k, v)]
+            row = (q[0, :2], k[0, :2], v[0, :2])
             now = p._replace(g=None if gate is None else gate[0, :2], beta=beta[0, :2])
-            pool, out = state[:1].repeat(3, 1, 1, 1), torch.empty_like(rows[2])
+            pool, out = state[:1].repeat(3, 1, 1, 1), torch.empty_like(row[2])
             slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
-            (run if mine else reference.step)(*rows, pool, slots, now, out)
+            (run if mine else reference.step)(*row, pool, slots, now, out)
             found.append([out, pool])
         elif kind == "delta_chunk_fwd":
             outs = [torch.empty_like(v), torch.empty_like(state)]
             (run if mine else reference.forward)(q, k, v, p, *outs)
             found.append(outs)
         else:
-            like = [torch.empty_like(x) for x in (q, k, v, beta, state)]
+            dq, dk, dv, dbeta, ds = map(torch.empty_like, (q, k, v, beta, state))
             dg = v.new_empty(0) if gate is None else torch.empty_like(gate)
-            grads = DeltaGrads(*like[:3], dg, *like[3:])
+            grads = DeltaGrads(dq, dk, dv, dg, dbeta, ds)
             (run if mine else reference.backward)(dout, dstate, q, k, v, p, grads)
             found.append(list(grads))
     return found[0], found[1]

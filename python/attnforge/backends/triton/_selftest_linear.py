@@ -73,10 +73,10 @@ def problem(
         return list(got[:4]), list(want[:4])
     found = []
     for backward in (run, reference.backward):
-        like = [torch.empty_like(q if x is None else x) for x in (q, k, v, gate, state, z)]
         none = v.new_empty(0)
-        grads = LinearGrads(*like[:3], none if gate is None else like[3], like[4],
-                            none if z is None else like[5])  # fmt: skip
+        dgate, dz = (none if x is None else torch.empty_like(x) for x in (gate, z))
+        dq, dk, dv, ds = map(torch.empty_like, (q, k, v, state))
+        grads = LinearGrads(dq, dk, dv, dgate, ds, dz)
         backward(dout, dstate, z, LinearTape(q, k, v, want), p, grads)
         found.append(list(grads))
     return found[0], found[1]
@@ -87,14 +87,14 @@ def _step(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two rows on a pool of three states, one of them skipped when sequences would be packed."""
     slots = torch.tensor([2, -1 if packed else 0], dtype=torch.int32, device=q.device)
-    rows = [x[0, :2] for x in (q, k, v)]
+    q, k, v = (x[0, :2] for x in (q, k, v))
     now = p._replace(gate=None if p.gate is None else p.gate[0, :2], causal=True)
     assert p.initial_state is not None
     found = []
     for step in (run, reference.step):
         pool = p.initial_state[:1].repeat(3, 1, 1, 1)
         z = None if p.initial_z is None else p.initial_z[:1].repeat(3, 1, 1)
-        out = torch.empty_like(rows[2])
-        step(*rows, pool, z, slots, now, out)
+        out = torch.empty_like(v)
+        step(q, k, v, pool, z, slots, now, out)
         found.append([out, pool, *([] if z is None else [z])])
     return found[0], found[1]

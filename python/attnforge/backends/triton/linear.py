@@ -102,9 +102,11 @@ class _Call:
         sizes = self.tile(decay, rows, x.view.ptr.dtype.itemsize)
         sizes["BLOCK_C"] = min(sizes["BLOCK_C"], padded(columns))
         tiles = _tiles(columns, sizes["BLOCK_C"])
-        other, terms, end = sides or (None, None, None)
-        by_tile = terms is not None and decay == 0
-        view = None if terms is None else _rows(terms[0] if by_tile else terms)
+        other = view = tile_stride = end = None
+        if sides is not None:
+            other, terms, end = sides
+            view = _rows(terms if decay else terms[0])
+            tile_stride = None if decay else terms.stride(0)
         strides = (1, rows) if transposed else (columns, 1)
         if grid := tiles * self.heads * self.sequences:
             kernels.walk[(grid,)](
@@ -113,7 +115,7 @@ class _Call:
                 kernels.States(first, last, *z, *strides),
                 kernels.Sink(*(None if y is None else _rows(y) for y in (out, low, den)),
                              self.p.eps),
-                kernels.Sides(other, view, terms.stride(0) if by_tile else None, end),
+                kernels.Sides(other, view, tile_stride, end),
                 self.ends, self.count, self.heads, tiles, R=rows, C=columns, DECAY=decay,
                 NORM=norm, BACKWARD=backward, BOTH=not self.p.causal, **sizes,
             )  # fmt: skip
@@ -175,6 +177,14 @@ def _end(
     return (total.sum(-1) if kind == "scalar" else total).contiguous()
 
 
+def _terms(call: _Call, q: Tensor, v: Tensor, dgate: Tensor) -> tuple[int, Tensor]:
+    """(column tiles of K, terms [2, tiles, B, T, HV] of a gate per token: of q dq and of k dk)."""
+    columns = call.tile(0, v.shape[3], v.dtype.itemsize)["BLOCK_C"]
+    tiles = _tiles(q.shape[3], min(columns, padded(q.shape[3])))
+    shape = dgate.shape if call.p.gate_kind == "scalar" else (0,)
+    return tiles, dgate.new_empty(2, tiles, *shape)
+
+
 def chunk_bwd(
     dout: Tensor,
     dfinal_state: Tensor | None,
@@ -200,42 +210,40 @@ def chunk_bwd(
         for x in (grads.dq, grads.dk)
     )
     dgate = _given(grads.dgate)
-    kind = p.gate_kind if dgate is not None else ""
     with _on(v.device):
         factor, extra = _denominators(dout, tape.outputs, p)
         q_rows, k_rows, v_rows = (_operand(x, heads) for x in (q, k, v))
         dn = _operand(dout, heads, factor)
         state, dstate = _given(p.initial_state), _given(dfinal_state)
-        end = _end(dfinal_state, dfinal_z, tape.outputs, kind) if kind else None
-        terms_q = terms_k = dgate
-        if kind == "scalar":
-            tile = call.tile(0, v.shape[3], v.dtype.itemsize)["BLOCK_C"]
-            tiles = _tiles(q.shape[3], min(tile, padded(q.shape[3])))
-            terms_q, terms_k = dgate.new_empty(2, tiles, *dgate.shape)
-        by_key, by_value = kind in ("scalar", "key"), kind == "value"
+        q_side = k_side = o_side = v_side = None
+        if dgate is not None:
+            end = _end(dfinal_state, dfinal_z, tape.outputs, p.gate_kind)
+            tiles, terms = _terms(call, q, v, dgate)
+            if p.gate_kind == "value":
+                o_side, v_side = (dn, dgate, None), (v_rows, dgate, end)
+            elif p.gate_kind == "key":
+                q_side, k_side = (q_rows, dgate, None), (k_rows, dgate, end)
+            else:
+                q_side, k_side = (q_rows, terms[0], None), (k_rows, terms[1], None)
         call.walk(
             dn, v_rows, k_rows, gains=(p.scale, 1.0), out=dq, first=state, extra=extra,
-            z=(_given(p.initial_z), None), transposed=True,
-            sides=(q_rows, terms_q, None) if by_key else None,
+            z=(_given(p.initial_z), None), transposed=True, sides=q_side,
         )  # fmt: skip
         call.walk(
             v_rows, dn, q_rows, gains=(1.0, p.scale), out=dk, first=dstate, extra=extra,
-            z=(_given(dfinal_z), _given(grads.dinitial_z)),
-            backward=True, transposed=True,
-            sides=(k_rows, terms_k, end if kind == "key" else None) if by_key else None,
+            z=(_given(dfinal_z), _given(grads.dinitial_z)), backward=True, transposed=True,
+            sides=k_side,
         )  # fmt: skip
-        if by_value:
-            call.walk(q_rows, k_rows, v_rows, gains=(p.scale, 1.0), first=state,
-                      sides=(dn, dgate, None))  # fmt: skip
+        if o_side is not None:  # o once more, in fp32
+            call.walk(q_rows, k_rows, v_rows, gains=(p.scale, 1.0), first=state, sides=o_side)
         call.walk(
             k_rows, q_rows, dn, gains=(1.0, p.scale), out=grads.dv, first=dstate,
-            last=_given(grads.dinitial_state), backward=True,
-            sides=(v_rows, dgate, end) if by_value else None,
+            last=_given(grads.dinitial_state), backward=True, sides=v_side,
         )  # fmt: skip
-        if kind == "scalar" and call.sequences * heads:
+        if dgate is not None and p.gate_kind == "scalar" and call.sequences * heads:
             _module("over_time").over_time[(call.sequences * heads,)](
-                _rows(terms_q[0]), _rows(terms_k[0]), call.gate, end, _rows(dgate), call.ends,
-                call.count, heads, tiles, terms_q.stride(0), BLOCK_T=tiles_of.CHUNK, num_warps=4,
+                _rows(terms[0, 0]), _rows(terms[1, 0]), call.gate, end, _rows(dgate), call.ends,
+                call.count, heads, tiles, terms.stride(1), BLOCK_T=tiles_of.CHUNK, num_warps=4,
             )  # fmt: skip
     for whole, parts in ((grads.dq, dq), (grads.dk, dk)):
         if shared:
@@ -302,7 +310,7 @@ def _spec(kind: str, notes: str) -> KernelSpec:
 
 
 SPECS = (
-    _spec("chunk_fwd", "chunks of 64 (16 with gates per channel), the state in registers"),
+    _spec("chunk_fwd", "chunks of 32 (16 with gates per channel), the state in registers"),
     _spec("chunk_bwd", "three walks of the same recurrence, nothing stored between"),
     _spec("step", "a tile of a state per program, read once and written once"),
 )
