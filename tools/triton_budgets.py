@@ -105,7 +105,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from attnforge.backends.triton import _flash_tiles
+    from attnforge.backends.triton import _flash_tiles, linear
 
     found: list[tuple[str, Any]] = []
     run = JITFunction.run
@@ -121,6 +121,7 @@ def compiling(arch: int) -> Iterator[list[tuple[str, Any]]]:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
             mock.patch.object(_flash_tiles, "device_arch", return_value=("cuda", f"sm_{arch}")),
+            mock.patch.object(linear, "device_arch", return_value=("cuda", f"sm_{arch}")),
         ):
             yield found
     finally:
@@ -334,6 +335,55 @@ def block_sparse(head_dim: int, q_block: int, kv_block: int) -> None:
     launchers.fwd(q, k, v, p, lists, out, lse, low)
     grads = (*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]))
     launchers.bwd(out, lse, FlashTape(q, k, v, out, lse, low), p, lists, grads)
+
+
+def linear(dtype: torch.dtype, head_dim: int, kind: str) -> None:
+    """Every kernel of linear attention with gates of a kind, forward, backward and step."""
+    from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTape
+    from attnforge.backends.triton import linear as launchers
+
+    time, heads, d = 80, 4, head_dim
+    q, k = torch.zeros(2, 2, time, 2, d, dtype=dtype)
+    v = torch.zeros(2, time, heads, d, dtype=dtype)
+    shape = {"head": (heads,), "scalar": v.shape[:3], "key": v.shape, "value": v.shape}.get(kind)
+    gate = None if shape is None else torch.zeros(shape)
+    state, z, none = torch.zeros(2, heads, d, d), torch.zeros(2, heads, d), q.new_empty(0)
+    norm = kind in ("scalar", "key")
+    p = LinearParams(gate, kind, state, z if norm else None, None, 0.1, True, "sum" * norm, 1e-6)
+    z, den, low = (x if norm else none for x in (z, v[..., 0].float(), v))
+    outputs = LinearOutputs(v, state, z, den.contiguous(), low if dtype.itemsize == 2 else none)
+    launchers.chunk_fwd(q, k, v, p, outputs)
+    dgate = none if gate is None or kind == "head" else gate
+    grads = LinearGrads(q, k, v, dgate, state, z)
+    launchers.chunk_bwd(v, state, z if norm else None, LinearTape(q, k, v, outputs), p, grads)
+    own = None if gate is None else gate if kind == "head" else gate[:, 0]
+    launchers.step(
+        q[:, 0], k[:, 0], v[:, 0], state, z if norm else None, None, p._replace(gate=own), v[:, 0]
+    )
+
+
+def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
+    """Every kernel of the delta rules, with gates of a kind, and of the scan."""
+    from attnforge._params import DeltaGrads, DeltaParams
+    from attnforge.backends.triton import delta as launchers
+    from attnforge.backends.triton import scan
+
+    time, heads, d = 80, 4, head_dim
+    q, k = torch.zeros(2, 2, time, 2, d, dtype=dtype)
+    v = torch.zeros(2, time, heads, d, dtype=dtype)
+    beta, state = torch.zeros(v.shape[:3]), torch.zeros(2, heads, d, d)
+    g = None if kind == "none" else torch.zeros(v.shape[: 3 if kind == "scalar" else 4])
+    p = DeltaParams(g, beta, state, None, 0.1)
+    launchers.delta_chunk_fwd(q, k, v, p, v, state)
+    none = q.new_empty(0)
+    grads = DeltaGrads(q, k, v, none if g is None else g, beta, state)
+    launchers.delta_chunk_bwd(v, state, q, k, v, p, grads)
+    p = p._replace(g=None if g is None else g[:, 0], beta=beta[:, 0])
+    launchers.delta_step(q[:, 0], k[:, 0], v[:, 0], state, None, p, v[:, 0])
+    if kind == "none":
+        x, log, last = v[:, :, 0], torch.zeros(2, time, d), torch.zeros(2, d)
+        scan.diag_scan_fwd(x, log, last, None, x, last)
+        scan.diag_scan_bwd(x, last, x, log, last, None, (x, log, last))
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:

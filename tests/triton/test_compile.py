@@ -141,6 +141,31 @@ def test_block_sparse(arch: int, head_dim: int, q_block: int) -> None:
         assert name.endswith("delta") or "mma" in kernel.asm["ptx"], name
 
 
+ADDITIVE = ["walk", "delta", "walk", "walk", "walk"]
+LINEAR = {
+    "scalar": [*ADDITIVE, "over_time", "step"],
+    "key": [*ADDITIVE, "step"],
+    "delta-key": ["delta_fwd", "delta_bwd", "step"],
+}
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_linear(arch: int, kind: str) -> None:
+    """Gates per token and per channel with a denominator, and KDA: tensor cores multiply."""
+    with budgets.compiling(arch) as found:
+        if kind in ("scalar", "key"):
+            budgets.linear(torch.bfloat16, 128, kind)
+        else:
+            budgets.delta(torch.bfloat16, 128, "key")
+    assert [name.rpartition(".")[2] for name, _ in found] == LINEAR[kind]
+    for name, kernel in found:
+        assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
+        assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= TENSOR_COLUMNS, name
+        plain = name.endswith((".delta", "over_time", "step"))
+        assert plain or "mma" in kernel.asm["ptx"], name
+
+
 def test_table_has_no_rows_of_the_past() -> None:
     known = {
         budgets.row_name(arch, variant, kernel)

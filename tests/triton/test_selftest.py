@@ -19,11 +19,15 @@ from attnforge.backends import _selftest_flash, _selftest_paged
 from attnforge.backends.triton import (
     _selftest,
     _selftest_block_sparse,
+    _selftest_linear,
     block_sparse,
     cope,
+    delta,
     flash,
+    linear,
     paged,
     reductions,
+    scan,
 )
 from attnforge.registry import Request, list_kernels
 from attnforge.registry.select import Decision, decide
@@ -37,7 +41,8 @@ KERNELS = [spec for spec in list_kernels() if spec.backend == "triton"]
 
 @pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.id)
 def test_right_kernels_pass(spec: Any) -> None:
-    assert _selftest.check(spec.id.removeprefix("triton."), "", torch.bfloat16, CPU) is None
+    (test,) = (need for need in spec.requires if isinstance(need, _selftest.SelfTest))
+    assert _selftest.check(test.kernel, "", torch.bfloat16, CPU) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -76,6 +81,20 @@ def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) ->
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
     assert _selftest.check(f"paged.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        *(("linear.chunk_bwd", group) for group in list(_selftest_linear.GROUPS)[:4]),
+        ("linear.chunk_fwd", "both directions"),
+        ("delta.delta_chunk_bwd", "a gate per token"),
+        ("delta.delta_chunk_bwd", "packed sequences"),
+        ("scan.diag_scan_bwd", "packed sequences"),
+    ],
+)
+def test_right_linear_kernels_pass_with_features(kernel: str, group: str) -> None:
+    assert _selftest.check(kernel, group, torch.float16, CPU) is None
 
 
 @pytest.fixture
@@ -157,13 +176,24 @@ PLACES = {
     "paged.fwd": ("paged_fwd", 3),
     "paged.cascade": ("cascade_fwd", 5),
     "paged.append": ("paged_append", 2),
+    "linear.chunk_fwd": ("linear_chunk_fwd", 4),
+    "linear.chunk_bwd": ("linear_chunk_bwd", 5),
+    "linear.step": ("linear_step", 7),
+    "delta.delta_chunk_fwd": ("delta_chunk_fwd", 4),
+    "delta.delta_chunk_bwd": ("delta_chunk_bwd", 6),
+    "delta.delta_step": ("delta_step", 6),
+    "scan.diag_scan_fwd": ("diag_scan_fwd", 4),
+    "scan.diag_scan_bwd": ("diag_scan_bwd", 6),
 }
 MODULES = {
     "block_sparse": block_sparse,
     "cope": cope,
+    "delta": delta,
     "flash": flash,
+    "linear": linear,
     "paged": paged,
     "reductions": reductions,
+    "scan": scan,
 }
 
 
@@ -178,7 +208,8 @@ def test_every_kernel_is_watched(monkeypatch: pytest.MonkeyPatch, kernel: str) -
         decision = choose(op)
     assert decision.chosen is not None
     assert decision.chosen.backend != "triton"
-    assert "off by" in why(decision, f"triton.{kernel}")
+    spec = f"triton.{kernel}" if family not in ("delta", "scan") else f"triton.linear.{kind}"
+    assert "off by" in why(decision, spec)
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -9,7 +9,8 @@ size M that rounding is relative to: with K = u32 (16 + 2 T), and u the output's
     dq, dk, dv     1.05 u |x| + (2 u16 + K) M                  dstates  (2 u16 + K) M
     dgate    (2 u16 + K) sum over later tokens of what it is a difference of
 
-where u16 counts for 16-bit dtypes only.
+where u16 counts for 16-bit dtypes only. Tensor cores take products of states in 16 bits beside such
+inputs: with ``rounded`` o and states have 2 u16 M as well.
 """
 
 from __future__ import annotations
@@ -110,9 +111,12 @@ class LinearInputs:
         named = {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
         return {n: x.detach() for n, x in (found | named).items()}
 
-    def truth(self) -> Truth:
-        """Values and bounds of everything that ``run`` returns."""
-        return _truth(self)
+    def truth(self, rounded: bool = False) -> Truth:
+        """Values and bounds of everything that ``run`` returns.
+
+        rounded: what multiplies 16-bit inputs takes states and scores in 16 bits too.
+        """
+        return _truth(self, rounded)
 
 
 def linear_inputs(case: LinearCase, seed: int = 0, **changes: Any) -> LinearInputs:
@@ -259,7 +263,7 @@ def _gate_sizes(case: LinearCase, size: _Run, dn: Tensor, dstates: Tensor) -> Te
     return total
 
 
-def _truth(inputs: LinearInputs) -> Truth:
+def _truth(inputs: LinearInputs, rounded: bool) -> Truth:
     case, found = inputs.case, Truth()
     x = _each(inputs.leaves, lambda t: t.detach().double())
     dout = inputs.dout.double() * _covered(case)
@@ -270,6 +274,7 @@ def _truth(inputs: LinearInputs) -> Truth:
     absolute = _each(x, torch.abs)._replace(gate=x.gate)
     unit = unit_roundoff(case.dtype)
     half = 2 * unit if case.dtype.itemsize == 2 else 0.0
+    product = half if rounded else 0.0
     fine = unit_roundoff(torch.float64 if case.dtype is torch.float64 else torch.float32)
     k = fine * (16 + 2 * case.time)
 
@@ -291,10 +296,10 @@ def _truth(inputs: LinearInputs) -> Truth:
         out, far = n, sizes[..., :-1]
         dn = torch.cat([dout, torch.zeros_like(d)], -1)
         dn_size = dn.abs()
-    found.put("out", out, 1.05 * unit * out.abs() + 2 * k * far + 1e-30)
+    found.put("out", out, 1.05 * unit * out.abs() + (product + 2 * k) * far + 1e-30)
     exact = _differentiate(case, x, dn, ends)
     size = _differentiate(case, absolute, dn_size, ends.abs())
-    found.put("state", states[..., :-1], k * state_sizes[..., :-1] + 1e-30)
+    found.put("state", states[..., :-1], (product + k) * state_sizes[..., :-1] + 1e-30)
     if case.normalize:
         found.put("z", states[..., -1], k * state_sizes[..., -1] + 1e-30)
     for name, value in exact.grads.items():

@@ -1,0 +1,1 @@
+"""Triton kernels of linear attention: recurrences walked in chunks, their states in registers."""
