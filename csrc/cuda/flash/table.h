@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/flash/tiles.h"
+#include "cuda/linear/tiles.h"
 #include "cuda/paged/tiles.h"
 
 namespace attnforge::cuda {
@@ -48,6 +49,13 @@ inline std::vector<KernelRow> kernel_table() {
       }
       if (dtype != DType::kFloat32) {
         rows.push_back({std::string("paged_latent") + codes, dtype, kLatentDims, false});
+      }
+    }
+  }
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (int dim : kWalkDims) {
+      for (const char* gate : {"whole", "read", "columns"}) {
+        rows.push_back({std::string("linear_") + gate, dtype, {dim, kWalkColumns}, false});
       }
     }
   }

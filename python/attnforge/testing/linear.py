@@ -110,9 +110,13 @@ class LinearInputs:
         named = {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
         return {n: x.detach() for n, x in (found | named).items()}
 
-    def truth(self) -> Truth:
-        """Values and bounds of everything that ``run`` returns."""
-        return _truth(self)
+    def truth(self, rounding: float = 0.0) -> Truth:
+        """Values and bounds of everything that ``run`` returns.
+
+        rounding: of the operands that a kernel rounds beyond their dtype, relative, summed up over
+        the chain of products that leads to a result.
+        """
+        return _truth(self, rounding)
 
 
 def linear_inputs(case: LinearCase, seed: int = 0, **changes: Any) -> LinearInputs:
@@ -259,7 +263,7 @@ def _gate_sizes(case: LinearCase, size: _Run, dn: Tensor, dstates: Tensor) -> Te
     return total
 
 
-def _truth(inputs: LinearInputs) -> Truth:
+def _truth(inputs: LinearInputs, rounding: float) -> Truth:
     case, found = inputs.case, Truth()
     x = _each(inputs.leaves, lambda t: t.detach().double())
     dout = inputs.dout.double() * _covered(case)
@@ -271,7 +275,7 @@ def _truth(inputs: LinearInputs) -> Truth:
     unit = unit_roundoff(case.dtype)
     half = 2 * unit if case.dtype.itemsize == 2 else 0.0
     fine = unit_roundoff(torch.float64 if case.dtype is torch.float64 else torch.float32)
-    k = fine * (16 + 2 * case.time)
+    k = fine * (16 + 2 * case.time) + rounding
 
     numerators, states = _every(case, x)
     sizes, state_sizes = _every(case, absolute)
