@@ -26,6 +26,8 @@ DTYPES = ("fp32", "fp16", "bf16")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
 PAGED_DIMS = ("64x64", "128x128", "256x256")  # of kPagedDims
+WALK_DIMS = ("64x64", "128x64")  # of kWalkDims
+WALK_GATES = ("whole", "read", "columns")  # of enum WalkGate
 
 Row = dict[str, int]
 
@@ -46,6 +48,13 @@ def kernel_id(symbol: str) -> str | None:
         kind, dtype, dims, codes = paged.groups()
         name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
         return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
+    walk = re.search(r"\dWalkCaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8WalkGateE(\d)E", symbol)
+    if walk is not None:
+        dtype, dims, gate = map(int, walk.groups())
+        return f"linear_{WALK_GATES[gate]}.{DTYPES[dtype]}.d{WALK_DIMS[dims]}"
+    delta = re.search(r"\dDeltaCaseILN\w*?5DTypeE(\d)ELi(\d)E", symbol)
+    if delta is not None:
+        return f"linear_delta.{DTYPES[int(delta[1])]}.d{WALK_DIMS[int(delta[2])]}"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None

@@ -57,6 +57,7 @@ inline std::vector<KernelRow> kernel_table() {
       for (const char* gate : {"whole", "read", "columns"}) {
         rows.push_back({std::string("linear_") + gate, dtype, {dim, kWalkColumns}, false});
       }
+      rows.push_back({"linear_delta", dtype, {dim, kWalkColumns}, false});
     }
   }
 #if defined(ATTNFORGE_SM90A)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -278,7 +278,8 @@ def _truth(inputs: LinearInputs, rounding: float) -> Truth:
     k = fine * (16 + 2 * case.time) + rounding
 
     numerators, states = _every(case, x)
-    sizes, state_sizes = _every(case, absolute)
+    positive = replace(case, scale=None if case.scale is None else abs(case.scale))
+    sizes, state_sizes = _every(positive, absolute)
     n, d = numerators[..., :-1], numerators[..., -1:]
     if case.normalize:
         base = torch.where(_covered(case), _base(case, d), 1.0)
@@ -297,7 +298,7 @@ def _truth(inputs: LinearInputs, rounding: float) -> Truth:
         dn_size = dn.abs()
     found.put("out", out, 1.05 * unit * out.abs() + 2 * k * far + 1e-30)
     exact = _differentiate(case, x, dn, ends)
-    size = _differentiate(case, absolute, dn_size, ends.abs())
+    size = _differentiate(positive, absolute, dn_size, ends.abs())
     found.put("state", states[..., :-1], k * state_sizes[..., :-1] + 1e-30)
     if case.normalize:
         found.put("z", states[..., -1], k * state_sizes[..., -1] + 1e-30)

@@ -17,10 +17,10 @@ from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
 from attnforge.registry.spec import KernelSpec
 
-__all__ = ["DIMS", "SPECS"]
+__all__ = ["CHUNK", "COLUMNS", "DEVICE", "DIMS", "LIBRARY", "SPECS"]
 
 DIMS = (64, 128)  # what the read side of a state is padded to, as csrc/cuda/linear/tiles.h has it
-_COLUMNS = 64  # of a block
+COLUMNS = 64  # of a block
 _GATES = ("none", "head", "scalar", "key", "value")
 
 
@@ -53,7 +53,7 @@ def _workspace(q: Tensor, v: Tensor, dgate: Tensor) -> Tensor:
     if v.shape[2] > q.shape[2]:
         size += 2 * (-(-token_heads * q.shape[3] // 4) * 4)
     if dgate.dim() == 3:
-        size += 2 * token_heads * -(-q.shape[3] // _COLUMNS) * 4
+        size += 2 * token_heads * -(-q.shape[3] // COLUMNS) * 4
     return q.new_empty(-(-size // 4) * 4, dtype=torch.float32)
 
 
@@ -98,8 +98,8 @@ def step(
         )  # fmt: skip
 
 
-_DEVICE = (Device("cuda"), Arch(80), Dtypes(torch.float32, torch.bfloat16, torch.float16))
-_LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
+DEVICE = (Device("cuda"), Arch(80), Dtypes(torch.float32, torch.bfloat16, torch.float16))
+LIBRARY = Available("libattnforge_cuda.so", _native_cuda.unavailable)
 _FEATURES = tuple(f"{kind}_gate" for kind in _GATES[1:])
 
 
@@ -110,18 +110,18 @@ def _spec(kind: str, notes: str, dims: tuple[Dim, ...]) -> KernelSpec:
         backend="cuda",
         launch=f"{__name__}:{kind}",
         requires=(
-            *_DEVICE, *dims, Features(*_FEATURES, "varlen"), _LIBRARY, SelfTest(f"linear.{kind}"),
+            *DEVICE, *dims, Features(*_FEATURES, "varlen"), LIBRARY, SelfTest(f"linear.{kind}"),
         ),
         score=40.0,  # below Triton's 50: proved under the host emulator, not run on a GPU yet
         notes=notes,
     )  # fmt: skip
 
 
-_CHUNK = (Dim("head_dim", 8, 128, 8), Dim("v_head_dim", 8, 128, 8))
+CHUNK = (Dim("head_dim", 8, 128, 8), Dim("v_head_dim", 8, 128, 8))
 _STEP = (Dim("head_dim", 1, 1024), Dim("v_head_dim", 2, 1024, 2))
 
 SPECS = (
-    _spec("chunk_fwd", "the state in registers from the first token to the last", _CHUNK),
-    _spec("chunk_bwd", "three walks of the same kernel, no states kept, no atomics", _CHUNK),
+    _spec("chunk_fwd", "the state in registers from the first token to the last", CHUNK),
+    _spec("chunk_bwd", "three walks of the same kernel, no states kept, no atomics", CHUNK),
     _spec("step", "a pool of states in place, a batch of rows in flight", _STEP),
 )
