@@ -23,13 +23,20 @@ DTYPES = (FP32, BF16, FP16)
 NAMES = ["fp32", "bf16", "fp16"]
 
 
+# Three tf32 products are good to 2^-22, which equal keys take for a beta that is off by as much at
+# every token. Operands of what leaves in out are rounded to tf32 in 16-bit calls, 2^-11 twice.
+GROWTHS = {FP32: 4 * GROWTH, BF16: 4 * GROWTH + 2.0**14, FP16: 4 * GROWTH + 2.0**14}
+
+
 def check(**options: Any) -> None:
-    """16-bit calls round operands to tf32: 2^-11 twice, in units of 2^-24."""
     case = DeltaCase(**options)
     inputs = case.make()
-    growth = GROWTH if case.dtype is FP32 else GROWTH + 2.0**14
+    growth = GROWTHS[case.dtype]
     got = inputs.run("emulated", grad=False)
-    compare(got, inputs.truth(False, growth), str(case)).check()
+    truth = inputs.truth(False, growth)
+    fine = inputs.truth(False, 4 * GROWTH).bounds["final_state"]  # states are fp32 for every dtype
+    truth.bounds["final_state"] = fine
+    compare(got, truth, str(case)).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)

@@ -8,11 +8,12 @@
 //
 // The block, its columns and its state are those of walk.cu: a warp has 16 columns of values as
 // rows, so the state, e, w and o stay in its registers and each column solves its own system. The
-// triangular matrix is never inverted: inverses by powers lose all digits where keys repeat. Its
-// products and the substitution are fp32 for every dtype.
+// triangular matrix is never inverted: inverses by powers lose all digits where keys repeat. All
+// that feeds back into the state is fp32 for every dtype (the state and w in two tf32 parts beside
+// 16-bit keys); what leaves in out is rounded to tf32 once in 16-bit calls.
 //
 // grid: tiles of 64 columns * value heads * sequences. bytes: as walk.cu, and beta. flops per token
-// of a chunk of 32: 2 (2 rows K + 2 rows V + 3 K V).
+// of a chunk of 32: 2 (2 rows K + 2 rows V + 3 K V), two of the three K V in two parts.
 #include "cuda/linear/delta_launch.h"
 #include "cuda/linear/leave.h"
 
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
   using W = Walk<Case::kTile>;
   using T = typename W::T;
   using P = typename W::P;
+  using Fine = FineProduct<T>;
   using Team = typename W::Team;
   constexpr int kRows = W::kRows;
   static_assert(kRows == 32);
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
     Team::sync();
     typename W::Output out, w, known;
     zero_fragments<W::kN>(out), zero_fragments<W::kN>(known);
-    product_along<P, W::kN, W::kD>(known, state, block.y(n));
+    product_along<Fine, W::kN, W::kD>(known, state, block.y(n));
     left_across<W::kN>(w, block.z(n), own);
     float from_start[W::kN][2];
 #pragma unroll
@@ -206,7 +208,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
         w[c][e] *= to_end, w[c][2 + e] *= to_end;
       }
     }
-    product_across<P, W::kD, W::kN>(state, w, block.y(n));
+    product_across<Fine, W::kD, W::kN>(state, w, block.y(n));
     const Chunk chunk = {tokens, head, first_column, columns, row, left};
     store_out<W>(walk, block, n, chunk, out);
   };

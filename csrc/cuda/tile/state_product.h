@@ -37,17 +37,40 @@ struct RoundedProduct {
   }
 };
 
-// The product of a call whose tensors have elements T.
+// The left operand in two parts, for one on the right that tf32 holds exactly.
+struct SplitProduct {
+  struct Left {
+    RoundedProduct::Left hi, lo;
+  };
+  using Right = RoundedProduct::Right;
+  AF_DEVICE static Left left(const uint32_t (&r)[4]) {
+    const auto parts = Product<float>::left(r);
+    return {{{parts.hi[0], parts.hi[1], parts.hi[2], parts.hi[3]}},
+            {{parts.lo[0], parts.lo[1], parts.lo[2], parts.lo[3]}}};
+  }
+  AF_DEVICE static Right right(uint32_t r0, uint32_t r1) { return RoundedProduct::right(r0, r1); }
+  AF_DEVICE static void add(float (&d)[4], const Left& a, const Right& b) {
+    RoundedProduct::add(d, a.lo, b);
+    RoundedProduct::add(d, a.hi, b);
+  }
+};
+
+// The products of a call whose tensors have elements T, and those with tiles of T whose results
+// feed back into what they came from, where rounding would add up.
 template <class T>
 struct StateProductOf {
   using Type = RoundedProduct;
+  using Fine = SplitProduct;
 };
 template <>
 struct StateProductOf<float> {
   using Type = Product<float>;
+  using Fine = Product<float>;
 };
 template <class T>
 using StateProduct = typename StateProductOf<T>::Type;
+template <class T>
+using FineProduct = typename StateProductOf<T>::Fine;
 
 // kK blocks of 8 columns.
 template <int kK>
