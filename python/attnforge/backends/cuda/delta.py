@@ -1,4 +1,4 @@
-"""``cuda.delta.*``: the delta rules of ``csrc/cuda/linear``, forward and step, from sm_80 on.
+"""``cuda.linear.delta_*``: the delta rules of ``csrc/cuda/linear``, forward and step, from sm_80 on.
 
 Gates of keys (KDA) have a step; in chunks, and in every backward, other backends serve.
 """
@@ -50,7 +50,7 @@ def step(
 
 def _spec(kind: str, notes: str, *needs: Predicate) -> KernelSpec:
     return KernelSpec(
-        id=f"cuda.delta.{kind}.sm80",
+        id=f"cuda.linear.delta_{kind}.sm80",
         op=f"delta_{kind}",
         backend="cuda",
         launch=f"{__name__}:{kind}",

@@ -1,4 +1,4 @@
-"""``cuda.scan.*``: the diagonal scan of ``csrc/cuda/linear/diag_scan.cu``, from sm_80 on."""
+"""``cuda.linear.diag_scan_*``: the diagonal scan of ``csrc/cuda/linear/diag_scan.cu``, from sm_80 on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def diag_scan_bwd(
 
 def _spec(op: str, notes: str) -> KernelSpec:
     return KernelSpec(
-        id=f"cuda.scan.{op}.sm80",
+        id=f"cuda.linear.{op}.sm80",
         op=op,
         backend="cuda",
         launch=f"{__name__}:{op}",
