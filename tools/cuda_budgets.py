@@ -28,6 +28,8 @@ HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of
 PAGED_DIMS = ("64x64", "128x128", "256x256")  # of kPagedDims
 SM90_DECODE_DIMS = ("64x64", "128x128", "192x128", "256x256", "576x512")  # of kSm90DecodeDims
 SM90_FP8_DIMS = ("64x64", "128x128", "256x256")  # of kSm90Fp8Dims
+WALK_DIMS = ("64x64", "128x64")  # of kWalkDims
+WALK_GATES = ("whole", "read", "columns")  # of enum WalkGate
 
 Row = dict[str, int]
 
@@ -56,6 +58,13 @@ def kernel_id(symbol: str) -> str | None:
     fp8 = re.search(r"Sm90Fp8CaseILi(\d)E", symbol)
     if fp8 is not None:
         return f"fwd_sm90.fp8.d{SM90_FP8_DIMS[int(fp8[1])]}.features"
+    walk = re.search(r"\dWalkCaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8WalkGateE(\d)E", symbol)
+    if walk is not None:
+        dtype, dims, gate = map(int, walk.groups())
+        return f"linear_{WALK_GATES[gate]}.{DTYPES[dtype]}.d{WALK_DIMS[dims]}"
+    delta = re.search(r"\dDeltaCaseILN\w*?5DTypeE(\d)ELi(\d)E", symbol)
+    if delta is not None:
+        return f"linear_delta.{DTYPES[int(delta[1])]}.d{WALK_DIMS[int(delta[2])]}"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90|Sm90Bwd)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None

@@ -1,24 +1,9 @@
 // Private CPU operators of the delta rules and the diagonal scan (namespace attnforge_native): see
 // ops_cpu.cpp.
-#include "attnforge/delta.h"
-#include "bindings/tensors.h"
+#include "bindings/delta.h"
 
 namespace attnforge::cpu {
 namespace {
-
-float* floats(const Tensor& t, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
-                  "attnforge_native: gates, states and their gradients must be contiguous float32");
-  return static_cast<float*>(const_cast<void*>(t.const_data_ptr()));
-}
-float* floats(const OptionalTensor& t, int64_t numel) {
-  return t ? floats(*t, numel) : nullptr;
-}
-
-// Outputs that are not wanted come as tensors without elements.
-float* wanted(const Tensor& t, int64_t numel) {
-  return t.numel() == 0 ? nullptr : floats(t, numel);
-}
 
 // Outputs are large and new.
 template <class... Tensors>
@@ -26,48 +11,12 @@ void large(const Tensors&... outputs) {
   (advise_huge_pages(outputs, outputs.numel() * outputs.element_size()), ...);
 }
 
-// q, k [B, T, H, K] and v [B, T, HV, V].
-DeltaProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
-                        const Tensor& beta, const OptionalTensor& initial_state,
-                        const OptionalTensor& cu_seqlens, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
-                  "attnforge_native: delta rules want [B, T, H, D]");
-  DeltaProblem p;
-  p.dtype = dtype_of(q);
-  p.cu_seqlens = data<int32_t>(cu_seqlens, ScalarType::Int);
-  p.sequences = cu_seqlens ? cu_seqlens->numel() - 1 : q.size(0);
-  p.rows = q.size(1);
-  p.heads = q.size(2);
-  p.value_heads = v.size(2);
-  p.key_dim = q.size(3);
-  p.value_dim = v.size(3);
-  STD_TORCH_CHECK(p.heads > 0 && p.value_heads % p.heads == 0 && p.key_dim > 0 &&
-                      p.key_dim <= 1024 && p.value_dim > 0 && (!cu_seqlens || q.size(0) == 1),
-                  "attnforge_native: heads or head dims of a delta rule do not fit");
-  for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(k.size(d) == q.size(d) && (d >= 2 || v.size(d) == q.size(d)),
-                    "attnforge_native: shapes of q, k and v do not fit");
-  }
-  p.scale = static_cast<float>(scale);
-  p.q = ref(q, p.dtype), p.k = ref(k, p.dtype), p.v = ref(v, p.dtype);
-  const int64_t tokens = q.size(0) * p.rows * p.value_heads;
-  p.channel_gates = g && g->dim() == 4;
-  p.g = floats(g, tokens * (p.channel_gates ? p.key_dim : 1));
-  p.beta = floats(beta, tokens);
-  p.initial_state = floats(initial_state, p.sequences * p.value_heads * p.key_dim * p.value_dim);
-  return p;
-}
-
-int64_t state_numel(const DeltaProblem& p) {
-  return p.sequences * p.value_heads * p.key_dim * p.value_dim;
-}
-
 void delta_chunk_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                      const Tensor& beta, const OptionalTensor& initial_state,
                      const OptionalTensor& cu_seqlens, double scale, const Tensor& out,
                      const Tensor& final_state) {
   DeltaChunkFwdParams params;
-  params.problem = problem_of(q, k, v, g, beta, initial_state, cu_seqlens, scale);
+  params.problem = delta_problem(q, k, v, g, beta, initial_state, cu_seqlens, scale);
   params.out = ref(out, params.problem.dtype);
   params.final_state = wanted(final_state, state_numel(params.problem));
   if (params.problem.sequences == 0) return;
@@ -84,14 +33,14 @@ void delta_chunk_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, con
                      double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv,
                      const Tensor& dg, const Tensor& dbeta, const Tensor& dinitial_state) {
   DeltaChunkBwdParams params;
-  params.problem = problem_of(q, k, v, g, beta, initial_state, cu_seqlens, scale);
+  params.problem = delta_problem(q, k, v, g, beta, initial_state, cu_seqlens, scale);
   const DeltaProblem& p = params.problem;
   params.dout = ref(dout, p.dtype);
-  params.dfinal_state = floats(dfinal_state, state_numel(p));
+  params.dfinal_state = delta_floats(dfinal_state, state_numel(p));
   params.dq = ref(dq, p.dtype), params.dk = ref(dk, p.dtype), params.dv = ref(dv, p.dtype);
   const int64_t tokens = q.size(0) * p.rows * p.value_heads;
   params.dg = wanted(dg, tokens * (p.channel_gates ? p.key_dim : 1));
-  params.dbeta = floats(dbeta, tokens);
+  params.dbeta = delta_floats(dbeta, tokens);
   params.dinitial_state = wanted(dinitial_state, state_numel(p));
   if (p.sequences == 0) return;
   const Workers threads = workers();
@@ -106,10 +55,10 @@ void delta_step(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
                 const Tensor& beta, const Tensor& states, const OptionalTensor& state_indices,
                 double scale, const Tensor& out) {
   DeltaStepParams params;
-  params.problem = problem_of(q, k, v, g, beta, std::nullopt, std::nullopt, scale);
+  params.problem = delta_problem(q, k, v, g, beta, std::nullopt, std::nullopt, scale);
   const DeltaProblem& p = params.problem;
   params.slots = states.size(0);
-  params.states = floats(states, params.slots * p.value_heads * p.key_dim * p.value_dim);
+  params.states = delta_floats(states, params.slots * p.value_heads * p.key_dim * p.value_dim);
   params.state_indices = data<int32_t>(state_indices, ScalarType::Int);
   STD_TORCH_CHECK(p.rows == 1 && (!state_indices || state_indices->numel() == p.sequences),
                   "attnforge_native: a step has one token per sequence and one index for each");
@@ -117,34 +66,10 @@ void delta_step(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   kernels().delta_step(params, workers());
 }
 
-// x, g [B, T, D].
-DiagScanParams scan_of(const Tensor& x, const Tensor& g, const OptionalTensor& initial_state,
-                       const OptionalTensor& cu_seqlens) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.is_contiguous(),
-                  "attnforge_native: a scan wants contiguous [B, T, D]");
-  DiagScanParams p;
-  p.dtype = dtype_of(x);
-  p.cu_seqlens = data<int32_t>(cu_seqlens, ScalarType::Int);
-  p.sequences = cu_seqlens ? cu_seqlens->numel() - 1 : x.size(0);
-  p.rows = x.size(1);
-  p.dim = x.size(2);
-  STD_TORCH_CHECK(!cu_seqlens || x.size(0) == 1, "attnforge_native: packed sequences want batch 1");
-  p.x = x.const_data_ptr();
-  p.g = floats(g, x.numel());
-  p.initial_state = floats(initial_state, p.sequences * p.dim);
-  return p;
-}
-
-void* like(const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.is_contiguous() && t.numel() == x.numel(),
-                  "attnforge_native: tensors of a scan must be contiguous, of one dtype and size");
-  return const_cast<void*>(t.const_data_ptr());
-}
-
 void diag_scan_fwd(const Tensor& x, const Tensor& g, const OptionalTensor& initial_state,
                    const OptionalTensor& cu_seqlens, const Tensor& out, const Tensor& final_state) {
   DiagScanParams params = scan_of(x, g, initial_state, cu_seqlens);
-  params.out = like(out, x);
+  params.out = scan_like(out, x);
   params.final_state = wanted(final_state, params.sequences * params.dim);
   large(out);
   kernels().diag_scan_fwd(params, workers());
@@ -155,10 +80,10 @@ void diag_scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, const
                    const OptionalTensor& cu_seqlens, const Tensor& dx, const Tensor& dg,
                    const Tensor& dinitial_state) {
   DiagScanParams params = scan_of(x, g, initial_state, cu_seqlens);
-  params.dout = like(dout, x);
-  params.dfinal_state = floats(dfinal_state, params.sequences * params.dim);
-  params.dx = like(dx, x);
-  params.dg = floats(dg, x.numel());
+  params.dout = scan_like(dout, x);
+  params.dfinal_state = delta_floats(dfinal_state, params.sequences * params.dim);
+  params.dx = scan_like(dx, x);
+  params.dg = delta_floats(dg, x.numel());
   params.dinitial_state = wanted(dinitial_state, params.sequences * params.dim);
   const Workers threads = workers();
   Tensor scratch = workspace(kernels().diag_scan_bwd_workspace(params, threads.num_threads));

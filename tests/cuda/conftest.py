@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import attnforge
-from attnforge.backends.cuda import flash, paged
+from attnforge.backends.cuda import delta, flash, linear, paged, scan
 from attnforge.registry.predicates import Arch, Available, Device
 from attnforge.registry.spec import KernelSpec, unregister
 from attnforge.testing.cases import FlashCase
@@ -31,6 +31,7 @@ from attnforge.testing.compare import Report, compare
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "emulated" / "libattnforge_emulated.so"
+_SPECS = (*flash.SPECS, *paged.SPECS, *linear.SPECS, *delta.SPECS, *scan.SPECS)
 
 
 def _tool(name: str) -> str:
@@ -86,7 +87,7 @@ def twin() -> Iterator[None]:
     torch.ops.load_library(str(build_twin()))
     patch = pytest.MonkeyPatch()
     patch.setattr(flash, "_operator", emulated_operator)
-    specs = [attnforge.register(emulated(spec)) for spec in (*flash.SPECS, *paged.SPECS)]
+    specs = [attnforge.register(emulated(spec)) for spec in _SPECS]
     yield
     for spec in specs:
         unregister(spec.id)

@@ -10,7 +10,7 @@ import torch
 from attnforge import _native_cuda
 from attnforge._params import FLOAT8
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_paged
+from attnforge.backends import _selftest_linear, _selftest_paged
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import CUDA
 from attnforge.registry import Request, list_kernels
@@ -84,6 +84,27 @@ def test_right_kernels_for_sm90a_pass(
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
     assert shared.check(CUDA, f"paged.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("group", ["", *_selftest_linear.GROUPS])
+@pytest.mark.parametrize("kind", ["chunk_fwd", "chunk_bwd", "step"])
+def test_right_kernels_of_linear_attention_pass(kind: str, group: str) -> None:
+    assert shared.check(CUDA, f"linear.{kind}", group, torch.bfloat16, CPU) is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize(
+    ("kernel", "group"),
+    [
+        *(("delta.chunk_fwd", group) for group in ("", "gates per head", "packed sequences")),
+        *(("delta.step", group) for group in ("", "gates per head", "gates of keys")),
+        ("scan.diag_scan_fwd", ""),
+        ("scan.diag_scan_bwd", ""),
+    ],
+)
+def test_right_kernels_of_delta_rules_and_scans_pass(kernel: str, group: str) -> None:
+    assert shared.check(CUDA, kernel, group, torch.float16, CPU) is None
 
 
 @pytest.fixture

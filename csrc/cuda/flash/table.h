@@ -8,6 +8,7 @@
 #include "cuda/flash/sm90/decode_tiles.h"
 #include "cuda/flash/sm90/fp8_tiles.h"
 #include "cuda/flash/tiles.h"
+#include "cuda/linear/tiles.h"
 #include "cuda/paged/tiles.h"
 
 namespace attnforge::cuda {
@@ -52,6 +53,14 @@ inline std::vector<KernelRow> kernel_table() {
       if (dtype != DType::kFloat32) {
         rows.push_back({std::string("paged_latent") + codes, dtype, kLatentDims, false});
       }
+    }
+  }
+  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+    for (int dim : kWalkDims) {
+      for (const char* gate : {"whole", "read", "columns"}) {
+        rows.push_back({std::string("linear_") + gate, dtype, {dim, kWalkColumns}, false});
+      }
+      rows.push_back({"linear_delta", dtype, {dim, kWalkColumns}, false});
     }
   }
 #if defined(ATTNFORGE_SM90A)

@@ -9,15 +9,15 @@ size M that rounding is relative to: with K = u32 (16 + 2 T), and u the output's
     dq, dk, dv     1.05 u |x| + (2 u16 + K) M                  dstates  (2 u16 + K) M
     dgate    (2 u16 + K) sum over later tokens of what it is a difference of
 
-where u16 counts for 16-bit dtypes only. Tensor cores take products of states in 16 bits beside such
-inputs: with ``rounded`` o and states have 2 u16 M as well.
+where u16 counts for 16-bit dtypes only. Tensor cores take states and scores rounded beside 16-bit
+inputs: ``rounding`` of them is added to K.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -111,12 +111,13 @@ class LinearInputs:
         named = {f"d{n}": g for n, g in zip(wanted, grads, strict=True)}
         return {n: x.detach() for n, x in (found | named).items()}
 
-    def truth(self, rounded: bool = False) -> Truth:
+    def truth(self, rounding: float = 0.0) -> Truth:
         """Values and bounds of everything that ``run`` returns.
 
-        rounded: what multiplies 16-bit inputs takes states and scores in 16 bits too.
+        rounding: of the operands that a kernel rounds beyond their dtype, relative, summed up over
+        the chain of products that leads to a result.
         """
-        return _truth(self, rounded)
+        return _truth(self, rounding)
 
 
 def linear_inputs(case: LinearCase, seed: int = 0, **changes: Any) -> LinearInputs:
@@ -263,7 +264,7 @@ def _gate_sizes(case: LinearCase, size: _Run, dn: Tensor, dstates: Tensor) -> Te
     return total
 
 
-def _truth(inputs: LinearInputs, rounded: bool) -> Truth:
+def _truth(inputs: LinearInputs, rounding: float) -> Truth:
     case, found = inputs.case, Truth()
     x = _each(inputs.leaves, lambda t: t.detach().double())
     dout = inputs.dout.double() * _covered(case)
@@ -274,12 +275,12 @@ def _truth(inputs: LinearInputs, rounded: bool) -> Truth:
     absolute = _each(x, torch.abs)._replace(gate=x.gate)
     unit = unit_roundoff(case.dtype)
     half = 2 * unit if case.dtype.itemsize == 2 else 0.0
-    product = half if rounded else 0.0
     fine = unit_roundoff(torch.float64 if case.dtype is torch.float64 else torch.float32)
-    k = fine * (16 + 2 * case.time)
+    k = fine * (16 + 2 * case.time) + rounding
 
     numerators, states = _every(case, x)
-    sizes, state_sizes = _every(case, absolute)
+    positive = replace(case, scale=None if case.scale is None else abs(case.scale))
+    sizes, state_sizes = _every(positive, absolute)
     n, d = numerators[..., :-1], numerators[..., -1:]
     if case.normalize:
         base = torch.where(_covered(case), _base(case, d), 1.0)
@@ -296,10 +297,10 @@ def _truth(inputs: LinearInputs, rounded: bool) -> Truth:
         out, far = n, sizes[..., :-1]
         dn = torch.cat([dout, torch.zeros_like(d)], -1)
         dn_size = dn.abs()
-    found.put("out", out, 1.05 * unit * out.abs() + (product + 2 * k) * far + 1e-30)
+    found.put("out", out, 1.05 * unit * out.abs() + 2 * k * far + 1e-30)
     exact = _differentiate(case, x, dn, ends)
-    size = _differentiate(case, absolute, dn_size, ends.abs())
-    found.put("state", states[..., :-1], (product + k) * state_sizes[..., :-1] + 1e-30)
+    size = _differentiate(positive, absolute, dn_size, ends.abs())
+    found.put("state", states[..., :-1], k * state_sizes[..., :-1] + 1e-30)
     if case.normalize:
         found.put("z", states[..., -1], k * state_sizes[..., -1] + 1e-30)
     for name, value in exact.grads.items():
