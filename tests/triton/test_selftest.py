@@ -15,13 +15,13 @@ import torch
 
 from attnforge import _settings
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_flash, _selftest_paged
+from attnforge.backends import _selftest_block_sparse, _selftest_flash, _selftest_paged
 from attnforge.backends.triton import (
     _selftest,
-    _selftest_block_sparse,
     block_sparse,
     cope,
     flash,
+    nsa,
     paged,
     reductions,
 )
@@ -154,6 +154,7 @@ PLACES = {
     "cope.bwd": ("cope_bwd", 5),
     "block_sparse.fwd": ("block_sparse_fwd", 5),
     "block_sparse.bwd": ("block_sparse_bwd", 5),
+    "nsa.importance": ("nsa_importance", 5),
     "paged.fwd": ("paged_fwd", 3),
     "paged.cascade": ("cascade_fwd", 5),
     "paged.append": ("paged_append", 2),
@@ -162,6 +163,7 @@ MODULES = {
     "block_sparse": block_sparse,
     "cope": cope,
     "flash": flash,
+    "nsa": nsa,
     "paged": paged,
     "reductions": reductions,
 }
