@@ -26,6 +26,7 @@ DTYPES = ("fp32", "fp16", "bf16")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
 PAGED_DIMS = ("64x64", "128x128", "256x256")  # of kPagedDims
+LISTED_DIMS = ("64x64", "128x128", "192x128", "256x256")  # of kListedDims
 
 Row = dict[str, int]
 
@@ -46,6 +47,15 @@ def kernel_id(symbol: str) -> str | None:
         kind, dtype, dims, codes = paged.groups()
         name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
         return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
+    listed = re.search(
+        r"\dListed(?:Fwd|Bwd)CaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8ListRowsE(\d)E"
+        r"(?:LN\w*?8GradientE(\d))?", symbol
+    )  # fmt: skip
+    if listed is not None:
+        dtype, dims, many, gradient = listed.groups()
+        kind = "fwd" if gradient is None else GRADIENTS[int(gradient)]
+        few = "_few" if many == "0" else ""
+        return f"listed_{kind}{few}.{DTYPES[int(dtype)]}.d{LISTED_DIMS[int(dims)]}"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None

@@ -6,14 +6,16 @@ set(cuda_dir "${CMAKE_SOURCE_DIR}/csrc/cuda")
 set(cuda_dtypes kFloat32 kFloat16 kBFloat16)
 file(GLOB cuda_per_dtype CONFIGURE_DEPENDS
      "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu"
-     "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu")
+     "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu"
+     "${cuda_dir}/block_sparse/*.cu")
 # The kernels for sm_90a: code of that one architecture, of the 16-bit dtypes.
 file(GLOB cuda_sm90 CONFIGURE_DEPENDS "${cuda_dir}/flash/sm90/*.cu")
 set(cuda_sm90_dtypes kFloat16 kBFloat16)
 set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/paged/append.cu" "${cuda_dir}/paged/combine.cu"
     "${cuda_dir}/runtime.cu")
 set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
-    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp")
+    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp"
+    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_block_sparse.cpp")
 
 # attnforge_cuda_library(<name> <with sm_90a>): bindings and kernels, one part per dtype.
 function(attnforge_cuda_library name with_sm90)

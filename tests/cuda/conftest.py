@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import attnforge
-from attnforge.backends.cuda import flash, paged
+from attnforge.backends.cuda import block_sparse, flash, paged
 from attnforge.registry.predicates import Arch, Available, Device
 from attnforge.registry.spec import KernelSpec, unregister
 from attnforge.testing.cases import FlashCase
@@ -86,7 +86,8 @@ def twin() -> Iterator[None]:
     torch.ops.load_library(str(build_twin()))
     patch = pytest.MonkeyPatch()
     patch.setattr(flash, "_operator", emulated_operator)
-    specs = [attnforge.register(emulated(spec)) for spec in (*flash.SPECS, *paged.SPECS)]
+    families = (flash, paged, block_sparse)
+    specs = [attnforge.register(emulated(s)) for family in families for s in family.SPECS]
     yield
     for spec in specs:
         unregister(spec.id)

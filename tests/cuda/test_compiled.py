@@ -14,7 +14,7 @@ import torch
 
 import attnforge
 from attnforge import _native_cuda
-from attnforge.backends.cuda import flash, paged
+from attnforge.backends.cuda import block_sparse, flash, paged
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import cuda_budgets
@@ -45,7 +45,7 @@ def measured(sass: dict[str, str]) -> dict[str, dict[str, int]]:
 def test_loads_and_registers_without_a_gpu() -> None:
     assert _native_cuda.unavailable() is None
     for name in ("flash_fwd", "flash_bwd", "flash_decode", "merge_states", "paged_fwd",
-                 "paged_append"):  # fmt: skip
+                 "paged_append", "block_sparse_fwd", "block_sparse_bwd"):  # fmt: skip
         operator = _native_cuda.operator(name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
@@ -69,11 +69,15 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     ids = _native_cuda.build()["kernels"].split()
     assert len(ids) == len(set(ids)) > 100
     dims = {tuple(map(int, m)) for name in ids for m in re.findall(r"\.d(\d+)x(\d+)", name)}
-    assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT}
+    assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT, *block_sparse.HEAD_DIMS}
     kinds = {spec.id.split(".")[2] for spec in flash.SPECS} - {"merge"}
     owners = {"dk": "bwd", "dv": "bwd", "dkdv": "bwd", "dq": "bwd", "fwd_sm90": "fwd"}
     found = {name.split(".")[0].removesuffix("_codes") for name in ids}
     paged_kinds = {"paged_prefill", "paged_decode", "paged_latent"}
+    listed = {name for name in found if name.startswith("listed_")}
+    short = {name.removeprefix("listed_").removesuffix("_few") for name in listed}
+    assert {owners.get(name, name) for name in short} == {"fwd", "bwd"}
+    found -= listed
     assert {owners.get(name, name) for name in found} == kinds | paged_kinds
     for arch in ("sm_80", "sm_90a"):
         mine = {name for name in ids if ("sm90" in name) == (arch == "sm_90a")}

@@ -9,7 +9,7 @@ import torch
 
 from attnforge import _native_cuda
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_paged
+from attnforge.backends import _selftest_block_sparse, _selftest_paged
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import CUDA
 from attnforge.registry import Request, list_kernels
@@ -60,6 +60,13 @@ def test_right_kernels_pass(kind: str, group: str, dtype: torch.dtype) -> None:
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
     assert shared.check(CUDA, f"paged.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("group", ["", *_selftest_block_sparse.GROUPS])
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_right_block_sparse_kernels_pass(kind: str, group: str) -> None:
+    assert shared.check(CUDA, f"block_sparse.{kind}", group, torch.float16, CPU) is None
 
 
 @pytest.fixture
