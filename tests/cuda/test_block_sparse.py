@@ -39,12 +39,12 @@ def bounded(case: FlashCase, heads: int, q_block: int, kv_block: int, density: f
     check(case, lists, "emulated", rounded=True)
 
 
-@pytest.mark.parametrize("q_block", [2, 25], ids=["few", "many"])
+@pytest.mark.parametrize("q_block", [2, 20], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize(("d", "dv"), block_sparse.HEAD_DIMS)
 def test_every_kernel(d: int, dv: int, dtype: torch.dtype, q_block: int) -> None:
-    # 3 heads share a list: 6 rows for the warps of a block together, or 75 in tiles of their own
-    bounded(FlashCase(batch=1, seqlen_q=q_block + 3, seqlen_k=70, heads_q=3, heads_k=1, head_dim=d,
+    # 3 heads share a list: 6 rows for the warps of a block together, or 60 in a tile
+    bounded(FlashCase(batch=1, seqlen_q=q_block + 3, seqlen_k=40, heads_q=3, heads_k=1, head_dim=d,
                       v_head_dim=dv, causal=True, dtype=dtype), 1, q_block, 16)  # fmt: skip
 
 
@@ -63,7 +63,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape: str, causal: bool) -> None:
     q_block, kv_block, heads = SHAPES[shape]
-    rows, keys = (26, 150) if min(q_block, kv_block) > 1 else (9, 50)
+    rows, keys = (26, 150) if min(q_block, kv_block) > 1 else (9, 50 if kv_block > 1 else 17)
     bounded(FlashCase(batch=1, seqlen_q=rows, seqlen_k=keys, heads_q=4, heads_k=2, head_dim=24,
                       v_head_dim=40, causal=causal, dtype=DTYPES[causal]), heads, q_block,
             kv_block)  # fmt: skip
@@ -77,21 +77,17 @@ def test_shapes(shape: str, causal: bool) -> None:
         FlashCase(batch=2, alibi="batch", sinks="mixed", causal=True, dtype=FP16),
         FlashCase(batch=1, window=(20, 3), dtype=BF16),
         FlashCase(batch=1, sinks="normal", layout="heads_first"),
-        FlashCase(batch=2, used=(50, 21), alibi="head", causal=True),
     ],
-    ids=["softcap", "alibi", "window", "layout", "used"],
+    ids=["softcap", "alibi", "window", "layout"],
 )
 def test_options(case: FlashCase, shape: tuple[int, int]) -> None:
     case = dataclasses.replace(case, seqlen_q=34, seqlen_k=50, heads_q=2, heads_k=1, head_dim=16)
-    lists = random_lists(case, 1, *shape, 0.6)
-    if case.used is not None:  # the mask of the truth is over all slots
-        ids = torch.where(lists.indices * shape[1] < 50, lists.indices, -1)
-        lists = BlockSelection(ids, *shape)
-    check(case, lists, "emulated", rounded=True)
+    bounded(case, 1, *shape)
 
 
-@pytest.mark.parametrize("group", [1, 3, 5, 7, 16])
-@pytest.mark.parametrize("per_query_head", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    ("group", "per_query_head"), [(1, False), (3, True), (5, False), (7, False), (16, False)]
+)
 def test_groups(group: int, per_query_head: bool) -> None:
     case = FlashCase(batch=1, seqlen_q=5, seqlen_k=40, heads_q=2 * group, heads_k=2, head_dim=8,
                      causal=True, dtype=BF16)  # fmt: skip
@@ -233,7 +229,7 @@ def test_nothing_to_attend_to(sizes: dict[str, int]) -> None:
         assert not got[name].any()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.data())
 def test_any_call(data: st.DataObject) -> None:
     def pick(*choices: Any) -> Any:
@@ -242,7 +238,7 @@ def test_any_call(data: st.DataObject) -> None:
     heads_k = pick(1, 2)
     group = pick(1, 3, 4)
     case = FlashCase(
-        batch=pick(1, 2), seqlen_q=pick(1, 5, 17, 40), seqlen_k=pick(1, 16, 33, 100),
+        batch=pick(1, 2), seqlen_q=pick(1, 5, 17, 40), seqlen_k=pick(1, 16, 33, 70),
         heads_k=heads_k, heads_q=heads_k * group, head_dim=pick(8, 40, 72),
         v_head_dim=pick(16, 64), causal=pick(False, True), window=pick((-1, -1), (9, 0), (20, 5)),
         softcap=pick(0.0, 4.0), dtype=pick(*DTYPES), seed=data.draw(st.integers(0, 9)),
