@@ -30,6 +30,7 @@ SM90_DECODE_DIMS = ("64x64", "128x128", "192x128", "256x256", "576x512")  # of k
 SM90_FP8_DIMS = ("64x64", "128x128", "256x256")  # of kSm90Fp8Dims
 WALK_DIMS = ("64x64", "128x64")  # of kWalkDims
 WALK_GATES = ("whole", "read", "columns")  # of enum WalkGate
+LISTED_DIMS = ("64x64", "128x128", "192x128", "256x256")  # of kListedDims
 
 Row = dict[str, int]
 
@@ -50,6 +51,15 @@ def kernel_id(symbol: str) -> str | None:
         kind, dtype, dims, codes = paged.groups()
         name = f"paged_{kind.removeprefix('Paged').lower()}{'_codes' if codes == '1' else ''}"
         return f"{name}.{DTYPES[int(dtype)]}.d{PAGED_DIMS[int(dims)] if dims else '576x512'}"
+    listed = re.search(
+        r"\dListed(?:Fwd|Bwd)CaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8ListRowsE(\d)E"
+        r"(?:LN\w*?8GradientE(\d))?", symbol
+    )  # fmt: skip
+    if listed is not None:
+        dtype, dims, many, gradient = listed.groups()
+        kind = "fwd" if gradient is None else GRADIENTS[int(gradient)]
+        few = "_few" if many == "0" else ""
+        return f"listed_{kind}{few}.{DTYPES[int(dtype)]}.d{LISTED_DIMS[int(dims)]}"
     decode = re.search(r"Sm90DecodeCaseILN\w*?5DTypeE(\d)ELi(\d)ELb(\d)E", symbol)
     if decode is not None:
         dtype, dims, latent = map(int, decode.groups())

@@ -384,6 +384,17 @@ def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
         x, log, last = v[:, :, 0], torch.zeros(2, time, d), torch.zeros(2, d)
         scan.diag_scan_fwd(x, log, last, None, x, last)
         scan.diag_scan_bwd(x, last, x, log, last, None, (x, log, last))
+def nsa(head_dim: int, top_n: int) -> None:
+    """Block importance and the choice by it, at the paper's sizes."""
+    from attnforge._params import FlashParams, NsaSelectParams
+    from attnforge.backends.triton import nsa as launchers
+
+    q, k = (torch.zeros(2, n, h, head_dim, dtype=torch.bfloat16) for n, h in ((80, 32), (64, 2)))
+    p = FlashParams(None, None, None, None, None, 80, 64, 0.125, -1, -1, 0.0)
+    asked = NsaSelectParams(p, 32, 16, 64, 17, top_n, 1, 2)
+    at, lse = torch.zeros(1, 80, dtype=torch.int32), torch.zeros(2, 32, 80)
+    launchers.importance(q, k, lse, at, asked, torch.zeros(2, 2, 80, 17))
+    launchers.select(q, k, lse, at, asked, torch.zeros(2, 2, 80, top_n, dtype=torch.int32))
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:

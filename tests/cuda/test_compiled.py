@@ -14,7 +14,7 @@ import torch
 
 import attnforge
 from attnforge import _native_cuda
-from attnforge.backends.cuda import flash, linear, paged
+from attnforge.backends.cuda import block_sparse, flash, linear, paged
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import cuda_budgets
@@ -46,7 +46,8 @@ def test_loads_and_registers_without_a_gpu() -> None:
     assert _native_cuda.unavailable() is None
     for name in ("flash_fwd", "flash_bwd", "flash_decode", "merge_states", "paged_fwd",
                  "paged_append", "linear_chunk_fwd", "linear_chunk_bwd", "linear_step",
-                 "delta_chunk_fwd", "delta_step", "diag_scan_fwd", "diag_scan_bwd"):  # fmt: skip
+                 "delta_chunk_fwd", "delta_step", "diag_scan_fwd", "diag_scan_bwd",
+                 "block_sparse_fwd", "block_sparse_bwd"):  # fmt: skip
         operator = _native_cuda.operator(name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
@@ -71,7 +72,8 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     assert len(ids) == len(set(ids)) > 100
     dims = {tuple(map(int, m)) for name in ids for m in re.findall(r"\.d(\d+)x(\d+)", name)}
     walks = {(dim, linear.COLUMNS) for dim in linear.DIMS}
-    assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT, *walks}
+    lists = block_sparse.HEAD_DIMS
+    assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT, *walks, *lists}
     for prefix, mine in (("decode_sm90.bf16", flash.DECODE_DIMS), ("fwd_sm90.fp8", flash.FP8_DIMS)):
         listed = tuple(name.split(".d")[1].split(".")[0] for name in ids if name.startswith(prefix))
         assert listed in ((), tuple(f"{d}x{dv}" for d, dv in mine))
@@ -80,6 +82,10 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     kernels = {name.split(".")[0] for name in ids}
     found = {name.removesuffix("_codes").removesuffix("_sm90") for name in kernels}
     paged_kinds = {"paged_prefill", "paged_decode", "paged_latent"}
+    listed = {name for name in found if name.startswith("listed_")}
+    short = {name.removeprefix("listed_").removesuffix("_few") for name in listed}
+    assert {owners.get(name, name) for name in short} == {"fwd", "bwd"}
+    found -= listed
     walk_kinds = {f"linear_{kind}" for kind in (*cuda_budgets.WALK_GATES, "delta")}
     assert {owners.get(name, name) for name in found} == kinds | paged_kinds | walk_kinds
     for arch in ("sm_80", "sm_90a"):

@@ -10,7 +10,7 @@ import torch
 from attnforge import _native_cuda
 from attnforge._params import FLOAT8
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_linear, _selftest_paged
+from attnforge.backends import _selftest_block_sparse, _selftest_linear, _selftest_paged
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import CUDA
 from attnforge.registry import Request, list_kernels
@@ -30,6 +30,12 @@ def test_every_kernel_has_one() -> None:
         module, _, name = spec.launch.partition(":")
         assert (test.backend, test.launcher) == (CUDA, name), spec.id
         assert module.endswith(f".{test.kernel.partition('.')[0]}")
+# Denominators and the non-causal form are not CUDA's.
+LINEAR_GROUPS = [
+    name
+    for name in _selftest_linear.GROUPS
+    if name not in ("a denominator", "both directions")
+]
 
 
 @pytest.mark.usefixtures("twin")
@@ -87,7 +93,7 @@ def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
 
 
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize("group", ["", *_selftest_linear.GROUPS])
+@pytest.mark.parametrize("group", ["", *LINEAR_GROUPS])
 @pytest.mark.parametrize("kind", ["chunk_fwd", "chunk_bwd", "step"])
 def test_right_kernels_of_linear_attention_pass(kind: str, group: str) -> None:
     assert shared.check(CUDA, f"linear.{kind}", group, torch.bfloat16, CPU) is None
@@ -97,14 +103,21 @@ def test_right_kernels_of_linear_attention_pass(kind: str, group: str) -> None:
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
-        *(("delta.chunk_fwd", group) for group in ("", "gates per head", "packed sequences")),
-        *(("delta.step", group) for group in ("", "gates per head", "gates of keys")),
+        *(("delta.delta_chunk_fwd", x) for x in ("", "a gate per token", "packed sequences")),
+        *(("delta.delta_step", x) for x in ("", "a gate per token", "a gate per key channel")),
         ("scan.diag_scan_fwd", ""),
         ("scan.diag_scan_bwd", ""),
     ],
 )
 def test_right_kernels_of_delta_rules_and_scans_pass(kernel: str, group: str) -> None:
     assert shared.check(CUDA, kernel, group, torch.float16, CPU) is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("group", ["", *_selftest_block_sparse.GROUPS])
+@pytest.mark.parametrize("kind", ["fwd", "bwd"])
+def test_right_block_sparse_kernels_pass(kind: str, group: str) -> None:
+    assert shared.check(CUDA, f"block_sparse.{kind}", group, torch.float16, CPU) is None
 
 
 @pytest.fixture

@@ -42,6 +42,34 @@ def test_packed_and_several_modes() -> None:
         assert torch.equal(y[b : b + one.shape[0]], one)
 
 
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(("block", "stride"), [(32, 16), (4, 4), (5, 3), (1, 1), (7, 1)])
+def test_packed_with_room(block: int, stride: int, partial: bool) -> None:
+    """The same blocks without a look at the boundaries, and zeros behind them."""
+    cu = torch.tensor([0, 5, 5, 45, 46, 80], dtype=torch.int32)
+    x = torch.randn(85, 2, 3, dtype=torch.float64)
+    x[80:] = torch.nan  # of no sequence
+    modes = ("max", "min", "mean")
+    options = {"block": block, "stride": stride, "mode": modes, "partial": partial}
+    y, blocks = attnforge.pool_blocks(x, cu_seqlens=cu, **options)
+    got, same = attnforge.pool_blocks(x, cu_seqlens=cu, total_blocks=y.shape[0] + 3, **options)
+    assert torch.equal(same, blocks)
+    torch.testing.assert_close(got[:-3], y)
+    assert not got[-3:].any()
+
+
+@pytest.mark.parametrize("mode", POOLS)
+def test_gradients_of_packed_with_room(mode: str) -> None:
+    x = torch.randn(13, 1, 2, dtype=torch.float64, requires_grad=True)
+    cu = torch.tensor([0, 4, 13], dtype=torch.int32)
+    assert torch.autograd.gradcheck(
+        lambda x: attnforge.pool_blocks(
+            x, block=4, stride=2, mode=mode, partial=True, cu_seqlens=cu, total_blocks=9
+        )[0],
+        (x,),
+    )
+
+
 @pytest.mark.parametrize("mode", POOLS)
 def test_gradients(mode: str) -> None:
     x = torch.randn(1, 13, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -58,8 +86,11 @@ def test_errors() -> None:
         ({"block": 0}, "block is 0"),
         ({"block": 2, "mode": "sum"}, "mode is 'sum'"),
         ({"block": 2, "cu_seqlens": torch.tensor([0, 4])}, r"want \[total, heads, dim\]"),
+        ({"block": 2, "total_blocks": 2}, "total_blocks is for packed calls"),
     ):
         with pytest.raises(ValueError, match=text):
             attnforge.pool_blocks(x, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="total_blocks is -1"):
+        attnforge.pool_blocks(x[0], block=2, cu_seqlens=torch.tensor([0, 4]), total_blocks=-1)
     with pytest.raises(ValueError, match="rising boundaries"):
         attnforge.pool_blocks(x[0], block=2, cu_seqlens=torch.tensor([0, 9]))

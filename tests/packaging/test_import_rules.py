@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"registry"},
     "backends.*": {
         *("_native", "_native_cuda", "_params", "_settings", "reference", "registry"),
-        *("triton_kernels", "backends._selftest"),  # the latter is shared by all backends
+        "triton_kernels",
+        *("backends._block_lists", "backends._selftest"),  # shared by all backends
     },
     "triton_kernels": set(),
     "__init__": {"_version", "backends", "ops", "paged_cache", "registry", "tuning"},

@@ -21,6 +21,8 @@ from attnforge.testing.compare import assert_same, same_bits
 SHAPES = {
     "token": (1, 16, 2),
     "token-query-heads": (1, 40, 4),
+    "neighbours": (1, 32, 4),  # of MoBA: rows of lists share a tile
+    "neighbours-of-groups": (3, 32, 2),
     "rows16": (16, 32, 1),
     "square": (32, 32, 4),
     "wide": (20, 90, 2),
@@ -108,28 +110,34 @@ def test_hidden_values_do_not_leak(value: float, device: str) -> None:
         assert not dirty[name][:, 48:].any()
 
 
-def test_a_seen_nan_reaches_its_pairs_alone(device: str) -> None:
+@pytest.mark.parametrize(("q_block", "n"), [(8, 1), (1, 2)], ids=["own tiles", "shared tiles"])
+def test_a_seen_nan_reaches_its_pairs_alone(q_block: int, n: int, device: str) -> None:
     """Of a key: the rows that list it and see it. Of a row: the keys that it sees."""
-    inputs = FlashCase(batch=1, seqlen_q=32, seqlen_k=32, causal=True, heads_q=2, heads_k=1).make()
-    ids = torch.tensor([[0, -1], [0, 1]], device=device).repeat(1, 1, 2, 1)  # every other block row
-    lists = BlockSelection.from_indices(ids, q_block=8, kv_block=16)
+    case = FlashCase(batch=1, seqlen_q=32 * n, seqlen_k=32 * n, causal=True, heads_q=2, heads_k=1)
+    inputs = case.make()
+    ids = torch.tensor([[0, -1], [0, 1]], device=device)  # every other 8 n rows
+    ids = ids.repeat_interleave(8 * n // q_block, 0).repeat(1, 1, 2, 1)
+    lists = BlockSelection.from_indices(ids, q_block=q_block, kv_block=16 * n)
     v, q = inputs.v.clone(), inputs.q.clone()
-    v[0, 20, 0, 1] = math.nan
+    v[0, 20 * n, 0, 1] = math.nan
     got = run(inputs.with_(v=v), lists)["out"]
-    assert bool(got[0, 24:, :, 1].isnan().all())
-    assert bool(got[0, :24].isfinite().all())
-    q[0, 12, 1, 3] = math.nan
+    assert bool(got[0, 24 * n :, :, 1].isnan().all())
+    assert bool(got[0, : 24 * n].isfinite().all())
+    q[0, 12 * n, 1, 3] = math.nan
     got = run(inputs.with_(q=q), lists)
-    assert bool(got["dk"][0, :13].isnan().all())
-    assert bool(got["dk"][0, 13:].isfinite().all())
+    assert bool(got["dk"][0, : 12 * n + 1].isnan().all())
+    assert bool(got["dk"][0, 12 * n + 1 :].isfinite().all())
 
 
-def test_packed_equals_one_by_one(device: str) -> None:
-    lengths, q_block, kv_block = ((20, 35), (0, 7), (1, 1), (17, 17)), 8, 16
+@pytest.mark.parametrize(
+    ("q_block", "kv_block", "heads"), [(8, 16, 2), (1, 32, 4)], ids=["own tiles", "shared tiles"]
+)
+def test_packed_equals_one_by_one(q_block: int, kv_block: int, heads: int, device: str) -> None:
+    lengths = ((20, 35), (0, 7), (1, 1), (17, 17))
     inputs = FlashCase(lengths=lengths, heads_q=4, heads_k=2, causal=True).make()
     g = torch.Generator().manual_seed(0)
     rows = sum(-(-n // q_block) for n, _ in lengths)
-    ids = torch.randint(-1, 4, (2, rows, 3), generator=g, dtype=torch.int32).to(device)
+    ids = torch.randint(-1, 4, (heads, rows, 3), generator=g, dtype=torch.int32).to(device)
     whole = run(inputs, BlockSelection.from_indices(ids, q_block=q_block, kv_block=kv_block))
     row = r0 = k0 = 0
     assert inputs.dlse is not None

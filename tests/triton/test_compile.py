@@ -164,6 +164,17 @@ def test_linear(arch: int, kind: str) -> None:
         assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= TENSOR_COLUMNS, name
         plain = name.endswith((".delta", "over_time", "step"))
         assert plain or "mma" in kernel.asm["ptx"], name
+@pytest.mark.parametrize(("head_dim", "top_n"), [(64, 64), (128, 16), (256, 16)])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nsa(arch: int, head_dim: int, top_n: int) -> None:
+    with budgets.compiling(arch) as found:
+        budgets.nsa(head_dim, top_n)
+    assert [name.rpartition(".")[2] for name, _ in found] == ["importance", "choose"]
+    for name, kernel in found:
+        used = budgets.resources(kernel)
+        assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
+        assert used["hot_spills"] == 0, name
+        assert "mma" in kernel.asm["ptx"], name
 
 
 def test_table_has_no_rows_of_the_past() -> None:

@@ -15,16 +15,20 @@ import torch
 
 from attnforge import _settings
 from attnforge.backends import _selftest as shared
-from attnforge.backends import _selftest_flash, _selftest_paged
+from attnforge.backends import (
+    _selftest_block_sparse,
+    _selftest_flash,
+    _selftest_linear,
+    _selftest_paged,
+)
 from attnforge.backends.triton import (
     _selftest,
-    _selftest_block_sparse,
-    _selftest_linear,
     block_sparse,
     cope,
     delta,
     flash,
     linear,
+    nsa,
     paged,
     reductions,
     scan,
@@ -173,6 +177,7 @@ PLACES = {
     "cope.bwd": ("cope_bwd", 5),
     "block_sparse.fwd": ("block_sparse_fwd", 5),
     "block_sparse.bwd": ("block_sparse_bwd", 5),
+    "nsa.importance": ("nsa_importance", 5),
     "paged.fwd": ("paged_fwd", 3),
     "paged.cascade": ("cascade_fwd", 5),
     "paged.append": ("paged_append", 2),
@@ -191,6 +196,7 @@ MODULES = {
     "delta": delta,
     "flash": flash,
     "linear": linear,
+    "nsa": nsa,
     "paged": paged,
     "reductions": reductions,
     "scan": scan,

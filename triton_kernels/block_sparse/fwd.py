@@ -5,8 +5,13 @@ with all query heads of the list's head. It walks the stream of the list's keys 
 of BLOCK_N, gathered row by row: S = Q K^T, online softmax in base 2, O += P V. Lists ascend, so
 that tiles which every row sees whole are a range of the stream and run without masks.
 
-Cost: 2 (D + Dv) flops per listed pair, and K and V of the listed blocks once per tile of rows. List
-rows of one query and lists of single query heads make tiles of few rows, which are padded to 16.
+Lists of few rows share a tile where blocks are whole tiles of keys: the program walks the union of
+their lists, and a row hides the blocks that its own list does not name. Neighbours mostly agree (all
+queries of a block have it in common), so a tile of 32 rows of MoBA reads little more than one row
+would, instead of a product of 16 rows for each.
+
+Cost: 2 (D + Dv) flops per pair of a row and a listed key of its tile, and K and V of the listed
+blocks once per tile. Other lists of few rows are padded to 16.
 
 Numerics: as flash's forward. Rows without keys give 0 and -inf.
 Sources: Native Sparse Attention (Yuan et al., 2025), section 4, for the rows of a group in a tile;
@@ -21,7 +26,9 @@ import triton.language as tl
 from attnforge.triton_kernels.block_sparse.lists import (
     at_places,
     listed_blocks,
+    listed_by,
     load_rows,
+    own_blocks,
     places,
     row_tile,
     store_rows,
@@ -46,9 +53,13 @@ from attnforge.triton_kernels.weights import weigh
 def attend(
     state, q, rows, slope, ids, count, lo, hi, n_rows, n_keys, k, v, k_head, v_head, scores,
     D: tl.constexpr, DV: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, MASKED: tl.constexpr, own=None,
 ):  # fmt: skip
-    """Online softmax over places ``lo .. hi`` of the stream of keys: ``lang.attend`` of lists."""
+    """Online softmax over places ``lo .. hi`` of the stream of keys: ``lang.attend`` of lists.
+
+    own: blocks of each row [BM, slots], where they are not those of the stream; a tile then lies in
+    one block and is MASKED.
+    """
     top, total, acc, bad = state
     shift = n_keys - n_rows
     for start in tl.range(lo, hi, BLOCK_N):
@@ -58,6 +69,8 @@ def attend(
         s, _ = logits(s, rows[:, None], keys[None, :], shift, slope[:, None], scores)
         if MASKED:
             visible = seen(rows[:, None], keys[None, :], n_rows, n_keys, scores)
+            if own is not None:
+                visible = visible & listed_by(own, tl.load(ids + start // KV_BLOCK))[:, None]
             s = tl.where(visible, s, -INF)
         p, alpha, top, total = weigh(s, top, total, scores)
         acc = acc * alpha[:, None]
@@ -71,13 +84,16 @@ def attend(
 
 @triton.jit(do_not_specialize=["seq", "scores"])
 def fwd(
-    q, k, v, out, low, lse, seq, scores, lists, max_rows, heads, pack, group,
+    q, k, v, out, low, lse, seq, scores, lists, single, max_rows, heads, pack, group,
     D: tl.constexpr, DV: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SHARE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """q, k, v, out and low (out_lo, or None) are Views, lse is a Stat.
 
     heads * pack are the query heads: ``pack`` of them share a list, ``group`` a KV head.
+    lists: of Q_BLOCK queries. single: None, or the lists of Q_BLOCK / SHARE queries, of at most
+    SLOTS slots, that ``lists`` are the unions of.
     """
     row, h, b, rows, at, real = row_tile(
         lists, max_rows, tl.program_id(0), heads, pack, Q_BLOCK, BLOCK_M
@@ -97,12 +113,17 @@ def fwd(
     k_head = head_ptr(k, b, h * pack // group, first_key)
     v_head = head_ptr(v, b, h * pack // group, first_key)
     slope = tl.zeros([BLOCK_M], tl.float32) + slope_of(scores, b, head)
+    own = None
+    if single is not None:
+        own = own_blocks(single, b, h, rows // (Q_BLOCK // SHARE), real, SLOTS)
+        whole_lo = hi
+        whole_hi = hi
     top, total = start_state(scores, head, BLOCK_M)
     state = (top, total, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), 0)
-    if scores.front is not None:
+    if scores.front is not None or single is not None:
         state = attend(
             state, q_tile, rows, slope, ids, count, lo, whole_lo, n_rows, n_keys, k, v, k_head,
-            v_head, scores, D, DV, KV_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            v_head, scores, D, DV, KV_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, own,
         )  # fmt: skip
     state = attend(
         state, q_tile, rows, slope, ids, count, whole_lo, whole_hi, n_rows, n_keys, k, v, k_head,
@@ -115,7 +136,7 @@ def fwd(
     if bad != 0:
         acc = unleash_listed(
             acc, rows, ids, count, lo, hi, n_rows, n_keys, v_head, v, scores, 1, 0,
-            KV_BLOCK, BLOCK_DV, DV, True,
+            KV_BLOCK, BLOCK_DV, DV, True, own,
         )  # fmt: skip
     o, stat = result(top, total, acc, scores, None)
     store_rows(head_ptr(out, b, head, first_row), rows, real, out, o, BLOCK_DV, DV)

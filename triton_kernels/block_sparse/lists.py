@@ -57,6 +57,24 @@ def listed_blocks(lists, b, h, row):
 
 
 @triton.jit
+def own_blocks(lists, b, h, rows, real, SLOTS: tl.constexpr):
+    """int32 [len(rows), SLOTS]: the ids of several list rows of a sequence; -1 where there is none."""
+    at = rows
+    if lists.first is not None:
+        at += tl.load(lists.first + b)
+    at = tl.cast(b, tl.int64) * lists.batch + tl.cast(h, tl.int64) * lists.head + at
+    slot = tl.arange(0, SLOTS)[None, :]
+    inside = real[:, None] & (slot < lists.slots)
+    return tl.load(lists.ids + at[:, None] * lists.slots + slot, mask=inside, other=-1)
+
+
+@triton.jit
+def listed_by(own, number):
+    """bool [BM]: whose ids ``own`` [BM, SLOTS] hold a block."""
+    return tl.max((own == number).to(tl.int32), 1) > 0
+
+
+@triton.jit
 def listing_rows(inverse, b, h, block):
     """(pointer to the list rows, their number) that name a block of a sequence."""
     at = tl.cast(b, tl.int64) * inverse.batch + tl.cast(h, tl.int64) * inverse.head
@@ -142,11 +160,12 @@ def row_tile(lists, seq_rows, pid, heads, pack, Q_BLOCK: tl.constexpr, BLOCK_M: 
 @triton.jit
 def unleash_listed(
     acc, at, numbers, count, lo, hi, n_rows, n_keys, base, x, scores, pack, heads_at,
-    EACH: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr,
+    EACH: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr, own=None,
 ):  # fmt: skip
     """``lang.unleash`` for places ``lo .. hi`` of a stream: acc + NaN and infinities seen there.
 
-    KEYS: the stream is of keys. heads_at: elements of ``x`` from head to head of the pack.
+    KEYS: the stream is of keys. heads_at: elements of ``x`` from head to head of the pack. own: see
+    ``fwd.attend``.
     """
     columns = tl.arange(0, WIDTH)
     for place in tl.range(lo, hi):
@@ -163,5 +182,7 @@ def unleash_listed(
             visible = seen(at, n, n_rows, n_keys, scores)
         else:
             visible = seen(n, at, n_rows, n_keys, scores)
+        if own is not None:
+            visible = visible & listed_by(own, tl.load(numbers + slot))
         acc += tl.where(visible[:, None], wild[None, :], 0.0)
     return acc

@@ -1,7 +1,6 @@
 """The n keys of each row's largest logits: best first, ties to the smaller key, NaN before all.
 
-Algorithm: a candidate is one 64-bit integer, the logit's bits in an order that integers have above
-the complement of its key, so that no two are equal and the larger one is better. A program holds
+Algorithm: a candidate (``candidates``) holds a logit and the complement of its key. A program holds
 the KEPT best of BLOCK_M rows, unsorted; while a tile has a candidate that beats a row's worst, each
 row's best one takes the worst's place. The list is written best first, a maximum at a time. More
 than KEPT keys take another walk for the next ones, below the last one found.
@@ -15,23 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnforge.triton_kernels.candidates import LOW, NOTHING, as_candidates, keep_best
 from attnforge.triton_kernels.lang import seen_range, slope_of, span
 from attnforge.triton_kernels.reductions.tile import logit_tile
 from attnforge.triton_kernels.tensors import INF, LN2, LOG2E, head_ptr, load_tile, stat_ptr
 
 __all__ = ["topk_keys"]
-
-NOTHING = tl.constexpr(-(1 << 63))  # with a place added still below the candidate of -inf
-LOW = tl.constexpr((1 << 31) - 1)
-
-
-@triton.jit
-def as_candidates(s, keys):
-    """int64 [BM, BN] of fp32 logits and their keys [BN]."""
-    bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)  # -0 ties with 0
-    order = tl.where(bits < 0, bits ^ LOW, bits)
-    order = tl.where(s != s, LOW, order)
-    return (order.to(tl.int64) << 32) | (keys ^ LOW)[None, :].to(tl.int64)
 
 
 @triton.jit
@@ -79,16 +67,10 @@ def topk_keys(
             s, _factor, counts = logit_tile(
                 q_tile, k_tile, rows, start, n_rows, n_keys, slope, scores, BLOCK_N
             )
-            found = as_candidates(s, start + tl.arange(0, BLOCK_N))
+            found = as_candidates(s, (start + tl.arange(0, BLOCK_N)) ^ LOW)
             counts = counts & (stat != -INF)[:, None] & (found < limit[:, None])
             found = tl.where(counts, found, NOTHING)
-            top = tl.max(found, 1)
-            while tl.max((top > worst).to(tl.int32), 0) != 0:
-                enters = (top > worst)[:, None] & (best == worst[:, None])
-                best = tl.where(enters, top[:, None], best)
-                worst = tl.min(best, 1)
-                found = tl.where(found == top[:, None], NOTHING, found)
-                top = tl.max(found, 1)
+            best, worst = keep_best(best, worst, found)
         limit = worst
         for place in tl.range(done, tl.minimum(done + KEPT, n)):
             top = tl.max(best, 1)

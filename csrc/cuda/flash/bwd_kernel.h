@@ -11,7 +11,8 @@
 
 namespace attnforge::cuda {
 
-template <BwdTile kTile>
+// kStats: numbers of 4 bytes that a streamed row has beside its two tiles.
+template <BwdTile kTile, int kStats = 2>
 struct BwdKernel {
   using T = typename ElementOf<kTile.dtype>::Type;
   using Team = BlockTeam<kTile.warps>;
@@ -22,7 +23,7 @@ struct BwdKernel {
   using OwnB = SharedTile<T, kOwned, kTile.v_head_dim>;
   using StreamA = SharedTile<T, kStreamed, kTile.head_dim>;
   using StreamB = SharedTile<T, kStreamed, kTile.v_head_dim>;
-  static constexpr int kStatBytes = 2 * 4 * kStreamed;
+  static constexpr int kStatBytes = (4 * kStats * kStreamed + 127) / 128 * 128;
   static constexpr int kStageBytes = StreamA::kBytes + StreamB::kBytes + kStatBytes;
   static constexpr int kOwnBytes = OwnA::kBytes + OwnB::kBytes;
   static constexpr int kSharedBytes = kOwnBytes + kStages * kStageBytes + 4 * kTile.warps;

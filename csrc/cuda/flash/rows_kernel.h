@@ -44,6 +44,16 @@ struct RowKernel {
       const int64_t unmasked = work.seq.k_len - p.mods.mask_keys;
       work.keys.whole_hi = static_cast<int>(at_most<int64_t>(work.keys.whole_hi, unmasked));
     }
+    attend(params, work, grid.map, store.template keys<typename Walk::Keys>(work.seq, work.kv_head),
+           finish);
+  }
+
+  // The same for work that is known, and through any keys.
+  template <class Finish>
+  AF_DEVICE static void attend(const FlashFwdParams& params, const RowWork& work,
+                               const ScoreMap& map, const typename Walk::Keys& keys,
+                               const Finish& finish) {
+    const FlashProblem& p = params.problem;
     const Sequence& seq = work.seq;
     const RowTile& rows = work.rows;
     const Walk walk = {ptx::dynamic_shared_memory(),
@@ -51,9 +61,9 @@ struct RowKernel {
                        seq,
                        rows,
                        work.keys,
-                       store.template keys<typename Walk::Keys>(seq, work.kv_head),
+                       keys,
                        RowPlaces<kM>::of(p, seq, rows, Walk::first_row()),
-                       grid.map};
+                       map};
     RowSums<kM> sums = RowSums<kM>::none();
     Output out;
     zero<kM, kD>(out);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/block_sparse/tiles.h"
 #include "cuda/flash/sm90/bwd_tiles.h"
 #include "cuda/flash/sm90/decode_tiles.h"
 #include "cuda/flash/sm90/fp8_tiles.h"
@@ -43,6 +44,14 @@ inline std::vector<KernelRow> kernel_table() {
         }
         rows.push_back({"dq", dtype, dims, features});
       }
+    }
+    for (HeadDims dims : kListedDims) {
+      const bool apart = keys_and_values_apart(dtype, dims);
+      for (const char* kernel : {"listed_fwd_few", "listed_fwd", "listed_dq_few", "listed_dq",
+                                 apart ? "listed_dk" : "listed_dkdv"}) {
+        rows.push_back({kernel, dtype, dims, false});
+      }
+      if (apart) rows.push_back({"listed_dv", dtype, dims, false});
     }
     for (const char* codes : {"", "_codes"}) {
       for (HeadDims dims : kPagedDims) {

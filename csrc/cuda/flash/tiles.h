@@ -15,8 +15,8 @@ constexpr int kMostShared = 99 * 1024;
 // Who shares a key tile: tile/team.h.
 enum class TeamKind { kBlock, kWarp, kColumns };
 // Where keys are: a tensor, pages of the same dtype, pages of codes; the last two once more with V
-// in the first channels of K, which is read once.
-enum class StoreKind { kTensor, kPages, kCodes, kLatentPages, kLatentCodes };
+// in the first channels of K, which is read once; or those blocks of a tensor that a list names.
+enum class StoreKind { kTensor, kPages, kCodes, kLatentPages, kLatentCodes, kListed };
 
 // A forward or decode kernel. Rows: 16 * m_tiles per warp of a block team, else per block.
 struct FwdTile {

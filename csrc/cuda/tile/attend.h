@@ -8,7 +8,7 @@
 // more, before it overwrites the converted one.
 //
 // Which keys: TileRange, from the one function of sequence.h, for loads and products alike. Keys at
-// or past the sequence's length are zeros and never read.
+// or past the sequence's length are zeros and never read. A store of lists walks places of a list.
 #pragma once
 
 #include "cuda/tile/keys.h"
@@ -148,8 +148,9 @@ struct Attend {
         Team::sync();
       }
       if constexpr (Keys::kCodes) keys.template decode_scores<kM, kN>(s, landed, state);
-      row_logits<Traits::kFeatures, kM, kN>(s, map, places, key, [](int, int, int, float) {});
-      if (!whole) hide<kM, kN>(s, places, key, seq.k_len, map.keys);
+      const auto columns = keys.columns(landed, key);
+      row_logits<Traits::kFeatures, kM, kN>(s, map, places, columns, [](int, int, int, float) {});
+      if (!whole) hide<kM, kN>(s, places, columns, seq.k_len, map.keys);
       if constexpr (Keys::kPages) {
         if (!whole) hide_by_mask<kM, kN>(s, places, key, p, seq);
         keys.template hide_missing<kM, kN>(s, landed);
@@ -176,7 +177,8 @@ struct Attend {
     for (int j = 0; j < tiles(); ++j) {
       const int first = first_key(j);
       if (range.whole(first, kBlockN)) continue;
-      for (int key = first; key < at_most(first + kBlockN, range.hi); ++key) {
+      for (int place = first; place < at_most(first + kBlockN, range.hi); ++place) {
+        const int key = keys.key_at(place);
         const auto seen = [&](int m, int h) {
           return sees(places.at[m][h], key, seq.k_len, map.keys) &&
                  !(Keys::kPages && masked(p, seq, places.at[m][h], key));

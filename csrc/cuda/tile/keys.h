@@ -6,10 +6,13 @@
 //   load            starts the copies of a tile; a thread copies the same chunks in every tile
 //   settle          looks at this thread's own part of a tile that has landed for this thread
 //   k_tile, v_tile  what multiplies, once the team has met
+//   key_at          the key at a place of the range that is walked: the place itself, but for lists
+//   columns         the keys of a tile that has landed, as key_of of tile/scores.h takes them
 //   add_wild        the cold path of hidden.h for one key
 //   RowState        what a store of codes keeps of the rows (tile/pages.h)
 //
-// TensorKeys is a tensor in one piece; PageKeys (tile/pages.h) a page table.
+// TensorKeys is a tensor in one piece; PageKeys (tile/pages.h) a page table; ListedKeys
+// (tile/listed.h) the blocks of a list.
 #pragma once
 
 #include "cuda/tile/hidden.h"
@@ -34,6 +37,9 @@ struct TensorKeys {
 
   AF_DEVICE static KTile k_tile(uint32_t stage, uint32_t) { return {stage}; }
   AF_DEVICE static VTile v_tile(uint32_t stage, uint32_t) { return {stage + KTile::kBytes}; }
+
+  AF_DEVICE static int key_at(int place) { return place; }
+  AF_DEVICE static int columns(uint32_t, int first) { return first; }
 
   // Keys first .. first + rows - 1; the rest of the tile becomes zeros and is not read.
   template <class Team>

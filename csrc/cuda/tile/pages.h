@@ -15,27 +15,12 @@
 #include <type_traits>
 
 #include "cuda/tile/codes.h"
+#include "cuda/tile/divider.h"
 #include "cuda/tile/epilogue.h"
 #include "cuda/tile/keys.h"
 #include "cuda/tile/softmax.h"
 
 namespace attnforge::cuda {
-
-// n / d for 0 <= n < 2^31 by a product (Granlund and Montgomery, 1994).
-struct Divider {
-  uint32_t factor;
-  int shift, divisor;
-
-  static Divider by(int64_t divisor) {
-    int log = 0;
-    while ((int64_t{1} << log) < divisor) ++log;
-    const uint64_t factor = (uint64_t{1} << (31 + log)) / static_cast<uint64_t>(divisor) + 1;
-    return {static_cast<uint32_t>(factor), 31 + log, static_cast<int>(divisor)};
-  }
-  AF_DEVICE int quotient(int n) const {
-    return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * factor >> shift);
-  }
-};
 
 // Pages as kernels take them.
 struct PageSource {
@@ -101,6 +86,9 @@ struct PageKeys {
   AF_DEVICE static int stored(const PagePool& pool, int dim) {  // elements of a row in memory
     return kCodes && pool.type == PageType::kInt4 ? dim / 2 : dim;
   }
+
+  AF_DEVICE static int key_at(int place) { return place; }
+  AF_DEVICE static int columns(uint32_t, int first) { return first; }
 
   AF_DEVICE static uint32_t flags(uint32_t stage) { return stage + kLandingBytes; }
   AF_DEVICE static uint32_t pairs(uint32_t stage, bool keys) {

@@ -61,27 +61,38 @@ AF_DEVICE void to_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const Ali
   if (sloped) each([&](int m, int n, int i, float& x) { x -= alibi(m, n, i); });
 }
 
-// Logits of a tile of rows and keys, and -inf for keys that a row does not see.
-template <bool kFeatures, int kM, int kN, class OnSlope>
+// The key of element i of fragment n: of a tile of neighbours by its first one, of any other keys
+// by asking them.
+AF_DEVICE int key_of(int first, int n, int i) {
+  return first + fragment_column(n, i);
+}
+template <class Columns>
+AF_DEVICE int key_of(const Columns& columns, int n, int i) {
+  return columns(n, i);
+}
+
+// Logits of a tile of rows and keys, and -inf for keys that a row does not see. columns: see
+// key_of.
+template <bool kFeatures, int kM, int kN, class Columns, class OnSlope>
 AF_DEVICE void row_logits(Accumulators<kM, kN>& s, const ScoreMap& map, const RowPlaces<kM>& places,
-                          int first_key, const OnSlope& on_slope) {
+                          const Columns& columns, const OnSlope& on_slope) {
   const auto alibi = [&](int m, int n, int i) {
-    const int distance = places.at[m][i / 2] - (first_key + fragment_column(n, i));
+    const int distance = places.at[m][i / 2] - key_of(columns, n, i);
     return places.slope2[m][i / 2] * static_cast<float>(distance < 0 ? -distance : distance);
   };
   to_logits<kFeatures, kM, kN>(s, map, alibi, on_slope);
 }
 
-template <int kM, int kN>
-AF_DEVICE void hide(Accumulators<kM, kN>& s, const RowPlaces<kM>& places, int first_key, int keys,
-                    Window window) {
+template <int kM, int kN, class Columns>
+AF_DEVICE void hide(Accumulators<kM, kN>& s, const RowPlaces<kM>& places, const Columns& columns,
+                    int keys, Window window) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!sees(places.at[m][i / 2], first_key + fragment_column(n, i), keys, window)) {
+        if (!sees(places.at[m][i / 2], key_of(columns, n, i), keys, window)) {
           s[m][n][i] = -kInf;
         }
       }

@@ -1,4 +1,4 @@
-"""Problems of the self-test of the delta rules: one per kernel and kind of gates."""
+"""Problems of the self-test of the delta rules."""
 
 from __future__ import annotations
 
@@ -8,81 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge._params import DeltaParams
+from attnforge._params import DeltaGrads, DeltaParams
 from attnforge.reference import delta as reference
 
 __all__ = ["GROUPS", "problem"]
 
 GROUPS: dict[str, frozenset[str]] = {
-    "gates per head": frozenset({"scalar_gate"}),
-    "gates of keys": frozenset({"key_gate"}),
+    "a gate per token": frozenset({"scalar_gate"}),
+    "a gate per key channel": frozenset({"key_gate"}),
     "packed sequences": frozenset({"varlen"}),
 }
-_TIME, _HEADS, _VALUE_HEADS, _DIM = 70, 2, 4, 64
-
-
-def _inputs(
-    group: str, time: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, DeltaParams]:
-    """Grouped heads, several chunks with a tail, similar keys, a state to begin from."""
-    g, batch = torch.Generator().manual_seed(0), 2 if time == 1 else 1
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    q, k = (normal(batch, time, _HEADS, _DIM) for _ in range(2))
-    k = torch.nn.functional.normalize(k + normal(_HEADS, _DIM), dim=-1)
-    v = normal(batch, time, _VALUE_HEADS, _DIM)
-    lead = (batch, time, _VALUE_HEADS)
-    beta, gate = torch.rand(lead, generator=g), None
-    if group.startswith("gates"):
-        width = (_DIM,) if group.endswith("keys") else ()
-        gate = -normal(*lead, *width).square().to(device)
-    ends, n = None, batch
-    if group == "packed sequences":
-        ends, n = torch.tensor([0, 33, time], dtype=torch.int32, device=device), 2
-    state = normal(n, _VALUE_HEADS, _DIM, _DIM).to(device)
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
-    return q, k, v, DeltaParams(gate, beta.to(device), state, ends, _DIM**-0.5)
-
-
-def _forward(
-    group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    q, k, v, p = _inputs(group, _TIME, dtype, device)
-    assert p.initial_state is not None
-    found = []
-    for forward in (run, reference.forward):
-        out, state = torch.empty_like(v), torch.empty_like(p.initial_state)
-        forward(q, k, v, p, out, state)
-        found.append([out, state])
-    return found[0], found[1]
-
-
-def _step(
-    group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Two rows, the second of which has no state."""
-    q, k, v, p = _inputs(group, 1, dtype, device)
-    q, k, v = (x[:, 0] for x in (q, k, v))
-    pool = p.initial_state
-    assert pool is not None
-    slots = torch.tensor([1, -1], dtype=torch.int32, device=device)
-    g = None if p.g is None else p.g[:, 0]
-    p = p._replace(g=g, beta=p.beta[:, 0], initial_state=None)
-    found = []
-    for step in (run, reference.step):
-        states, out = pool.clone(), torch.empty_like(v)
-        step(q, k, v, states, slots, p, out)
-        found.append([out, states])
-    return found[0], found[1]
-
-
-_PROBLEMS = {"chunk_fwd": _forward, "step": _step}
+_TIME, _HEADS, _VALUE_HEADS, _DIM = 40, 1, 2, 64
 
 
 def problem(
     kind: str, group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(results of the launcher ``run``, results of the reference) of ``<backend>.delta.<kind>``."""
-    return _PROBLEMS[kind](group, run, dtype, device)
+    """(results of the launcher ``run``, results of the reference) of a delta operator."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device)
+
+    q = normal(1, _TIME, _HEADS, _DIM).to(dtype)
+    k = torch.nn.functional.normalize(normal(1, _TIME, _HEADS, _DIM), dim=-1).to(dtype)
+    v, dout = (normal(1, _TIME, _VALUE_HEADS, _DIM).to(dtype) for _ in range(2))
+    beta = torch.sigmoid(normal(*v.shape[:3]))
+    gate = {
+        "a gate per token": -0.2 * normal(*v.shape[:3]).abs(),
+        "a gate per key channel": -0.2 * normal(*v.shape).abs(),
+    }.get(group)
+    ends = None
+    if group == "packed sequences":
+        ends = torch.tensor([0, 9, _TIME - 3], dtype=torch.int32, device=device)
+    n = 1 if ends is None else 2
+    state, dstate = normal(2, n, _VALUE_HEADS, _DIM, _DIM)
+    p = DeltaParams(gate, beta, state, ends, _DIM**-0.5)
+    found: list[list[Tensor]] = []
+    for mine in (True, False):
+        if kind == "delta_step":
+            row = (q[0, :2], k[0, :2], v[0, :2])
+            now = p._replace(g=None if gate is None else gate[0, :2], beta=beta[0, :2])
+            pool, out = state[:1].repeat(3, 1, 1, 1), torch.empty_like(row[2])
+            slots = torch.tensor([2, 0], dtype=torch.int32, device=device)
+            (run if mine else reference.step)(*row, pool, slots, now, out)
+            found.append([out, pool])
+        elif kind == "delta_chunk_fwd":
+            outs = [torch.empty_like(v), torch.empty_like(state)]
+            (run if mine else reference.forward)(q, k, v, p, *outs)
+            found.append(outs)
+        else:
+            dq, dk, dv, dbeta, ds = map(torch.empty_like, (q, k, v, beta, state))
+            dg = v.new_empty(0) if gate is None else torch.empty_like(gate)
+            grads = DeltaGrads(dq, dk, dv, dg, dbeta, ds)
+            (run if mine else reference.backward)(dout, dstate, q, k, v, p, grads)
+            found.append(list(grads))
+    return found[0], found[1]

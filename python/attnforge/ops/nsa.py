@@ -97,7 +97,7 @@ def nsa_select(
 
     Returns a BlockSelection with q_block 1 and indices [B, Hk, Sq, top_n] (packed [Hk, T, top_n]),
     ascending, -1 behind. Not differentiable. The scores of a few queries are held at a time: no
-    S x N buffer in the C++ kernel. Flops: 2 D per query, query head and visible window.
+    S x N buffer in the C++ and Triton kernels. Flops: 2 D per query, query head and visible window.
     """
     _check_counts(_SELECT, top_n, init_blocks, local_blocks)
     c = compressed_problem(
@@ -233,8 +233,9 @@ def nsa_attention(
         fail(_NSA, "cache_seqlens is for batched calls; packed lengths are those of cu_seqlens_k")
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     if k_cmp is None or v_cmp is None:
+        room = None if cu_k is None else k_slc.shape[0] // max(1, cmp_stride)
         pooled = [
-            pool_blocks(x, block=cmp_block, stride=cmp_stride, cu_seqlens=cu_k)
+            pool_blocks(x, block=cmp_block, stride=cmp_stride, cu_seqlens=cu_k, total_blocks=room)
             for x in (k_slc, v_slc)
         ]
         k_cmp, v_cmp = (x if cu_k is None else x[0] for x in pooled)

@@ -90,6 +90,59 @@ def _pool(x: Tensor, mode: str, block: int, stride: int, partial: bool) -> Tenso
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def _pool_packed(
+    x: Tensor, mode: str, starts: Tensor, sizes: Tensor, cells: tuple[Tensor, ...]
+) -> Tensor:
+    """[T, ...] -> pools over tokens [starts, starts + sizes) of each block; 0 for a size of 0.
+
+    cells: runs of 1, 2, 4, ... tokens from each place on, pooled (means still sums); a block is put
+    together of one run per bit of its size. What crosses sequences is in no block.
+    """
+    _, of_two = _combine(mode)
+    out: Tensor | None = None
+    for bit, run in enumerate(cells):
+        has = (sizes >> bit & 1).bool()
+        part = run.index_select(0, torch.where(has, starts, 0))
+        starts = torch.where(has, starts + (1 << bit), starts)
+        has = has.reshape(-1, *[1] * (x.dim() - 1))
+        seen = (sizes & ((1 << bit) - 1) != 0).reshape(has.shape)
+        if out is None:
+            out = torch.where(has, part, 0.0)
+        else:
+            joined = torch.where(seen, of_two(out, part), part)
+            out = torch.where(has, joined, out)
+    assert out is not None
+    if mode == "mean":
+        out = out / sizes.clamp_min(1).reshape(-1, *[1] * (x.dim() - 1))
+    return out
+
+
+def _runs(x: Tensor, mode: str, most: int) -> tuple[Tensor, ...]:
+    """Runs of 1, 2, 4, ... <= ``most`` tokens from each place of [T, ...] on; shorter at the end."""
+    _, of_two = _combine(mode)
+    runs = [x]
+    while 2 << (len(runs) - 1) <= most:
+        run, length = runs[-1], 1 << (len(runs) - 1)
+        runs.append(torch.cat([of_two(run[:-length], run[length:]), run[-length:]]))
+    return tuple(runs)
+
+
+def _packed_blocks(
+    ends: Tensor, tokens: int, block: int, stride: int, partial: bool, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(first token and tokens of each of ``total`` blocks, boundaries of blocks), read nowhere."""
+    cu = ends.long().clamp(0, tokens)
+    counts = pooled_lengths(cu.diff(), block, stride, partial)
+    blocks = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    number = torch.arange(total, device=ends.device)
+    sequence = torch.searchsorted(blocks[1:].contiguous(), number, right=True)
+    real = sequence < counts.shape[0]
+    sequence = sequence.clamp_max(max(0, counts.shape[0] - 1))
+    first = cu[sequence] + (number - blocks[sequence]) * stride
+    sizes = (cu[1:][sequence] - first).clamp(0, block)
+    return torch.where(real, first, 0), torch.where(real, sizes, 0), blocks.int()
+
+
 def pool_blocks(
     x: Tensor,
     *,
@@ -98,6 +151,7 @@ def pool_blocks(
     mode: str | Sequence[str] = "mean",
     partial: bool = False,
     cu_seqlens: Tensor | None = None,
+    total_blocks: int | None = None,
 ) -> Any:
     """Pools of x over blocks of tokens; differentiable.
 
@@ -109,8 +163,11 @@ def pool_blocks(
 
     Returns y [B, N, H, D * modes] of x's dtype with N = floor((T - block) / stride) + 1 complete
     blocks; packed (y [N, H, D * modes], cu_blocks [B + 1] int32). Sums are fp32 (fp64 of fp64).
-    Equal extremes share the gradient. Memory and work are linear in x; boundaries are read on the
-    host. Raises ValueError or TypeError on arguments that do not fit.
+    total_blocks: of packed calls, how many blocks y has room for; those behind the last one are 0.
+    T // stride is enough where block >= stride, without ``partial``. Boundaries then are not read
+    on the host: a GPU is not waited for. Without it they are read and checked.
+    Equal extremes share the gradient. Memory and work are linear in x, with total_blocks times
+    log2(block). Raises ValueError or TypeError on arguments that do not fit.
     """
     tensor(_OP, "x", x)
     stride = block if stride is None else stride
@@ -122,6 +179,8 @@ def pool_blocks(
         fail(_OP, f"mode is {mode!r}; want one or several of {', '.join(_MODES)}")
     if not x.dtype.is_floating_point:
         fail(_OP, f"x has dtype {_name(x.dtype)}; want a floating dtype; convert it", TypeError)
+    if total_blocks is not None and cu_seqlens is None:
+        fail(_OP, "total_blocks is for packed calls; got it without cu_seqlens; leave it out")
     if x.dim() != (4 if cu_seqlens is None else 3):
         want = "[batch, seq, heads, dim]" if cu_seqlens is None else "[total, heads, dim]"
         fail(_OP, f"x has shape {_shape(x)}; want {want}; packed tensors come with cu_seqlens")
@@ -129,6 +188,19 @@ def pool_blocks(
     if cu_seqlens is None:
         pools = [_pool(wide, m, block, stride, partial) for m in modes]
         return (pools[0] if len(pools) == 1 else torch.cat(pools, -1)).to(x.dtype)
+    if total_blocks is not None:
+        if isinstance(total_blocks, bool) or not isinstance(total_blocks, int) or total_blocks < 0:
+            fail(_OP, f"total_blocks is {total_blocks!r}; want an int >= 0")
+        starts, sizes, cu = _packed_blocks(
+            cu_seqlens, x.shape[0], block, stride, partial, total_blocks
+        )
+        if x.shape[0] == 0:
+            return x.new_zeros((total_blocks, x.shape[1], len(modes) * x.shape[2])), cu
+        pools = [
+            _pool_packed(wide, m, starts, sizes, _runs(wide, m, min(block, x.shape[0])))
+            for m in modes
+        ]
+        return (pools[0] if len(pools) == 1 else torch.cat(pools, -1)).to(x.dtype), cu
     ends = cu_seqlens.tolist()
     if not ends or ends[0] != 0 or ends[-1] > x.shape[0] or sorted(ends) != ends:
         fail(_OP, f"cu_seqlens is {ends}; want rising boundaries from 0 to at most {x.shape[0]}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnforge._params import NsaSelectParams
 from attnforge.reference import flash
 
-__all__ = ["importance", "overlap", "select"]
+__all__ = ["chosen", "importance", "overlap", "select"]
 
 _CHUNK = 1 << 22  # scores held at once
 
@@ -69,7 +69,7 @@ def importance(
             out[:, rows] = value[0].to(out.dtype)
 
 
-def _chosen(scores: Tensor, at: Tensor, p: NsaSelectParams) -> Tensor:
+def chosen(scores: Tensor, at: Tensor, p: NsaSelectParams) -> Tensor:
     """int32 ids of the forced and the best blocks; scores [B, H, R, N], at [B | 1, R]."""
     blocks = scores.shape[-1]
     column = torch.arange(blocks, device=scores.device)
@@ -90,7 +90,7 @@ def select(
     """Fill out int32 [B, Hk, Sq, top_n], varlen [Hk, T, top_n]: ascending ids, then -1."""
     out.fill_(-1)
     for batch, rows, at, value in _sums(q, k, lse, positions, p, p.blocks):
-        ids = _chosen(value, at, p)
+        ids = chosen(value, at, p)
         slots = ids.shape[-1]
         if out.dim() == 4:
             out[batch, :, rows, :slots] = ids

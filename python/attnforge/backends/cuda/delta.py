@@ -16,7 +16,7 @@ from attnforge.registry.spec import KernelSpec, Predicate
 __all__ = ["SPECS"]
 
 
-def chunk_fwd(
+def delta_chunk_fwd(
     q: Tensor, k: Tensor, v: Tensor, p: DeltaParams, out: Tensor, final_state: Tensor
 ) -> None:
     """Launcher of ``delta_chunk_fwd``."""
@@ -29,7 +29,7 @@ def chunk_fwd(
         )  # fmt: skip
 
 
-def step(
+def delta_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,13 +48,13 @@ def step(
         )  # fmt: skip
 
 
-def _spec(kind: str, notes: str, *needs: Predicate) -> KernelSpec:
+def _spec(op: str, notes: str, *needs: Predicate) -> KernelSpec:
     return KernelSpec(
-        id=f"cuda.linear.delta_{kind}.sm80",
-        op=f"delta_{kind}",
+        id=f"cuda.linear.{op}.sm80",
+        op=op,
         backend="cuda",
-        launch=f"{__name__}:{kind}",
-        requires=(*linear.DEVICE, *needs, linear.LIBRARY, SelfTest(f"delta.{kind}")),
+        launch=f"{__name__}:{op}",
+        requires=(*linear.DEVICE, *needs, linear.LIBRARY, SelfTest(f"delta.{op}")),
         score=40.0,  # as those of cuda.linear
         notes=notes,
     )
@@ -62,11 +62,11 @@ def _spec(kind: str, notes: str, *needs: Predicate) -> KernelSpec:
 
 SPECS = (
     _spec(
-        "chunk_fwd", "chunks of 32 in registers, solved by forward substitution in fp32",
+        "delta_chunk_fwd", "chunks of 32 in registers, solved by forward substitution in fp32",
         *linear.CHUNK, Features("scalar_gate", "varlen"),
     ),
     _spec(
-        "step", "both products while the state is read, its update from registers",
+        "delta_step", "both products while the state is read, its update from registers",
         Dim("head_dim", 1, 128), Dim("v_head_dim", 2, 1024, 2),
         Features("scalar_gate", "key_gate"),
     ),

@@ -1,8 +1,7 @@
 """``triton.block_sparse.*``: the Triton kernels of ``triton_kernels/block_sparse``.
 
-Kernels take ascending lists without repetition and, for dK and dV, their inverse; both are made
-here by sorts on the device, without a synchronisation. Tiles are those of flash, with no more rows
-than share a list.
+Kernels take ascending lists without repetition and, for dK and dV, their inverse. Tiles are those
+of flash, with no more rows than share a list.
 """
 
 from __future__ import annotations
@@ -16,6 +15,14 @@ from torch import Tensor
 
 from attnforge import _settings
 from attnforge._params import BlockLists, FlashParams, FlashTape
+from attnforge.backends._block_lists import (
+    Ascending,
+    ascending,
+    blocks_of,
+    inverse,
+    pack_of,
+    union,
+)
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._flash_tiles import sizes as sizes_of
 from attnforge.backends.triton._selftest import SelfTest
@@ -44,79 +51,30 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"attnforge.triton_kernels.block_sparse.{name}")
 
 
-def _blocks(k: Tensor, p: FlashParams, kv_block: int) -> int:
-    """Blocks of the longest sequence."""
-    return _tiles(k.shape[1] if p.cu_seqlens_k is None else p.max_seqlen_k, kv_block)
-
-
-def _first_rows(p: FlashParams, q_block: int) -> Tensor | None:
-    """int32 [B + 1]: where the list rows of packed sequences begin."""
-    if p.cu_seqlens_q is None:
-        return None
-    rows = (p.cu_seqlens_q.diff() + (q_block - 1)) // q_block
-    return torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def _ascending(lists: BlockLists, blocks: int) -> tuple[Tensor, Tensor]:
-    """(ids [B|1, H, R, S] ascending, what is not an id behind them as ``blocks``; their counts)."""
-    ids, counts = lists.indices, lists.counts
-    if ids.dim() == 3:
-        ids, counts = ids.unsqueeze(0), None if counts is None else counts.unsqueeze(0)
-    real = (ids >= 0) & (ids < blocks)
-    if counts is not None:
-        slot = torch.arange(ids.shape[-1], device=ids.device)
-        real &= slot < counts.unsqueeze(-1)
-    ids = ids.masked_fill(~real, blocks).sort(-1).values
-    again = torch.zeros_like(ids, dtype=torch.bool)
-    again[..., 1:] = ids[..., 1:] == ids[..., :-1]
-    ids = ids.masked_fill(again, blocks).sort(-1).values.contiguous()
-    return ids, (ids < blocks).sum(-1, dtype=torch.int32)
-
-
-def _lists(lists: BlockLists, blocks: int, p: FlashParams) -> Any:
-    ids, counts = _ascending(lists, blocks)
-    batch, heads, rows, slots = ids.shape
+def _lists(lists: Ascending) -> Any:
+    batch, heads, rows, slots = lists.ids.shape
     return _module("lists").Lists(
-        ids,
-        counts,
+        lists.ids,
+        lists.counts,
         batch=heads * rows if batch > 1 else 0,
         head=rows if heads > 1 else 0,
         slots=slots,
-        first=_first_rows(p, lists.q_block),
+        first=lists.first,
     )
 
 
-def _inverse(lists: Any, blocks: int, sequences: int) -> Any:
-    """For each block the list rows that name it: a stable sort of all entries by their block."""
-    batch, heads, rows, slots = lists.ids.shape
-    packed = lists.first is not None
-    total = blocks * (sequences if packed else 1)
-    row = torch.arange(rows, device=lists.ids.device, dtype=torch.int32)
-    block = lists.ids.to(torch.int32 if total < 1 << 31 else torch.int64)
-    if packed:
-        sequence = torch.searchsorted(lists.first[1:].contiguous(), row, right=True, out_int32=True)
-        real = (block < blocks) & (sequence < sequences).unsqueeze(-1)
-        block = torch.where(real, block + sequence.unsqueeze(-1) * blocks, total)
-        row = row - lists.first[sequence.clamp(max=sequences - 1)]
-    numbers, order = block.flatten(2).sort(dim=-1, stable=True)
-    bound = torch.arange(total + 1, device=row.device, dtype=numbers.dtype)
-    bounds = bound.expand(batch, heads, -1).contiguous()
+def _inverse(lists: Ascending, blocks: int, sequences: int) -> Any:
+    found = inverse(lists, blocks, sequences)
+    batch, heads, entries = found.rows.shape
     return _module("lists").Inverse(
-        row[order // max(1, slots)],
-        torch.searchsorted(numbers.contiguous(), bounds, out_int32=True),
+        found.rows,
+        found.starts,
         batch=heads if batch > 1 else 0,
         head=1 if heads > 1 else 0,
-        entries=rows * slots,
-        blocks=total,
-        each=blocks if packed else 0,
+        entries=entries,
+        blocks=found.blocks,
+        each=found.each,
     )
-
-
-def _pack(q: Tensor, k: Tensor, lists: BlockLists) -> int:
-    """Query heads that share a list and a KV head: rows of one tile."""
-    heads = lists.indices.shape[-3]
-    per_query_head = heads == q.shape[-2] and heads > 1
-    return 1 if per_query_head else q.shape[-2] // k.shape[-2]
 
 
 def _constants(kernel: str, q: Tensor, v: Tensor, lists: BlockLists, pack: int) -> dict[str, Any]:
@@ -134,6 +92,18 @@ def _constants(kernel: str, q: Tensor, v: Tensor, lists: BlockLists, pack: int) 
     elif max(sizes["BLOCK_D"], sizes["BLOCK_DV"]) > 128:
         sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 64)
     return {**sizes, "Q_BLOCK": lists.q_block, "KV_BLOCK": lists.kv_block}
+
+
+_UNION_ROWS = 32  # of a tile that lists of few rows share: see ``triton_kernels/block_sparse/fwd``
+_UNION_SLOTS = 64  # ids of each row are held in registers
+
+
+def _sharing(lists: BlockLists, pack: int, sizes: dict[str, Any]) -> int:
+    """List rows that share a tile of the forward; 1 if each has tiles of its own."""
+    together, slots = lists.q_block * pack, lists.indices.shape[-1]
+    if together >= 16 or lists.kv_block % sizes["BLOCK_N"] or slots > _UNION_SLOTS:
+        return 1
+    return _UNION_ROWS // together
 
 
 def _row_grid(q: Tensor, p: FlashParams, lists: BlockLists, pack: int, block: int) -> int:
@@ -155,14 +125,21 @@ def fwd(
         return
     low = out_lo if out_lo.dim() > 1 else None
     q, k, v = _unit(q), _unit(k), _unit(v)
-    heads, pack = q.shape[-2], _pack(q, k, lists)
+    heads, pack = q.shape[-2], pack_of(q, k, lists)
     sizes = _constants("fwd", q, v, lists, pack)
+    share, single = _sharing(lists, pack, sizes), None
+    blocks = blocks_of(k, p, lists.kv_block)
     with _on(q.device):
-        if grid := _row_grid(q, p, lists, pack, sizes["BLOCK_M"]):
+        given = ascending(lists, blocks, p)
+        if share > 1:
+            single, given = _lists(given), union(given, share, blocks, p, lists.q_block)
+            sizes |= {"BLOCK_M": _UNION_ROWS, "Q_BLOCK": share * lists.q_block}
+        sizes |= {"SHARE": share, "SLOTS": 1 << (lists.indices.shape[-1] - 1).bit_length()}
+        wide = lists._replace(q_block=sizes["Q_BLOCK"])
+        if grid := _row_grid(q, p, wide, pack, sizes["BLOCK_M"]):
             _module("fwd").fwd[(grid,)](
                 _view(q), _view(k), _view(v), _view(out), None if low is None else _view(low),
-                _stat(lse), _sequences(q, k, p), _scores(p, heads),
-                _lists(lists, _blocks(k, p, lists.kv_block), p),
+                _stat(lse), _sequences(q, k, p), _scores(p, heads), _lists(given), single,
                 p.max_seqlen_q, heads // pack, pack, heads // k.shape[-2], **sizes,
             )  # fmt: skip
 
@@ -181,12 +158,12 @@ def bwd(
         return
     lse = tape.lse.contiguous()
     low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
-    heads, heads_kv, pack = q.shape[-2], k.shape[-2], _pack(q, k, lists)
-    blocks = _blocks(k, p, lists.kv_block)
+    heads, heads_kv, pack = q.shape[-2], k.shape[-2], pack_of(q, k, lists)
+    blocks = blocks_of(k, p, lists.kv_block)
     with _on(q.device):
         delta = torch.empty_like(lse)
         _delta(dout, out, low, dlse, lse, delta)
-        given = _lists(lists, blocks, p)
+        given = ascending(lists, blocks, p)
         inputs = tuple(map(_view, (q, k, v, dout)))
         rest = (_stat(lse), _stat(delta), _sequences(q, k, p), _scores(p, heads))
         sizes = _constants("dkdv", q, v, lists, pack)
@@ -199,7 +176,7 @@ def bwd(
         sizes = _constants("dq", q, v, lists, pack)
         if grid := _row_grid(q, p, lists, pack, sizes["BLOCK_M"]):
             _module("bwd").dq[(grid,)](
-                *inputs, _view(dq), *rest, given, p.softmax_scale, p.max_seqlen_q,
+                *inputs, _view(dq), *rest, _lists(given), p.softmax_scale, p.max_seqlen_q,
                 heads // pack, pack, heads // heads_kv, **sizes,
             )  # fmt: skip
     if p.sinks is not None:

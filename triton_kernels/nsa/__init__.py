@@ -1,0 +1,1 @@
+"""Native sparse attention's choice of blocks in Triton: importance, and the best by it."""
