@@ -23,15 +23,15 @@ struct DecodeStates {
   }
 };
 
-template <FwdTile kTile, class Store>
+template <FwdTile kTile, class Store, class Mod = NoMod>
 AF_DEVICE void run_decode(const FlashFwdParams& params, const SplitParams& splits,
-                          const RowGrid& grid, const Store& store) {
-  using Kernel = RowKernel<kTile>;
+                          const RowGrid& grid, const Store& store, const Mod& mod = {}) {
+  using Kernel = RowKernel<kTile, Mod>;
   using T = typename Kernel::T;
   constexpr int kWarps = kTile.warps, kDim = kTile.v_head_dim;
   static_assert(kWarps * DecodeStates<kDim>::kBytes <= Kernel::Walk::kStreamBytes);
   const FlashProblem& p = params.problem;
-  Kernel::run(params, splits, grid, store,
+  Kernel::run(params, splits, grid, store, mod,
               [&](const RowWork& work, const auto& walk, const auto& sums,
                   const typename Kernel::Output& out) {
                 const DecodeStates<kDim> states = {walk.stream()};

@@ -6,14 +6,14 @@
 
 namespace attnforge::cuda {
 
-template <FwdTile kTile, class Store>
+template <FwdTile kTile, class Store, class Mod = NoMod>
 AF_DEVICE void run_forward(const FlashFwdParams& params, const SplitParams& splits,
-                           const RowGrid& grid, const Store& store) {
-  using Kernel = RowKernel<kTile>;
+                           const RowGrid& grid, const Store& store, const Mod& mod = {}) {
+  using Kernel = RowKernel<kTile, Mod>;
   using T = typename Kernel::T;
   constexpr int kM = Kernel::kM, kD = Kernel::kD;
   const FlashProblem& p = params.problem;
-  Kernel::run(params, splits, grid, store,
+  Kernel::run(params, splits, grid, store, mod,
               [&](const RowWork& work, const auto& walk, const auto& sums,
                   const typename Kernel::Output& out) {
                 const int warp_row = walk.first_row(), first = walk.first_fragment();

@@ -23,9 +23,9 @@ struct TensorStore {
   }
 };
 
-template <FwdTile kTile>
+template <FwdTile kTile, class Mod = NoMod>
 struct RowKernel {
-  using Traits = FwdTraits<kTile>;
+  using Traits = FwdTraits<kTile, Mod>;
   using Walk = Attend<Traits>;
   using T = typename Traits::T;
   static constexpr int kM = Walk::kM, kD = Walk::kD;
@@ -33,10 +33,11 @@ struct RowKernel {
   static_assert(Walk::kSharedBytes <= kMostShared);
 
   // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
-  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through.
+  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through. mod: tile/mods.h.
   template <class Store, class Finish>
   AF_DEVICE static void run(const FlashFwdParams& params, const SplitParams& splits,
-                            const RowGrid& grid, const Store& store, const Finish& finish) {
+                            const RowGrid& grid, const Store& store, const Mod& mod,
+                            const Finish& finish) {
     const FlashProblem& p = params.problem;
     RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
     if (!work.some) return;
@@ -53,7 +54,8 @@ struct RowKernel {
                        work.keys,
                        store.template keys<typename Walk::Keys>(seq, work.kv_head),
                        RowPlaces<kM>::of(p, seq, rows, Walk::first_row()),
-                       grid.map};
+                       grid.map,
+                       mod};
     RowSums<kM> sums = RowSums<kM>::none();
     Output out;
     zero<kM, kD>(out);
