@@ -96,9 +96,9 @@ def score_mod(source: str, aux: Mapping[str, Any] | None = None) -> Mod:
 
 
 def mask_mod(source: str, aux: Mapping[str, Any] | None = None) -> Mod:
-    """A function that hides keys, for ``mask_mod=``: ``bool mask(const Place& at, const Aux& aux)``.
+    """A function that hides keys, for ``mask_mod=``.
 
-    True is seen, beside causal masks, windows and lengths, which stay. Tiles that nobody sees are
+    source defines ``bool mask(const Place& at, const Aux& aux)``. True is seen, beside causal masks, windows and lengths, which stay. Tiles that nobody sees are
     still computed. Otherwise as ``score_mod``.
     """
     return Mod("mask", source, aux)
@@ -106,7 +106,9 @@ def mask_mod(source: str, aux: Mapping[str, Any] | None = None) -> Mod:
 
 def _aux(where: str, name: Any, x: Any) -> Tensor:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: aux has the name {name!r}; want a C++ identifier such as 'bias'")
+        raise ValueError(
+            f"{where}: aux has the name {name!r}; want a C++ identifier such as 'bias'"
+        )
     if isinstance(x, (bool, int)):
         if not -(1 << 63) <= x < 1 << 63:
             raise ValueError(f"{where}: aux {name} is {x}; want a number of 64 bits")

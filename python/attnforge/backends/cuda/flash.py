@@ -8,7 +8,6 @@ multiples of 16 bytes are copied once, as those without a unit last stride are.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -17,6 +16,11 @@ from torch import Tensor
 
 from attnforge import _native_cuda
 from attnforge._params import FlashGrads, FlashParams, FlashTape
+from attnforge.backends._gpu import SPLIT, decode_splits
+from attnforge.backends._gpu import contiguous as _contiguous
+from attnforge.backends._gpu import on as _on
+from attnforge.backends._gpu import rows as _rows
+from attnforge.backends._gpu import stream as _stream
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
@@ -26,41 +30,16 @@ __all__ = ["HEAD_DIMS", "SPECS"]
 
 # What tiles are padded to: (head_dim, v_head_dim), as csrc/cuda/flash/tiles.h lists them.
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-_SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
-_TILE = 64  # keys: splits have at least so many
 
 
 def _operator(name: str) -> Any:
     return _native_cuda.operator(name)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launch on the current device, whatever the tensors' is."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` itself if kernels can read it in place, else a copy."""
-    steps = (n for size, n in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
-    item = x.itemsize
-    whole = all(step * item % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
-    if x.stride(-1) == 1 and whole:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _rows_apart(x: Tensor) -> Tensor:
     """The same for TMA, which has no rows that are one and the same in memory."""
     broadcast = x.stride(-3) == 0 and x.shape[-3] > 1
     return x.clone(memory_format=torch.contiguous_format) if broadcast else _rows(x)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _scores(p: FlashParams) -> tuple[float, int, int, float]:
@@ -129,8 +108,7 @@ def decode(
     """Launcher of ``flash_decode``: several splits go through an fp32 workspace and ``merge``."""
     if out.numel() == 0:
         return
-    keys = max(1, k.shape[1])
-    splits = min(num_splits, -(-keys // _TILE)) if num_splits > 0 else -(-keys // _SPLIT)
+    splits = decode_splits(k.shape[1], num_splits)
     parts, stats = None, None
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -139,7 +117,7 @@ def decode(
         stream = _stream(q.device)
         _operator("flash_decode")(
             *map(_rows, (q, k, v)), *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
-            0 if num_splits > 0 else _SPLIT, stream,
+            0 if num_splits > 0 else SPLIT, stream,
         )  # fmt: skip
         if splits > 1:
             _operator("merge_states")(parts, stats, out, lse, False, stream)

@@ -20,7 +20,9 @@ from attnforge.jit import CompileError
 __all__ = ["Shape", "cubin", "directory", "shape_of"]
 
 _KERNEL = re.compile(rb"_ZN9attnforge4cuda3jit6kernelINS1_4CaseELi(\d+)ELi(\d+)ELi(\d+)E\w+")
-_ERROR = re.compile(r"^(score|mask)_mod\((\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (.*)$", re.M)
+_ERROR = re.compile(
+    r"^(score|mask)_mod\((\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (.*)$", re.M
+)
 
 
 class Shape(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run-time kernel is, and its C++: the user's functions around ``csrc/cuda/jit/kernels.h``."""
+"""What a run-time kernel is, and its C++: a user's functions around ``csrc/cuda/jit/kernels.h``."""
 
 from __future__ import annotations
 

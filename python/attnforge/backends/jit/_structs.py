@@ -1,5 +1,6 @@
-"""The Python twins of the structs that a run-time kernel takes (``csrc/include/attnforge/params.h``,
-``csrc/cuda/flash/{launch,schedule}.h``, ``csrc/cuda/tile/scores.h``).
+"""The Python twins of the structs that a run-time kernel takes: of
+``csrc/include/attnforge/params.h``, ``csrc/cuda/flash/{launch,schedule}.h``,
+``csrc/cuda/tile/scores.h``.
 
 Every generated source asserts their layout, so a twin that is out of step
 does not compile. Fields that run-time kernels do not use are there for their room only.
