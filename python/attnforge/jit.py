@@ -98,8 +98,11 @@ def score_mod(source: str, aux: Mapping[str, Any] | None = None) -> Mod:
 def mask_mod(source: str, aux: Mapping[str, Any] | None = None) -> Mod:
     """A function that hides keys, for ``mask_mod=``.
 
-    source defines ``bool mask(const Place& at, const Aux& aux)``. True is seen, beside causal masks, windows and lengths, which stay. Tiles that nobody sees are
-    still computed. Otherwise as ``score_mod``.
+    source: CUDA C++ that defines ``bool mask(const Place& at, const Aux& aux)``. True is seen,
+        beside causal masks, windows and lengths, which stay. Tiles of keys that nobody sees are
+        still computed. Values of hidden keys do not count, NaN neither.
+
+    Otherwise as ``score_mod``.
     """
     return Mod("mask", source, aux)
 
