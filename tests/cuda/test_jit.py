@@ -194,7 +194,7 @@ def test_decode_by_functions(heads: tuple[int, int], splits: int) -> None:
     sizes = {"heads_q": heads[0], "heads_k": heads[1]}
     case = FlashCase(alibi="head", **{**GQA, **sizes, **common})
     check(case, alibi_slopes=None, score_mod=alibi(case), num_splits=splits)
-    case = FlashCase(softcap=6.0, spread=3.0, **{**GQA, **sizes, **common, "dtype": FP16})
+    case = FlashCase(softcap=6.0, spread=3.0, **{**GQA, **sizes, **common})
     mod = jit.score_mod(SOFTCAP, {"cap": 6.0})
     check(case, softcap=None, score_mod=mod, num_splits=splits)
 
@@ -238,10 +238,26 @@ def test_values_behind_a_mask_are_not_read() -> None:
 
 def test_nothing_seen_is_zero() -> None:
     inputs = FlashCase(**{**GQA, "batch": 1}).make()
-    nothing = jit.mask_mod("bool mask(const Place&, const Aux&) { return false; }")
+    nothing = jit.mask_mod(WINDOW, {"left": -1000, "right": 0})
     got = inputs.with_(mask_mod=nothing).forward("jit_emulated")
     assert torch.equal(got["out"], torch.zeros_like(got["out"]))
     assert torch.equal(got["lse"], torch.full_like(got["lse"], float("-inf")))
+
+
+TABLES = SIGNATURE + (
+    " {\n  return s + aux.bias(at.batch, at.head, at.query, at.key) + aux.half(at.query, at.key) +"
+    "\n         aux.step(at.key) + (aux.on(at.head) ? aux.n : 0);\n}"
+)
+
+
+def tables(bias: torch.Tensor, rows: int, keys: int) -> tuple[jit.Mod, torch.Tensor]:
+    """16-bit, integer and boolean tensors with strides of their own; the bias they add up to."""
+    g = torch.Generator().manual_seed(5)
+    half = torch.randn(keys, rows, generator=g).to(FP16).t()
+    step = torch.randint(-3, 4, (2 * keys,), generator=g, dtype=torch.int32)[::2]
+    on = torch.rand(4, generator=g) < 0.5
+    mod = jit.score_mod(TABLES, {"bias": bias, "half": half, "step": step, "on": on, "n": 2})
+    return mod, bias + half.float() + step + torch.where(on, 2.0, 0.0).view(1, 4, 1, 1)
 
 
 def test_functions_see_existing_places_only() -> None:
@@ -251,45 +267,27 @@ def test_functions_see_existing_places_only() -> None:
     bias = torch.randn(2, 4, 9, 37, generator=torch.Generator().manual_seed(3))
     room = torch.full((bias.numel() + 4096,), float("nan"))
     room[2048:-2048] = bias.flatten()
-    table = room[2048:-2048].view(bias.shape)
-    source = SIGNATURE + " { return s + aux.bias(at.batch, at.head, at.query, at.key); }"
-    got = inputs.with_(score_mod=jit.score_mod(source, {"bias": table})).forward("jit_emulated")
-    want = inputs.with_(bias=bias).truth(False, rounded=True)
+    mod, whole = tables(room[2048:-2048].view(bias.shape), 9, 37)
+    got = inputs.with_(score_mod=mod).forward("jit_emulated")
+    want = inputs.with_(bias=whole).truth(False, rounded=True)
     compare(got, want, inputs.context).check()
 
 
-def test_aux_types_and_strides() -> None:
-    """16-bit, integer and boolean tensors with strides of their own, and integers."""
-    inputs = FlashCase(seqlen_q=9, seqlen_k=20, **{**GQA, "dtype": FP32}).make()
-    g = torch.Generator().manual_seed(5)
-    half = torch.randn(20, 9, generator=g).to(FP16).t()
-    step = torch.randint(-3, 4, (40,), generator=g, dtype=torch.int32)[::2]
-    on = torch.rand(4, generator=g) < 0.5
-    source = SIGNATURE + (
-        " { return s + aux.half(at.query, at.key) + aux.step(at.key)"
-        " + (aux.on(at.head) ? aux.n : 0); }"
-    )
-    mod = jit.score_mod(source, {"half": half, "step": step, "on": on, "n": 2})
-    got = inputs.with_(score_mod=mod).forward("jit_emulated")
-    bias = half.float() + step + torch.where(on, 2.0, 0.0).view(1, 4, 1, 1)
-    compare(got, inputs.with_(bias=bias).truth(False, rounded=True), inputs.context).check()
-
-
-@pytest.mark.parametrize(("d", "dv", "dtype"), [(80, 80, BF16), (112, 48, FP16), (160, 160, FP32)])
-def test_head_dims_of_their_own(d: int, dv: int, dtype: torch.dtype) -> None:
-    """Forward and decode at sizes that the library pads: rows of an odd multiple of 32 bytes."""
-    sizes: dict[str, Any] = {"head_dim": d, "v_head_dim": dv, "dtype": dtype}
-    check(FlashCase(batch=1, seqlen_q=37, seqlen_k=71, heads_q=2, heads_k=1, causal=True, **sizes))
-    check(FlashCase(batch=1, seqlen_q=2, seqlen_k=150, heads_q=3, heads_k=1, causal=True,
-                    decode=True, **sizes))  # fmt: skip
+@pytest.mark.parametrize(
+    ("d", "dv", "dtype", "decode"),
+    [(80, 80, BF16, False), (80, 80, BF16, True), (112, 48, FP16, False), (160, 160, FP32, True)],
+)
+def test_head_dims_of_their_own(d: int, dv: int, dtype: torch.dtype, decode: bool) -> None:
+    """Sizes that the library pads; rows of 80 and 112 are an odd multiple of 32 bytes."""
+    sizes: dict[str, Any] = {"head_dim": d, "v_head_dim": dv, "dtype": dtype, "decode": decode}
+    lengths = {"seqlen_q": 2, "seqlen_k": 150} if decode else {"seqlen_q": 37, "seqlen_k": 71}
+    check(FlashCase(batch=1, heads_q=2, heads_k=1, causal=True, **sizes, **lengths))
 
 
 def test_vmap_runs_slices() -> None:
     """Places are those of a slice: batches do not run together."""
-    inputs = FlashCase(**{**GQA, "seqlen_q": 9, "seqlen_k": 20}).make()
-    source = SIGNATURE + " { return s + aux.shift(at.batch, at.key); }"
-    shift = torch.randn(1, 20, generator=torch.Generator().manual_seed(1))
-    mod = jit.score_mod(source, {"shift": shift})
+    inputs = FlashCase(**{**GQA, "seqlen_q": 9, "seqlen_k": 20, "dtype": FP32}).make()
+    mod, _ = tables(torch.randn(1, 4, 9, 20, generator=torch.Generator().manual_seed(1)), 9, 20)
 
     def one(q: Any, k: Any, v: Any) -> Any:
         tensors = (x.unsqueeze(0) for x in (q, k, v))
