@@ -70,7 +70,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         requires=(
             Device("cpu", "cuda"),
             Dtypes(*_WIDE, *((FLOAT8,) if kind in ("fwd", "decode") else ())),
-            Without("score_mod", "mask_mod"),  # they are CUDA C++
+            *(() if kind == "merge" else (Without("score_mod", "mask_mod"),)),  # CUDA C++
         ),
         score=0.0,  # anything that can serve is faster
         notes=notes,
