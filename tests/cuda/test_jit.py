@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 
 import attnforge
 from attnforge import jit
+from attnforge.backends import _selftest
 from attnforge.backends.jit import _cubins, flash
+from attnforge.backends.jit._selftest import JIT
 from attnforge.backends.jit._source import Program
 from attnforge.registry.predicates import Arch, Available, Device
 from attnforge.registry.spec import unregister
@@ -297,3 +299,8 @@ def test_vmap_runs_slices() -> None:
         got = torch.vmap(one)(inputs.q, inputs.k, inputs.v)
         each = [one(*parts) for parts in zip(inputs.q, inputs.k, inputs.v, strict=True)]
     assert torch.equal(got, torch.stack(each))
+
+
+@pytest.mark.parametrize("kind", ["fwd", "decode"])
+def test_right_kernels_pass_the_self_test(kind: str) -> None:
+    assert _selftest.check(JIT, f"flash.{kind}", "", FP16, torch.device("cpu")) is None

@@ -226,7 +226,7 @@ def test_aux_is_packed_as_it_is_laid_out() -> None:
     x = torch.zeros(3, 4, 2).transpose(0, 1)
     mod = jit.score_mod(SIGNATURE + " { return s; }", {"n": 7, "x": x, "f": 0.5})
     made = program("fwd", BF16, 64, mod)
-    packed = pack_mod(made.mod, made.mods, mod.tensors).score_aux
+    packed = pack_mod(made.mods, mod.tensors).score_aux
     assert (packed.n, packed.f) == (7, 0.5)
     assert packed.x.data == x.data_ptr()
     assert tuple(packed.x.stride) == x.stride()

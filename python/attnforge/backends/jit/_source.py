@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from attnforge.backends.jit import _structs
 from attnforge.jit import Signature
 
-__all__ = ["Program", "mod_fields", "pack_mod"]
+__all__ = ["Program", "mod_struct", "pack_mod"]
 
 _SCALARS: dict[str, Any] = {"float": ctypes.c_float, "int64_t": ctypes.c_int64}
 _CALLS = {
@@ -40,7 +40,8 @@ def _aux_source(signature: Signature) -> str:
     return f"struct Aux {{ {body} }};"
 
 
-def mod_fields(mods: Sequence[Signature]) -> Any:
+@cache
+def mod_struct(mods: tuple[Signature, ...]) -> Any:
     """The twin of ``struct Mod``; C++ gives a struct, or a member, without fields one byte."""
 
     def room(struct: Any) -> Any:
@@ -50,9 +51,18 @@ def mod_fields(mods: Sequence[Signature]) -> Any:
     return type("Mod", (_structs.Struct,), {"_fields_": fields or [("room", ctypes.c_char)]})
 
 
-def pack_mod(struct: Any, mods: Sequence[Signature], tensors: Sequence[Tensor]) -> Any:
-    """An instance of ``mod_fields(mods)`` with the tensors' addresses and the numbers."""
-    packed, rest = struct(), iter(tensors)
+@cache
+def _call_struct(merge: bool, mods: tuple[Signature, ...]) -> Any:
+    fields: list[tuple[str, Any]] = [("params", _structs.Merge)]
+    if not merge:
+        fields = [("params", _structs.Fwd), ("splits", _structs.Splits),
+                  ("grid", _structs.Grid), ("mod", mod_struct(mods))]  # fmt: skip
+    return type("Call", (_structs.Struct,), {"_fields_": fields})
+
+
+def pack_mod(mods: tuple[Signature, ...], tensors: Sequence[Tensor]) -> Any:
+    """A ``mod_struct`` with the tensors' addresses and the numbers."""
+    packed, rest = mod_struct(mods)(), iter(tensors)
     for mod in mods:
         aux = getattr(packed, f"{mod.kind}_aux")
         for name, _, rank in mod.aux:
@@ -77,19 +87,10 @@ class Program:
     features: bool = False  # softcap or ALiBi
     mods: tuple[Signature, ...] = ()
 
-    @cached_property
-    def mod(self) -> Any:
-        """The twin of its ``struct Mod``."""
-        return mod_fields(self.mods)
-
-    @cached_property
+    @property
     def call(self) -> Any:
         """The twin of its ``Case::Call``."""
-        fields: list[tuple[str, Any]] = [("params", _structs.Merge)]
-        if self.kind != "merge":
-            fields = [("params", _structs.Fwd), ("splits", _structs.Splits),
-                      ("grid", _structs.Grid), ("mod", self.mod)]  # fmt: skip
-        return type("Call", (_structs.Struct,), {"_fields_": fields})
+        return _call_struct(self.kind == "merge", self.mods)
 
     def source(self) -> str:
         """The translation unit. The user's lines keep their numbers, in files by the kind."""

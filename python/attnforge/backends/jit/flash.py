@@ -95,22 +95,22 @@ def _rows_kernel(
     call.grid = grid = _grid(problem, kernel.shape.rows, group if pack else 1, call.splits.splits)
     if mods:
         tensors = [x for x in p.jit_tensors if x is not None]
-        call.mod = pack_mod(program.mod, mods, tensors)
+        call.mod = pack_mod(mods, tensors)
     if grid.blocks > 0:
         kernel.launch(grid.blocks, call, stream(q.device))
 
 
 def _merge(parts: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
     """Parts [splits, B, S, H, D] fp32 with their LSEs become one state."""
-    kernel = _load_kernel(Program("merge", out.dtype), out.device)
+    program = Program("merge", out.dtype)
+    kernel = _load_kernel(program, out.device)
     batch, seqlen, heads, dim = out.shape
     params = _structs.Merge(
         _structs.DTYPES[out.dtype][1], parts.shape[0], batch, seqlen, heads, dim,
         *(x.data_ptr() for x in (parts, lses, out, lse)),
     )  # fmt: skip
     blocks = -(-batch * seqlen * heads // kernel.shape.rows)
-    call = Program("merge", out.dtype).call(params)
-    kernel.launch(blocks, call, stream(out.device))
+    kernel.launch(blocks, program.call(params), stream(out.device))
 
 
 def _padded(dim: int) -> int:
