@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,22 +168,23 @@ def test_a_failure_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cache: Path) 
 
 
 @nvrtc
-def test_processes_compile_once(tmp_path: Path, cache: Path) -> None:
-    """Four that start together: one compiles, all get the same file."""
+def test_processes_compile_once(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Three that start together: one compiles, all get the same file."""
     code = (
-        "import sys, torch; from attnforge.backends.jit import _cubins, _nvrtc\n"
+        "import torch; from attnforge.backends.jit import _cubins, _nvrtc\n"
         "from attnforge.backends.jit._source import Program\n"
         "real = _nvrtc.compile\n"
         "def compile(*a): print('compiled'); return real(*a)\n"
         "_nvrtc.compile = compile\n"
         "print(_cubins.cubin(Program('merge', torch.float16), 'sm_80')[0].name)\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "python"), prepend=os.pathsep)
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
+        for _ in range(3)
     ]
-    printed = [process.communicate(timeout=120)[0].split() for process in started]
-    assert [process.returncode for process in started] == [0] * 4
+    printed = [process.communicate(timeout=600)[0].split() for process in started]
+    assert [process.returncode for process in started] == [0] * 3
     assert sum(line == "compiled" for lines in printed for line in lines) == 1
     (name,) = {lines[-1] for lines in printed}
     assert _cubins.shape_of((cache / name).read_bytes()) is not None
@@ -277,7 +279,7 @@ GRADS: dict[str, Any] = {
 def test_gradients_are_refused(name: str) -> None:
     q = torch.randn(1, 4, 2, 16, requires_grad=name == "q")
     mod = jit.score_mod(SIGNATURE + " { return s; }", GRADS[name])
-    with pytest.raises(ValueError, match=rf"{name}.* requires grad beside score_mod.*no backward"):
+    with pytest.raises(ValueError, match=rf"{name}.* requires grad beside score_mod.*forward only"):
         attnforge.flash_attention(q, q, q, score_mod=mod)
 
 

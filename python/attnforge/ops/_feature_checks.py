@@ -153,8 +153,8 @@ def _forward_only(op: str, named: Sequence[tuple[str, Any]], beside: str, instea
     """No tensor asks for a gradient."""
     for name, x in named if torch.is_grad_enabled() else ():
         if isinstance(x, Tensor) and x.requires_grad:
-            fail(op, f"{name} requires grad beside {beside}; want no gradient, as there is no "
-                     f"backward; {instead}, or use torch.no_grad()")  # fmt: skip
+            fail(op, f"{name} requires grad beside {beside}; want no gradient: such a call is "
+                     f"forward only; {instead}, or use torch.no_grad()")  # fmt: skip
 
 
 def jit_mods(op: str, inputs: Sequence[Tensor | None], features: Mapping[str, Any]) -> None:
