@@ -94,11 +94,23 @@ def write_pure_build(target: Path, reason: str) -> None:
     (target / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
+def copy_headers(target: Path) -> None:
+    """The headers of the CUDA kernels, from which the jit backend compiles at run time."""
+    for root in (ROOT / "csrc", ROOT / "csrc" / "include"):
+        for folder in ("cuda", "attnforge"):
+            for path in (root / folder).rglob("*.h"):
+                to = target / "include" / path.relative_to(root)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, to)
+
+
 class BuildPy(build_py):
-    """Records why there is no native part, where there is none."""
+    """Adds the headers of kernels, and records why there is no native part, where there is none."""
 
     def run(self) -> None:
         super().run()
+        if not self.editable_mode:  # there csrc/ itself is found
+            copy_headers(package_dir(self, False))
         if MISSING is not None:
             write_pure_build(package_dir(self, self.editable_mode), MISSING)
 

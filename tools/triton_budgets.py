@@ -384,6 +384,8 @@ def delta(dtype: torch.dtype, head_dim: int, kind: str) -> None:
         x, log, last = v[:, :, 0], torch.zeros(2, time, d), torch.zeros(2, d)
         scan.diag_scan_fwd(x, log, last, None, x, last)
         scan.diag_scan_bwd(x, last, x, log, last, None, (x, log, last))
+
+
 def nsa(head_dim: int, top_n: int) -> None:
     """Block importance and the choice by it, at the paper's sizes."""
     from attnforge._params import FlashParams, NsaSelectParams

@@ -44,7 +44,7 @@ inline int multiprocessors() {
 }
 
 }  // namespace attnforge::cuda
-#else
+#elif !defined(__CUDACC_RTC__)  // NVRTC has no host, and kernels need nothing else
 #include <cuda_runtime_api.h>
 
 namespace attnforge::cuda {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from attnforge import backends as _backends
+from attnforge import jit
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
@@ -129,6 +130,7 @@ __all__ = [
     "hgrn",
     "indexed_attention",
     "invert_selection",
+    "jit",
     "kda",
     "lightning_attention",
     "linear_attention",

@@ -90,8 +90,9 @@ class FlashParams(NamedTuple):
     window_left: int
     window_right: int
     softcap: float  # 0 = off
-    mods: tuple[Tensor | None, ...] = ()  # a FlashMods, or () if nothing of it is used
-    score_fn: str = "softmax"
+    # A FlashMods, or () if nothing of it is used; behind it the tensors of the call's jit mods.
+    mods: tuple[Tensor | None, ...] = ()
+    score_fn: str = "softmax"  # or what stands for jit mods, with a softmax: attnforge.jit.known
     dropout_p: float = 0.0  # weights are dropped with this probability, the others scaled up
     rope_interleaved: bool = False  # pairs (2 n, 2 n + 1) instead of (n, n + rotary_dim / 2)
     out_dtype: torch.dtype | None = None  # with fp8 k and v; None is q's, or bf16 if that is fp8
@@ -99,7 +100,12 @@ class FlashParams(NamedTuple):
     @property
     def score_mods(self) -> FlashMods:
         """``mods`` by name."""
-        return FlashMods(*self.mods)
+        return FlashMods(*self.mods[: len(FlashMods._fields)])
+
+    @property
+    def jit_tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors of jit mods, in the order of their signatures."""
+        return self.mods[len(FlashMods._fields) :]
 
 
 class FlashTape(NamedTuple):

@@ -30,11 +30,11 @@ def test_every_kernel_has_one() -> None:
         module, _, name = spec.launch.partition(":")
         assert (test.backend, test.launcher) == (CUDA, name), spec.id
         assert module.endswith(f".{test.kernel.partition('.')[0]}")
+
+
 # Denominators and the non-causal form are not CUDA's.
 LINEAR_GROUPS = [
-    name
-    for name in _selftest_linear.GROUPS
-    if name not in ("a denominator", "both directions")
+    name for name in _selftest_linear.GROUPS if name not in ("a denominator", "both directions")
 ]
 
 

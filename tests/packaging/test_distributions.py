@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from attnforge.backends.jit import _headers
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path("python/attnforge/tuning/tables/planted.json")
 
@@ -168,6 +170,17 @@ def test_wheel_contents(native: Installed) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     foreign = {n.split("/")[0] for n in names} - {"attnforge"}
     assert all(name.endswith(".dist-info") for name in foreign), foreign
+
+
+def test_headers_of_kernels_travel(native: Installed, pure: Installed) -> None:
+    """What the jit backend compiles is the same in every wheel and in a checkout."""
+    code = (
+        "from attnforge.backends.jit import _headers; "
+        "print(_headers._roots()[0].name, _headers.digest())"
+    )
+    want = _headers.digest()
+    for installed in (native, pure):
+        assert run(installed.python, "-c", code, cwd=installed.root).split() == ["include", want]
 
 
 def test_tables_of_tuned_configs_travel(unpacked: Path, pure: Installed) -> None:

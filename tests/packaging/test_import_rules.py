@@ -23,22 +23,24 @@ ALLOWED: dict[str, set[str]] = {
     "_version": set(),
     "_params": set(),
     "_settings": set(),
+    "_files": set(),
     "_ops": set(),
+    "jit": set(),  # what mods are; what compiles them is a backend
     "_native": {"_settings"},
     "_native_cuda": {"_native"},
     "reference": {"_params"},
     "registry": {"_settings"},
-    "tuning": {"_settings", "_version", "registry"},
-    "ops": {"_ops", "_params", "registry"},
+    "tuning": {"_files", "_settings", "_version", "registry"},
+    "ops": {"_ops", "_params", "jit", "registry"},
     "paged_cache": {"ops", "registry"},  # and attnforge._host, by name: it may be missing
     "backends": {"registry"},
     "backends.*": {
         *("_native", "_native_cuda", "_params", "_settings", "reference", "registry"),
-        "triton_kernels",
-        *("backends._block_lists", "backends._selftest"),  # shared by all backends
+        *("triton_kernels", "_files", "jit"),
+        *("backends._block_lists", "backends._gpu", "backends._selftest"),  # shared by all
     },
     "triton_kernels": set(),
-    "__init__": {"_version", "backends", "ops", "paged_cache", "registry", "tuning"},
+    "__init__": {"_version", "backends", "jit", "ops", "paged_cache", "registry", "tuning"},
     "__main__": {"cli"},
 }
 # Outside the operators: the public API. `_native` tells testing and cli what is built.

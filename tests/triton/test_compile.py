@@ -164,6 +164,8 @@ def test_linear(arch: int, kind: str) -> None:
         assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= TENSOR_COLUMNS, name
         plain = name.endswith((".delta", "over_time", "step"))
         assert plain or "mma" in kernel.asm["ptx"], name
+
+
 @pytest.mark.parametrize(("head_dim", "top_n"), [(64, 64), (128, 16), (256, 16)])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_nsa(arch: int, head_dim: int, top_n: int) -> None:

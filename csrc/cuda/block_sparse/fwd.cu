@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
   const ListedWork w = listed_work(params.problem, lists, grid, Kernel::Walk::kRows);
   if (!w.work.some) return;
   const SplitParams whole;
-  Kernel::attend(params, w.work, grid.map, listed_keys<Keys>(params, w),
+  Kernel::attend(params, w.work, grid.map, listed_keys<Keys>(params, w), NoMod{},
                  [&](const RowWork& work, const auto& walk, const auto& sums,
                      const typename Kernel::Output& out) {
                    if constexpr (Case::kTile.team == TeamKind::kWarp) {

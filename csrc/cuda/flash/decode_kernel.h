@@ -87,14 +87,15 @@ AF_DEVICE void finish_decode(const FlashFwdParams& params, const SplitParams& sp
   }
 }
 
-template <FwdTile kTile, class Store>
+template <FwdTile kTile, class Store, class Mod = NoMod>
 AF_DEVICE void run_decode(const FlashFwdParams& params, const SplitParams& splits,
-                          const RowGrid& grid, const Store& store) {
-  RowKernel<kTile>::run(params, splits, grid, store,
-                        [&](const RowWork& work, const auto& walk, const auto& sums,
-                            const typename RowKernel<kTile>::Output& out) {
-                          finish_decode<kTile, false>(params, splits, work, walk, sums, out);
-                        });
+                           const RowGrid& grid, const Store& store, const Mod& mod = {}) {
+  using Kernel = RowKernel<kTile, Mod>;
+  Kernel::run(params, splits, grid, store, mod,
+              [&](const RowWork& work, const auto& walk, const auto& sums,
+                  const typename Kernel::Output& out) {
+                finish_decode<kTile, false>(params, splits, work, walk, sums, out);
+              });
 }
 
 }  // namespace attnforge::cuda

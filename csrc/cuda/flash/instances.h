@@ -3,8 +3,6 @@
 // (ATTNFORGE_DTYPE), so that a build is parallel and an edit recompiles little.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/flash/launch.h"
 #include "cuda/flash/tiles.h"
 #include "cuda/launch.h"
@@ -53,8 +51,9 @@ struct KeysOf<kTile, StoreKind::kTensor> {
 };
 
 // Traits of Attend for a tile of the list.
-template <FwdTile kTile>
+template <FwdTile kTile, class Mod_ = NoMod>
 struct FwdTraits {
+  using Mod = Mod_;
   using T = typename ElementOf<kTile.dtype>::Type;
   using Team = typename TeamOf<kTile.team, kTile.warps>::Type;
   using Keys = typename KeysOf<kTile, kTile.store>::Type;

@@ -23,9 +23,9 @@ struct TensorStore {
   }
 };
 
-template <FwdTile kTile>
+template <FwdTile kTile, class Mod = NoMod>
 struct RowKernel {
-  using Traits = FwdTraits<kTile>;
+  using Traits = FwdTraits<kTile, Mod>;
   using Walk = Attend<Traits>;
   using T = typename Traits::T;
   static constexpr int kM = Walk::kM, kD = Walk::kD;
@@ -33,10 +33,11 @@ struct RowKernel {
   static_assert(Walk::kSharedBytes <= kMostShared);
 
   // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
-  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through.
+  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through. mod: tile/mods.h.
   template <class Store, class Finish>
   AF_DEVICE static void run(const FlashFwdParams& params, const SplitParams& splits,
-                            const RowGrid& grid, const Store& store, const Finish& finish) {
+                            const RowGrid& grid, const Store& store, const Mod& mod,
+                            const Finish& finish) {
     const FlashProblem& p = params.problem;
     RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
     if (!work.some) return;
@@ -45,14 +46,14 @@ struct RowKernel {
       work.keys.whole_hi = static_cast<int>(at_most<int64_t>(work.keys.whole_hi, unmasked));
     }
     attend(params, work, grid.map, store.template keys<typename Walk::Keys>(work.seq, work.kv_head),
-           finish);
+           mod, finish);
   }
 
   // The same for work that is known, and through any keys.
   template <class Finish>
   AF_DEVICE static void attend(const FlashFwdParams& params, const RowWork& work,
                                const ScoreMap& map, const typename Walk::Keys& keys,
-                               const Finish& finish) {
+                               const Mod& mod, const Finish& finish) {
     const FlashProblem& p = params.problem;
     const Sequence& seq = work.seq;
     const RowTile& rows = work.rows;
@@ -63,7 +64,8 @@ struct RowKernel {
                        work.keys,
                        keys,
                        RowPlaces<kM>::of(p, seq, rows, Walk::first_row()),
-                       map};
+                       map,
+                       mod};
     RowSums<kM> sums = RowSums<kM>::none();
     Output out;
     zero<kM, kD>(out);

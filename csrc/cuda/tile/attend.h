@@ -12,17 +12,19 @@
 #pragma once
 
 #include "cuda/tile/keys.h"
+#include "cuda/tile/mods.h"
 #include "cuda/tile/softmax.h"
 
 namespace attnforge::cuda {
 
 // kTraits: T, Keys, kDim, kValueDim, kFeatures, kMTiles (fragments of 16 rows per warp), kBlockN,
-// kStages, Team.
+// kStages, Team, Mod (tile/mods.h).
 template <class Traits>
 struct Attend {
   using T = typename Traits::T;
   using Team = typename Traits::Team;
   using Keys = typename Traits::Keys;
+  using Mod = typename Traits::Mod;
   static constexpr int kM = Traits::kMTiles;
   static constexpr int kBlockN = Traits::kBlockN, kStages = Traits::kStages;
   static constexpr int kN = kBlockN / 8, kD = Traits::kValueDim / 8 / Team::kColumnWarps;
@@ -47,6 +49,7 @@ struct Attend {
   Keys keys;
   RowPlaces<kM> places;
   const ScoreMap& map;
+  const Mod& mod;
 
   AF_DEVICE QTile q_tile() const { return {shared}; }
   AF_DEVICE uint32_t stream() const { return shared + QTile::kBytes; }
@@ -67,6 +70,8 @@ struct Attend {
   AF_DEVICE int first_key(int j) const {
     return range.lo + (j * Team::kTeams + Team::index()) * kBlockN;
   }
+  // Whether all rows see a whole tile; a mask of the caller's own may hide any key.
+  AF_DEVICE bool whole(int first) const { return !Mod::kMasks && range.whole(first, kBlockN); }
   AF_DEVICE void load_keys(int j) const {
     const int first = first_key(j);
     keys.template load<Team>(stage(j % kStages), first, seq.k_len - first);
@@ -133,7 +138,7 @@ struct Attend {
     for (int j = 0; j < count; ++j) {
       const int key = first_key(j);
       const uint32_t landed = stage(j % kStages);
-      const bool whole = range.whole(key, kBlockN);
+      const bool whole = this->whole(key);
       ptx::cp_async_wait<kStages - 2>();
       if constexpr (Keys::kWorkBytes > 0) Team::sync();
       wild |= keys.template settle<Team>(landed, work(), whole);
@@ -150,6 +155,9 @@ struct Attend {
       if constexpr (Keys::kCodes) keys.template decode_scores<kM, kN>(s, landed, state);
       const auto columns = keys.columns(landed, key);
       row_logits<Traits::kFeatures, kM, kN>(s, map, places, columns, [](int, int, int, float) {});
+      if constexpr (Mod::kScores || Mod::kMasks) {
+        apply_mod<kM, kN>(s, mod, seq, rows, first_row(), key);
+      }
       if (!whole) hide<kM, kN>(s, places, columns, seq.k_len, map.keys);
       if constexpr (Keys::kPages) {
         if (!whole) hide_by_mask<kM, kN>(s, places, key, p, seq);
@@ -176,12 +184,13 @@ struct Attend {
   AF_DEVICE void add_hidden(Output& out) const {
     for (int j = 0; j < tiles(); ++j) {
       const int first = first_key(j);
-      if (range.whole(first, kBlockN)) continue;
+      if (whole(first)) continue;
       for (int place = first; place < at_most(first + kBlockN, range.hi); ++place) {
         const int key = keys.key_at(place);
         const auto seen = [&](int m, int h) {
           return sees(places.at[m][h], key, seq.k_len, map.keys) &&
-                 !(Keys::kPages && masked(p, seq, places.at[m][h], key));
+                 !(Keys::kPages && masked(p, seq, places.at[m][h], key)) &&
+                 mod_sees(mod, seq, rows, fragment_row(first_row(), m, h), key);
         };
         keys.template add_wild<kM, kD>(out, key, 8 * first_fragment(), seen);
       }

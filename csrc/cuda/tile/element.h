@@ -11,6 +11,12 @@
 
 namespace attnforge::cuda {
 
+// Whether two types are one; NVRTC has no <type_traits>.
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -40,7 +46,7 @@ struct ElementOf<DType::kFloat8> {
   using Type = Float8;
 };
 
-constexpr float kInf = __builtin_huge_valf();
+constexpr float kInf = __builtin_bit_cast(float, 0x7f800000u);
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -62,7 +68,7 @@ template <class T>
 AF_DEVICE T narrow(float x) {
   if constexpr (sizeof(T) == 4) {
     return x;
-  } else if constexpr (__is_same(T, Half)) {
+  } else if constexpr (kSame<T, Half>) {
     return {ptx::f16_from_float(x)};
   } else {
     return {ptx::bf16_from_float(x)};
@@ -73,7 +79,7 @@ AF_DEVICE T narrow(float x) {
 template <class T>
 AF_DEVICE uint32_t pack(float first, float second) {
   static_assert(sizeof(T) == 2);
-  if constexpr (__is_same(T, Half)) return ptx::pack_f16x2(first, second);
+  if constexpr (kSame<T, Half>) return ptx::pack_f16x2(first, second);
   return ptx::pack_bf16x2(first, second);
 }
 
@@ -100,7 +106,7 @@ struct Product {
   AF_DEVICE static Left left(const uint32_t (&r)[4]) { return {{r[0], r[1], r[2], r[3]}}; }
   AF_DEVICE static Right right(uint32_t r0, uint32_t r1) { return {{r0, r1}}; }
   AF_DEVICE static void add(float (&d)[4], const Left& a, const Right& b) {
-    if constexpr (__is_same(T, Half)) {
+    if constexpr (kSame<T, Half>) {
       ptx::mma_m16n8k16_f16(d, a.x, b.x);
     } else {
       ptx::mma_m16n8k16_bf16(d, a.x, b.x);

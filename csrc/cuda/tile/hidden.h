@@ -26,7 +26,7 @@ AF_DEVICE bool tame_chunk(ptx::U32x4& chunk) {
       wild |= bad != 0;
       chunk.v[i] &= ~(bad * 0xffu);
     } else {
-      constexpr uint32_t kExponent = __is_same(T, Half) ? 0x7c00u : 0x7f80u;
+      constexpr uint32_t kExponent = kSame<T, Half> ? 0x7c00u : 0x7f80u;
       const bool low = (chunk.v[i] & kExponent) == kExponent;
       const bool high = (chunk.v[i] >> 16 & kExponent) == kExponent;
       wild |= low || high;

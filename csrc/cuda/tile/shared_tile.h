@@ -3,7 +3,8 @@
 // Swizzle: chunk c of row r lies at c ^ mask(r), so that the eight rows an ldmatrix reads at one
 // chunk, 16 bytes each, fall into eight different groups of four banks. Rows whose length is a
 // multiple of 128 bytes take r mod 8; rows of an odd multiple of 64 bytes already alternate between
-// halves and take (r / 2) mod 4.
+// halves and take (r / 2) mod 4; those of an odd multiple of 32 bytes go through four places of two
+// groups and take (r / 4) mod 2.
 //
 // Loads are cp.async: rows that do not exist and columns past the true head dim become zeros and
 // are not read. A thread's chunks are always the same ones, so after its own wait it may look at
@@ -23,14 +24,17 @@ struct SharedTile {
   static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
   static constexpr int kChunks = kDim / kPerChunk;  // of a row
   static constexpr int kBytes = kRows * kChunks * 16;
-  static_assert(kChunks % 8 == 0 || kChunks % 8 == 4, "no swizzle for this row length");
+  static_assert(kChunks % 2 == 0, "no swizzle for this row length");
 
   static constexpr int kRowBytes = kChunks * 16;
-  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : 4;  // chunks that change places
+  // Chunks that change places.
+  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
 
   uint32_t base;
 
-  AF_DEVICE static int swizzle(int row) { return kPeriod == 8 ? row & 7 : row >> 1 & 3; }
+  AF_DEVICE static int swizzle(int row) {
+    return kPeriod == 8 ? row & 7 : kPeriod == 4 ? row >> 1 & 3 : row >> 2 & 1;
+  }
   AF_DEVICE uint32_t chunk(int row, int c) const {
     return base + static_cast<uint32_t>(row * kRowBytes + (c ^ swizzle(row)) * 16);
   }

@@ -78,7 +78,9 @@ void check_banks() {
 
 EMULATOR_TEST(tile_swizzle_spreads_rows_over_all_banks) {
   check_banks<SharedTile<BFloat16, 32, 64>>();
+  check_banks<SharedTile<BFloat16, 32, 80>>();
   check_banks<SharedTile<BFloat16, 32, 96>>();
+  check_banks<SharedTile<BFloat16, 32, 112>>();
   check_banks<SharedTile<BFloat16, 32, 128>>();
   check_banks<SharedTile<BFloat16, 32, 192>>();
   check_banks<SharedTile<float, 32, 96>>();
@@ -151,6 +153,7 @@ void check_products(double s_error, double o_error) {
 
 EMULATOR_TEST(tile_products_of_16_bit) {
   check_products<BFloat16, 64>(1e-4, 0.3);  // S is rounded to 8 bits for the second product
+  check_products<Half, 80>(1e-4, 0.05);
   check_products<Half, 96>(1e-4, 0.05);
 }
 

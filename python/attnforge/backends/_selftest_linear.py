@@ -32,7 +32,7 @@ _HEADS, _VALUE_HEADS, _DIM = 1, 2, 64
 def problem(
     kind: str, group: str, run: Callable[..., Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(results of the launcher ``run``, results of the reference) of ``linear.<kind>`` of a backend."""
+    """(results of the launcher ``run``, the reference's) of a backend's ``linear.<kind>``."""
     g = torch.Generator().manual_seed(0)
     gate_kind, norm = _KINDS.get(group, "none"), "sum" if group == "a denominator" else ""
     time = 18 if gate_kind in ("key", "value") else 70  # a chunk and a tail

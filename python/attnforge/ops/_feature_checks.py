@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from attnforge._params import FLOAT8, SCORE_FNS, FlashParams
+from attnforge.jit import Mod
 from attnforge.ops._checks import fail, tensor
 
-__all__ = ["features", "float8", "shaped"]
+__all__ = ["features", "float8", "jit_mods", "shaped"]
 
+_JIT_MODS = ("score_mod", "mask_mod")
 Sizes = tuple[int, ...]  # what one dimension may be
 _OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -144,11 +146,38 @@ def float8(op: str, inputs: Sequence[Tensor | None], features: Mapping[str, Any]
         fail(op, "sink_kv is given with float8_e4m3fn k and v; want it with wider ones; append its "
                  "keys to k and v instead")  # fmt: skip
     named = [*zip(("q", "k", "v", "sinks"), inputs, strict=True), *features.items()]
+    _forward_only(op, named, "float8_e4m3fn k and v", "pass dequantised k and v")
+
+
+def _forward_only(op: str, named: Sequence[tuple[str, Any]], beside: str, instead: str) -> None:
+    """No tensor asks for a gradient."""
     for name, x in named if torch.is_grad_enabled() else ():
         if isinstance(x, Tensor) and x.requires_grad:
-            fail(op, f"{name} requires grad beside float8_e4m3fn k and v; want no gradient: fp8 "
-                     "attention is forward only; pass dequantised k and v, or use torch.no_grad()"
-                 )  # fmt: skip
+            fail(op, f"{name} requires grad beside {beside}; want no gradient: such a call is "
+                     f"forward only; {instead}, or use torch.no_grad()")  # fmt: skip
+
+
+def jit_mods(op: str, inputs: Sequence[Tensor | None], features: Mapping[str, Any]) -> None:
+    """Mods are what ``attnforge.jit`` makes, fit q's device and come alone; no gradients."""
+    q = inputs[0]
+    for kind in ("score", "mask"):
+        mod = features.get(f"{kind}_mod")
+        if mod is None:
+            continue
+        if not isinstance(mod, Mod) or mod.signature.kind != kind:
+            got = f"a {mod.signature.kind}_mod" if isinstance(mod, Mod) else type(mod).__name__
+            fail(op, f"{kind}_mod is {got}; want what attnforge.jit.{kind}_mod returns", TypeError)
+        others = sorted(n for n, x in features.items() if x is not None and n not in _JIT_MODS)
+        if others:
+            fail(op, f"{kind}_mod is given with {', '.join(others)}; want it without; write that "
+                     "into the function, with its tensors in aux")  # fmt: skip
+        named = [(f"aux {name} of {kind}_mod", x)
+                 for (name, *_), x in zip(mod.signature.aux, mod.tensors, strict=True)]  # fmt: skip
+        for name, x in named:
+            if q is not None and x.dim() and x.device != q.device and q.device.type != "meta":
+                fail(op, f"{name} is on {x.device}; want {q.device} like q; move it there")
+        named += zip(("q", "k", "v", "sinks"), inputs, strict=True)
+        _forward_only(op, named, f"{kind}_mod", "leave it out for training")
 
 
 def features(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnforge._params import FlashMods, FlashParams
+from attnforge.jit import Mod, remember
 from attnforge.ops import _feature_checks
 from attnforge.ops._checks import fail
 
@@ -60,6 +61,9 @@ class Features(TypedDict, total=False):
         have one row per sequence.
     out_dtype: of the output beside float8 k and v: float32, bfloat16 or float16; default: q's, or
         bfloat16 if q is float8.
+    score_mod, mask_mod: functions of your own in CUDA C++, made by ``attnforge.jit.score_mod`` and
+        ``mask_mod``: another logit for one of the call, after softcap and ALiBi, and whether a key
+        is seen. Backend jit, forward only, beside no other keyword of this list.
     """
 
     prefix_lens: Tensor | None
@@ -85,6 +89,8 @@ class Features(TypedDict, total=False):
     k_descale: Tensor | None
     v_descale: Tensor | None
     out_dtype: torch.dtype | None
+    score_mod: Mod | None
+    mask_mod: Mod | None
 
 
 class _Rows(NamedTuple):
@@ -273,9 +279,12 @@ def apply_features(
         qk_descale=_descale(batch, k.shape[-2], f.get("q_descale"), f.get("k_descale")),
         v_descale=_descale(batch, k.shape[-2], f.get("v_descale")),
     )
-    used = any(x is not None for x in mods)
+    jit = tuple(f[name] for name in ("score_mod", "mask_mod") if name in f)
+    if jit:
+        score_fn = remember(jit)
+    used = bool(jit) or any(x is not None for x in mods)
     return p._replace(
-        mods=mods if used else (),
+        mods=(*mods, *(x for mod in jit for x in mod.tensors)) if used else (),
         score_fn=score_fn,
         dropout_p=dropout_p,
         rope_interleaved=bool(f.get("rope_interleaved", False)),

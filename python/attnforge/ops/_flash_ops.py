@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge import _ops
+from attnforge import _ops, jit
 from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.ops import _checks, _flash_vmap
 from attnforge.registry import override
@@ -72,6 +72,8 @@ def metadata(q: Tensor, v: Tensor, p: FlashParams) -> tuple[Any, ...]:
 def _mod_features(p: FlashParams) -> tuple[str, ...]:
     mods = p.score_mods
     used = [name for name, field in _MOD_FEATURES.items() if getattr(mods, field) is not None]
+    if signatures := jit.known(p.score_fn):
+        return (*used, *(f"{signature.kind}_mod" for signature in signatures))
     return tuple(used) if p.score_fn == "softmax" else (*used, p.score_fn)
 
 

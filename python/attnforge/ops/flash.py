@@ -98,6 +98,8 @@ def _problem(
         alibi_slopes, sinks = _stat_inputs(q, alibi_slopes, sinks)
     if v.dtype is FLOAT8:
         _feature_checks.float8(op, (q, k, v, sinks), features)
+    if features:
+        _feature_checks.jit_mods(op, (q, k, v, sinks), features)
     p = FlashParams(*indices, alibi_slopes, sinks, *sizes, scale, left, right, softcap)
     if features or per_head is not None:
         p = apply_features(op, q, k, v, p, features, per_head, causal)

@@ -118,7 +118,7 @@ def _pool_packed(
 
 
 def _runs(x: Tensor, mode: str, most: int) -> tuple[Tensor, ...]:
-    """Runs of 1, 2, 4, ... <= ``most`` tokens from each place of [T, ...] on; shorter at the end."""
+    """Runs of 1, 2, 4, ... <= ``most`` tokens from each place of [T, ...] on; at the end less."""
     _, of_two = _combine(mode)
     runs = [x]
     while 2 << (len(runs) - 1) <= most:

@@ -12,7 +12,7 @@ import torch
 
 from attnforge.registry.spec import Request
 
-__all__ = ["Arch", "Available", "Device", "Dim", "Dtypes", "Features", "dtype_name"]
+__all__ = ["Arch", "Available", "Device", "Dim", "Dtypes", "Features", "Without", "dtype_name"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -110,6 +110,20 @@ class Features:
 
     def __str__(self) -> str:
         return f"features {', '.join(sorted(self.supported)) or 'none'}"
+
+
+class Without:
+    """None of these features is used; for a kernel that has all others."""
+
+    def __init__(self, *refused: str) -> None:
+        self.refused = frozenset(refused)
+
+    def __call__(self, request: Request, /) -> str | None:
+        used = sorted(request.features & self.refused)
+        return f"does not have {', '.join(used)}" if used else None
+
+    def __str__(self) -> str:
+        return f"no {', '.join(sorted(self.refused))}"
 
 
 class Available:

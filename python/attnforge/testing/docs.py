@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from attnforge.registry import KernelSpec, Request, list_kernels
-from attnforge.registry.predicates import Arch, Available, Device, Dtypes, Features, dtype_name
+from attnforge.registry.predicates import (
+    Arch,
+    Available,
+    Device,
+    Dtypes,
+    Features,
+    Without,
+    dtype_name,
+)
 from attnforge.testing import bench, training
 
 __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
@@ -55,6 +63,7 @@ _MODS = {
     "relu": "relu",
     "softplus": "softplus",
     "signed softmax": "signed_softmax",
+    "functions of your own (`attnforge.jit`)": "score_mod",
 }
 # What caches in pages add.
 _PAGES_ONLY = {
@@ -149,7 +158,9 @@ def _needs(spec: KernelSpec) -> tuple[str, str, str]:
             device = ", ".join(need.types)
         elif isinstance(need, Dtypes):
             dtypes = ", ".join(_SHORT.get(n, n) for n in map(dtype_name, need.dtypes))
-        elif not isinstance(need, (Available, Features)):  # features have a table of their own
+        elif not isinstance(
+            need, (Available, Features, Without)
+        ):  # features have a table of their own
             sizes.append(str(need))
     return device, dtypes, "; ".join(sizes) or "any"
 

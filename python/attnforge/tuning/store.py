@@ -9,24 +9,20 @@ anything is measured.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import stat
-import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attnforge import _settings
+from attnforge import _files, _settings
 from attnforge.tuning.entry import Entry
 
 __all__ = ["directory", "file_of", "merge", "read", "tables_directory", "write_text"]
 
 MAX_BYTES = 4 << 20  # thousands of buckets
-LOCK_TIMEOUT_S = 60.0
 _warned: set[tuple[str, str]] = set()
 
 
@@ -53,36 +49,12 @@ def warn_once(path: Path, why: str) -> None:
         warnings.warn(f"attnforge: tuning results in {path} are ignored: {why}", RuntimeWarning, 3)
 
 
-def _distrust(status: os.stat_result, kind: str) -> str | None:
-    """Why a file or directory must not be used, or None."""
-    right = stat.S_ISDIR if kind == "directory" else stat.S_ISREG
-    if stat.S_ISLNK(status.st_mode):
-        return f"the {kind} is a symbolic link"
-    if not right(status.st_mode):
-        return f"it is not a {kind}"
-    if status.st_uid != os.getuid():
-        return f"the {kind} belongs to user {status.st_uid}, not to {os.getuid()}"
-    if status.st_mode & stat.S_IWOTH:
-        return f"everybody may write the {kind} (mode {stat.S_IMODE(status.st_mode):04o})"
-    return None
-
-
-def _distrust_folder(folder: Path) -> str | None:
-    """Why the user's directory must not be used; None also if it is not there yet."""
-    with contextlib.suppress(FileNotFoundError):
-        # Who may write the parent may replace the directory. A link there is the user's own affair.
-        return _distrust(folder.parent.stat(), "directory") or _distrust(
-            folder.lstat(), "directory"
-        )
-    return None
-
-
 def _load(path: Path, trusted: bool) -> dict[str, Any]:
     """The raw entries of a file by key; ValueError with the reason if it cannot be used."""
     descriptor = os.open(path, os.O_RDONLY | (0 if trusted else os.O_NOFOLLOW))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if not trusted and (why := _distrust(status, "file")) is not None:
+        if not trusted and (why := _files.distrust(status, "file")) is not None:
             raise ValueError(why)
         if status.st_size > MAX_BYTES:
             raise ValueError(f"it has {status.st_size} bytes; at most {MAX_BYTES} are read")
@@ -102,7 +74,7 @@ def read(path: Path, *, shipped: bool = False) -> list[Entry]:
 
     Whatever is not used is said in one warning.
     """
-    if not shipped and (why := _distrust_folder(path.parent)) is not None:
+    if not shipped and (why := _files.distrust_folder(path.parent)) is not None:
         warn_once(path.parent, why)
         return []
     try:
@@ -134,14 +106,12 @@ def merge(op: str, device: str, entries: Iterable[Entry]) -> Path:
     """
     folder = directory()
     path = file_of(folder, op, device)
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True, mode=0o700)
-    if (why := _distrust_folder(folder)) is not None:
+    if (why := _files.make_folder(folder)) is not None:
         raise RuntimeError(
             f"attnforge.tune: results cannot be written to {folder}: {why}; remove it, or set "
             f"{_settings.CACHE_DIR} to a directory of yours"
         )
-    with _locked(path):
+    with _files.locked(path, "attnforge.tune", "tune"):
         raw: dict[str, Any] = {}
         try:
             raw = _load(path, trusted=False)
@@ -156,34 +126,6 @@ def merge(op: str, device: str, entries: Iterable[Entry]) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    try:
-        from filelock import FileLock
-    except ImportError:
-        raise RuntimeError(
-            "attnforge.tune: keeping results needs the package filelock; install the extra: "
-            "pip install 'attnforge[tune]'"
-        ) from None
-    with FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
-        yield
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: readers see the old content or the new, whatever happens."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
+    _files.replace(path, text.encode())

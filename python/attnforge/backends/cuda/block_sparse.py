@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnforge._params import BlockLists, FlashParams, FlashTape
-from attnforge.backends import _block_lists
+from attnforge.backends import _block_lists, _gpu
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
@@ -38,11 +38,11 @@ def fwd(
     if out.numel() == 0:
         return
     given = _block_lists.ascending(lists, _block_lists.blocks_of(k, p, lists.kv_block), p)
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("block_sparse_fwd")(
-            *map(flash._rows, (q, k, v)), *given, *map(flash._contiguous, p[:5]), out, lse,
+            *map(_gpu.rows, (q, k, v)), *given, *map(_gpu.contiguous, p[:5]), out, lse,
             out_lo if out_lo.dim() > 1 else None, p.max_seqlen_q, p.max_seqlen_k,
-            *flash._scores(p), lists.q_block, lists.kv_block, flash._stream(q.device),
+            *flash._scores(p), lists.q_block, lists.kv_block, _gpu.stream(q.device),
         )  # fmt: skip
 
 
@@ -64,13 +64,13 @@ def bwd(
     given = _block_lists.ascending(lists, blocks, p)
     sequences = q.shape[0] if p.cu_seqlens_q is None else p.cu_seqlens_q.shape[0] - 1
     listing = _block_lists.inverse(given, blocks, sequences)
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("block_sparse_bwd")(
-            flash._rows(dout), flash._contiguous(dlse), *map(flash._rows, (q, k, v, out)), lse,
-            flash._rows(out_lo) if out_lo.dim() > 1 else None, *given, *listing[:2],
-            *map(flash._contiguous, p[:5]), dq, dk, dv, delta, p.max_seqlen_q, p.max_seqlen_k,
+            _gpu.rows(dout), _gpu.contiguous(dlse), *map(_gpu.rows, (q, k, v, out)), lse,
+            _gpu.rows(out_lo) if out_lo.dim() > 1 else None, *given, *listing[:2],
+            *map(_gpu.contiguous, p[:5]), dq, dk, dv, delta, p.max_seqlen_q, p.max_seqlen_k,
             *flash._scores(p), lists.q_block, lists.kv_block, listing.each,
-            flash._stream(q.device),
+            _gpu.stream(q.device),
         )  # fmt: skip
     if p.sinks is not None:
         dsinks.copy_(sink_gradient(p.sinks, lse, delta))

@@ -1,4 +1,4 @@
-"""``cuda.linear.delta_*``: the delta rules of ``csrc/cuda/linear``, forward and step, from sm_80 on.
+"""``cuda.linear.delta_*``: the delta rules of ``csrc/cuda/linear``, forward and step, since sm_80.
 
 Gates of keys (KDA) have a step; in chunks, and in every backward, other backends serve.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from attnforge._params import DeltaParams
+from attnforge.backends import _gpu
 from attnforge.backends.cuda import flash, linear
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.registry.predicates import Dim, Features
@@ -22,10 +23,10 @@ def delta_chunk_fwd(
     """Launcher of ``delta_chunk_fwd``."""
     if p.cu_seqlens is not None:  # rows of no sequence
         out.zero_()
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("delta_chunk_fwd")(
-            *map(flash._rows, (q, k, v)), *map(flash._contiguous, p[:4]), p.scale, out,
-            final_state, flash._stream(q.device),
+            *map(_gpu.rows, (q, k, v)), *map(_gpu.contiguous, p[:4]), p.scale, out,
+            final_state, _gpu.stream(q.device),
         )  # fmt: skip
 
 
@@ -41,10 +42,10 @@ def delta_step(
     """Launcher of ``delta_step``: sequences of one token."""
     tokens = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     g = None if p.g is None else p.g.contiguous().unsqueeze(1)
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("delta_step")(
             *(x.unsqueeze(1) for x in tokens), g, p.beta.contiguous(), state,
-            flash._contiguous(state_indices), p.scale, out.unsqueeze(1), flash._stream(q.device),
+            _gpu.contiguous(state_indices), p.scale, out.unsqueeze(1), _gpu.stream(q.device),
         )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ multiples of 16 bytes are copied once, as those without a unit last stride are.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,11 @@ from torch import Tensor
 
 from attnforge import _native_cuda
 from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
+from attnforge.backends._gpu import SPLIT, decode_splits
+from attnforge.backends._gpu import contiguous as _contiguous
+from attnforge.backends._gpu import on as _on
+from attnforge.backends._gpu import rows as _rows
+from attnforge.backends._gpu import stream as _stream
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.flash import sink_gradient
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
@@ -31,41 +35,16 @@ BWD_DIMS_SM90 = ((64, 64), (128, 128))  # the same of the backward for sm_90a
 # The same of the decode for sm_90a (csrc/cuda/flash/sm90/decode_tiles.h); the last is latent.
 DECODE_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256), (576, 512))
 FP8_DIMS = ((64, 64), (128, 128), (256, 256))  # csrc/cuda/flash/sm90/fp8_tiles.h
-_SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
-_TILE = 64  # keys: splits have at least so many
 
 
 def _operator(name: str) -> Any:
     return _native_cuda.operator(name)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels launch on the current device, whatever the tensors' is."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` itself if kernels can read it in place, else a copy."""
-    steps = (n for size, n in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
-    item = x.itemsize
-    whole = all(step * item % 16 == 0 for step in steps) and x.data_ptr() % 16 == 0
-    if x.stride(-1) == 1 and whole:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def _rows_apart(x: Tensor) -> Tensor:
     """The same for TMA, which has no rows that are one and the same in memory."""
     broadcast = x.stride(-3) == 0 and x.shape[-3] > 1
     return x.clone(memory_format=torch.contiguous_format) if broadcast else _rows(x)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _scores(p: FlashParams) -> tuple[float, int, int, float]:
@@ -184,8 +163,7 @@ def _decode(
 ) -> None:  # fmt: skip
     if out.numel() == 0:
         return
-    keys = max(1, k.shape[1])
-    splits = min(num_splits, -(-keys // _TILE)) if num_splits > 0 else -(-keys // _SPLIT)
+    splits = decode_splits(k.shape[1], num_splits)
     parts, stats = None, None
     if splits > 1:
         parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
@@ -194,7 +172,7 @@ def _decode(
         stream = _stream(q.device)
         _operator(name)(
             q, k, v, *map(_contiguous, p[2:5]), out, lse, parts, stats, *_scores(p),
-            0 if num_splits > 0 else _SPLIT, stream,
+            0 if num_splits > 0 else SPLIT, stream,
         )  # fmt: skip
         if splits > 1:
             _operator("merge_states")(parts, stats, out, lse, False, stream)

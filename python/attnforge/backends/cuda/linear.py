@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnforge import _native_cuda
 from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTape
+from attnforge.backends import _gpu
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.registry.predicates import Arch, Available, Device, Dim, Dtypes, Features
@@ -27,12 +28,12 @@ _GATES = ("none", "head", "scalar", "key", "value")
 def _given(p: LinearParams) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     gate = p.gate
     if gate is not None:
-        gate = flash._rows(gate.contiguous()) if gate.dim() == 4 else gate.contiguous()
-    return gate, flash._contiguous(p.initial_state), flash._contiguous(p.cu_seqlens)
+        gate = _gpu.rows(gate.contiguous()) if gate.dim() == 4 else gate.contiguous()
+    return gate, _gpu.contiguous(p.initial_state), _gpu.contiguous(p.cu_seqlens)
 
 
 def _numbers(p: LinearParams, device: torch.device) -> tuple[int, float, int]:
-    return _GATES.index(p.gate_kind), p.scale, flash._stream(device)
+    return _GATES.index(p.gate_kind), p.scale, _gpu.stream(device)
 
 
 def chunk_fwd(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearOutputs) -> None:
@@ -40,9 +41,9 @@ def chunk_fwd(q: Tensor, k: Tensor, v: Tensor, p: LinearParams, outputs: LinearO
     out, final_state = outputs[:2]
     if p.cu_seqlens is not None:  # rows of no sequence
         out.zero_()
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("linear_chunk_fwd")(
-            *map(flash._rows, (q, k, v)), *_given(p), out, final_state, *_numbers(p, q.device)
+            *map(_gpu.rows, (q, k, v)), *_given(p), out, final_state, *_numbers(p, q.device)
         )
 
 
@@ -71,10 +72,10 @@ def chunk_bwd(
     if p.cu_seqlens is not None:  # rows of no sequence
         for x in grads:
             x.zero_()
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("linear_chunk_bwd")(
-            flash._rows(dout), flash._contiguous(dfinal_state), *map(flash._rows, (q, k, v)),
-            flash._rows(outputs.out), outputs.final_state.contiguous(), *_given(p), dq, dk, dv,
+            _gpu.rows(dout), _gpu.contiguous(dfinal_state), *map(_gpu.rows, (q, k, v)),
+            _gpu.rows(outputs.out), outputs.final_state.contiguous(), *_given(p), dq, dk, dv,
             dgate, dinitial_state, _workspace(q, v, dgate), *_numbers(p, q.device),
         )  # fmt: skip
 
@@ -91,10 +92,10 @@ def step(
 ) -> None:
     """Launcher of ``linear_step``: sequences of one token."""
     tokens = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         flash._operator("linear_step")(
-            *(x.unsqueeze(1) for x in tokens), state, flash._contiguous(p.gate),
-            flash._contiguous(indices), out.unsqueeze(1), *_numbers(p, q.device),
+            *(x.unsqueeze(1) for x in tokens), state, _gpu.contiguous(p.gate),
+            _gpu.contiguous(indices), out.unsqueeze(1), *_numbers(p, q.device),
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnforge import _native_cuda
 from attnforge._params import PagedCache, PagedParams, PagedWrite
+from attnforge.backends import _gpu
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.reference.paged import cascade_parts
@@ -53,7 +54,7 @@ def _splits(cache: PagedCache, num_splits: int) -> int:
 def _pool(cache: PagedCache) -> tuple[Any, ...]:
     table = cache.block_table
     table = table if table.stride(-1) == 1 or table.shape[1] <= 1 else table.contiguous()
-    return (*cache[:2], table, *map(flash._contiguous, cache[3:8]))
+    return (*cache[:2], table, *map(_gpu.contiguous, cache[3:8]))
 
 
 def _attend(
@@ -69,9 +70,9 @@ def _attend(
     small = (p.cu_seqlens_q, p.alibi_slopes, p.sinks, p.mask)
     outs, lses, keys, by_sequence = parts or (None, None, 0, False)
     flash._operator("paged_fwd")(
-        flash._rows(q), *_pool(cache), *map(flash._contiguous, small), out, lse, outs, lses,
+        _gpu.rows(q), *_pool(cache), *map(_gpu.contiguous, small), out, lse, outs, lses,
         p.max_seqlen_q, p.softmax_scale, p.window_left, p.window_right, p.softcap, *rows, keys,
-        by_sequence, flash._stream(q.device),
+        by_sequence, _gpu.stream(q.device),
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def fwd(q: Tensor, cache: PagedCache, p: PagedParams, out: Tensor, lse: Tensor) 
         return
     batch, group = cache.block_table.shape[0], q.shape[-2] // cache.k_pages.shape[2]
     longest, splits = p.max_seqlen_q * group, _splits(cache, p.num_splits)
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         for above, most in ((0, _FEW), (_FEW, _SOME), (_SOME, _ANY)):
             if longest <= above or (longest > most and not mixed):
                 continue
@@ -119,14 +120,14 @@ def cascade(
     outs = rows.new_empty((2 * splits, 1, total, heads, out.shape[-1]), dtype=torch.float32)
     lses = rows.new_full((2 * splits, 1, heads, total), -math.inf, dtype=torch.float32)
     flat, stat = out.view(total, heads, -1), lse.new_empty((heads, total))
-    with flash._on(q.device):
+    with _gpu.on(q.device):
         for n, (own, params) in enumerate(levels):
             mine = slice(n * splits, (n + 1) * splits)
             parts = _Parts(outs[mine], lses[mine], keys, False)
             for rows_served in ((0, _FEW), (_FEW, _ANY)):
                 _attend(rows, own, params, flat, stat, rows_served, parts)
         flash._operator("merge_states")(outs, lses, flat[None], stat[None], False,
-                                        flash._stream(q.device))  # fmt: skip
+                                        _gpu.stream(q.device))  # fmt: skip
     if lse.dim() == 3:
         stat = stat.view(heads, *out.shape[:2]).transpose(0, 1)
     lse.copy_(stat)
@@ -137,10 +138,10 @@ def append(k: Tensor, v: Tensor | None, cache: PagedCache, p: PagedWrite) -> Non
     k_pages, v_pages, *pool = _pool(cache)
     new = [None if x is None else x if x.stride(-1) == 1 else x.contiguous() for x in (k, v)]
     small = (p.cu_seqlens, p.rope_cos, p.rope_sin, p.positions)
-    with flash._on(k.device):
+    with _gpu.on(k.device):
         flash._operator("paged_append")(
-            *new, k_pages, None if v is None else v_pages, *pool, *map(flash._contiguous, small),
-            p.rope_interleaved, p.page_min, p.page_max, flash._stream(k.device),
+            *new, k_pages, None if v is None else v_pages, *pool, *map(_gpu.contiguous, small),
+            p.rope_interleaved, p.page_min, p.page_max, _gpu.stream(k.device),
         )  # fmt: skip
 
 

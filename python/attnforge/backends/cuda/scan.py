@@ -1,9 +1,10 @@
-"""``cuda.linear.diag_scan_*``: the diagonal scan of ``csrc/cuda/linear/diag_scan.cu``, from sm_80 on."""
+"""``cuda.linear.diag_scan_*``: the diagonal scan of ``csrc/cuda/linear``, since sm_80."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from attnforge.backends import _gpu
 from attnforge.backends.cuda import flash, linear
 from attnforge.backends.cuda._selftest import SelfTest
 from attnforge.registry.spec import KernelSpec
@@ -22,9 +23,9 @@ def diag_scan_fwd(
     """Launcher of ``diag_scan_fwd``."""
     if cu_seqlens is not None:  # rows of no sequence
         out.zero_()
-    given = map(flash._contiguous, (x, g, initial_state, cu_seqlens))
-    with flash._on(x.device):
-        flash._operator("diag_scan_fwd")(*given, out, final_state, flash._stream(x.device))
+    given = map(_gpu.contiguous, (x, g, initial_state, cu_seqlens))
+    with _gpu.on(x.device):
+        flash._operator("diag_scan_fwd")(*given, out, final_state, _gpu.stream(x.device))
 
 
 def diag_scan_bwd(
@@ -40,9 +41,9 @@ def diag_scan_bwd(
     if cu_seqlens is not None:  # rows of no sequence
         for grad in grads[:2]:
             grad.zero_()
-    given = map(flash._contiguous, (dout, dfinal_state, x, g, initial_state, cu_seqlens))
-    with flash._on(x.device):
-        flash._operator("diag_scan_bwd")(*given, *grads, flash._stream(x.device))
+    given = map(_gpu.contiguous, (dout, dfinal_state, x, g, initial_state, cu_seqlens))
+    with _gpu.on(x.device):
+        flash._operator("diag_scan_bwd")(*given, *grads, _gpu.stream(x.device))
 
 
 def _spec(op: str, notes: str) -> KernelSpec:

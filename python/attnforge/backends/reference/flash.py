@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnforge._params import FLOAT8, FlashGrads, FlashParams, FlashTape
 from attnforge.reference import flash as reference
-from attnforge.registry.predicates import Device, Dtypes
+from attnforge.registry.predicates import Device, Dtypes, Without
 from attnforge.registry.spec import KernelSpec
 
 __all__ = ["SPECS"]
@@ -70,6 +70,7 @@ def _spec(kind: str, op: str, notes: str) -> KernelSpec:
         requires=(
             Device("cpu", "cuda"),
             Dtypes(*_WIDE, *((FLOAT8,) if kind in ("fwd", "decode") else ())),
+            *(() if kind == "merge" else (Without("score_mod", "mask_mod"),)),  # CUDA C++
         ),
         score=0.0,  # anything that can serve is faster
         notes=notes,
