@@ -43,7 +43,7 @@ def test_head_dims_are_padded(check: Any, d: int, dv: int) -> None:
                     v_head_dim=dv, causal=True, dtype=BF16), **SM90)  # fmt: skip
 
 
-LENGTHS = [(1, 1), (1, 70), (65, 33), (128, 128), (129, 257), (300, 129), (150, 47), (96, 1)]
+LENGTHS = [(1, 1), (1, 70), (65, 33), (96, 128), (129, 257), (150, 47)]
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -79,14 +79,14 @@ WINDOWS = [(0, 0), (20, 0), (1023, 0), (-1, 17), (130, 5), (0, -1), (1 << 40, 2)
 
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w[0]}_{w[1]}")
 def test_windows(check: Any, window: tuple[int, int]) -> None:
-    check(FlashCase(batch=1, seqlen_q=200, seqlen_k=400, heads_q=1, heads_k=1, window=window,
+    check(FlashCase(batch=1, seqlen_q=130, seqlen_k=260, heads_q=1, heads_k=1, window=window,
                     dtype=BF16), **SM90)  # fmt: skip
 
 
 @pytest.mark.parametrize(("hq", "hk"), [(3, 1), (6, 2), (5, 5), (8, 1)])
 def test_groups(check: Any, hq: int, hk: int) -> None:
     # stages go on from head to head of a group
-    check(FlashCase(batch=2, seqlen_q=40, seqlen_k=60, heads_q=hq, heads_k=hk, causal=True,
+    check(FlashCase(batch=1, seqlen_q=40, seqlen_k=60, heads_q=hq, heads_k=hk, causal=True,
                     alibi="head", sinks="normal", dtype=BF16), **SM90)  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def test_broadcast_tensors(dim: str) -> None:
 
 @pytest.mark.parametrize("d", [64, 128])
 def test_same_bits_under_every_schedule(d: int) -> None:
-    inputs = FlashCase(batch=1, seqlen_q=200, seqlen_k=200, heads_q=2, heads_k=1, head_dim=d,
+    inputs = FlashCase(batch=1, seqlen_q=100, seqlen_k=140, heads_q=2, heads_k=1, head_dim=d,
                        causal=True, dtype=BF16).make()  # fmt: skip
     first = run(inputs)
     for _ in range(2):
@@ -166,10 +166,10 @@ def changed(inputs: FlashInputs, name: str, place: object, value: float) -> Flas
     return inputs.with_(**{name: x})
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("name", ["k", "v"])
-@pytest.mark.parametrize("key", [149, 33])
-def test_rows_that_do_not_see_a_bad_key(name: str, value: float, key: int) -> None:
+@pytest.mark.parametrize(("name", "key", "value"), [
+    ("k", 149, math.nan), ("k", 33, math.inf), ("v", 149, math.inf), ("v", 33, math.nan),
+])  # fmt: skip
+def test_rows_that_do_not_see_a_bad_key(name: str, key: int, value: float) -> None:
     # causal; rows before the bad key have bitwise the same dQ
     inputs = FlashCase(batch=1, seqlen_q=150, seqlen_k=150, heads_q=1, heads_k=1, causal=True,
                        dtype=(BF16, FP16)[name == "k"]).make()  # fmt: skip
@@ -178,10 +178,10 @@ def test_rows_that_do_not_see_a_bad_key(name: str, value: float, key: int) -> No
     assert got["dq"][:, key:].isnan().any(-1).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("name", ["q", "dout"])
-@pytest.mark.parametrize("row", [20, 130])
-def test_keys_that_a_bad_row_does_not_see(name: str, value: float, row: int) -> None:
+@pytest.mark.parametrize(("name", "row", "value"), [
+    ("q", 20, math.nan), ("q", 130, math.inf), ("dout", 20, math.inf), ("dout", 130, math.nan),
+])  # fmt: skip
+def test_keys_that_a_bad_row_does_not_see(name: str, row: int, value: float) -> None:
     # a bad row of a causal call reaches keys up to its own place
     inputs = FlashCase(batch=1, seqlen_q=150, seqlen_k=150, heads_q=2, heads_k=1, causal=True,
                        dtype=BF16).make()  # fmt: skip
