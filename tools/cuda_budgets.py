@@ -94,7 +94,7 @@ def kernel_id(symbol: str) -> str | None:
 def hot_spills(sass: str) -> int:
     """Accesses to local memory inside the loop that holds most products; 0 without one.
 
-    Loops over HGMMA, or QGMMA of e4m3, lie inside that of a persistent kernel: the innermost counts.
+    Loops over HGMMA (e4m3: QGMMA) lie in the loop of a persistent kernel: the innermost counts.
     """
     lines = sass.splitlines()
     first = {m[1]: n for n, x in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", x))}

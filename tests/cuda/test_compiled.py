@@ -72,11 +72,12 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     assert len(ids) == len(set(ids)) > 100
     dims = {tuple(map(int, m)) for name in ids for m in re.findall(r"\.d(\d+)x(\d+)", name)}
     walks = {(dim, linear.COLUMNS) for dim in linear.DIMS}
-    lists = block_sparse.HEAD_DIMS
-    assert dims == {*flash.HEAD_DIMS, *paged.HEAD_DIMS, paged.LATENT, *walks, *lists}
-    for prefix, mine in (("decode_sm90.bf16", flash.DECODE_DIMS), ("fwd_sm90.fp8", flash.FP8_DIMS)):
-        listed = tuple(name.split(".d")[1].split(".")[0] for name in ids if name.startswith(prefix))
-        assert listed in ((), tuple(f"{d}x{dv}" for d, dv in mine))
+    pages = {*paged.HEAD_DIMS, paged.LATENT}
+    assert dims == {*flash.HEAD_DIMS, *pages, *walks, *block_sparse.HEAD_DIMS}
+    lists = {"decode_sm90.bf16": flash.DECODE_DIMS, "fwd_sm90.fp8": flash.FP8_DIMS}
+    for prefix, pairs in lists.items():
+        listed = [name.split(".d")[1].split(".")[0] for name in ids if name.startswith(prefix)]
+        assert listed in ([], [f"{d}x{dv}" for d, dv in pairs])
     kinds = {spec.id.split(".")[2] for spec in flash.SPECS} - {"merge"}
     owners = dict.fromkeys(("dk", "dv", "dkdv", "dq"), "bwd") | {"latent": "decode"}
     kernels = {name.split(".")[0] for name in ids}

@@ -107,7 +107,7 @@ def test_layouts(layout: Layout) -> None:
     check(make(batch=2, seqlen_q=18, seqlen_k=20, heads_q=2, layout=layout, causal=True))
 
 
-def code(x: Tensor, place: object, bits: int) -> Tensor:
+def code(x: Tensor, place: Any, bits: int) -> Tensor:
     """A copy with a code at a place."""
     bytes_of = x.clone().view(torch.uint8)
     bytes_of[place] = bits
