@@ -94,7 +94,7 @@ AF_INLINE void exchange(VecU (&r)[kLanes]) {
     r[i + S] = __builtin_shuffle(a, b, high);
   }
 }
-AF_INLINE void transpose(VecU (&r)[kLanes]) {
+AF_INLINE void transpose_keys(VecU (&r)[kLanes]) {
   exchange<1>(r);
   exchange<2>(r);
   exchange<4>(r);
@@ -102,7 +102,7 @@ AF_INLINE void transpose(VecU (&r)[kLanes]) {
 }
 #else
 // By instructions of one shuffle each: neighbours interleaved twice, then halves put together.
-AF_INLINE void transpose(VecU (&r)[kLanes]) {
+AF_INLINE void transpose_keys(VecU (&r)[kLanes]) {
   constexpr VecU kLow = {0, 8, 1, 9, 4, 12, 5, 13}, kHigh = {2, 10, 3, 11, 6, 14, 7, 15};
   constexpr VecU kLowPairs = {0, 1, 8, 9, 4, 5, 12, 13}, kHighPairs = {2, 3, 10, 11, 6, 7, 14, 15};
   constexpr VecU kFirst = {0, 1, 2, 3, 8, 9, 10, 11}, kLast = {4, 5, 6, 7, 12, 13, 14, 15};
@@ -139,7 +139,7 @@ AF_INLINE int64_t pack_vector_of_keys(const Row& row, const T*, int64_t j, int64
       VecU r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = load_dwords(rows[i] + d);
-      transpose(r);
+      transpose_keys(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store_dwords(T{}, r[i], i, panel + d * kNR + j);
     }
