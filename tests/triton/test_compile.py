@@ -162,7 +162,7 @@ def test_linear(arch: int, kind: str) -> None:
     for name, kernel in found:
         assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
         assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= TENSOR_COLUMNS, name
-        plain = name.endswith((".delta", "over_time", "step"))
+        plain = name.endswith(("delta", "over_time", "step"))
         assert plain or "mma" in kernel.asm["ptx"], name
 
 

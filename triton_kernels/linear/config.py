@@ -2,7 +2,7 @@
 
 A walk's state [rows, BLOCK_C] stays in registers, with what a chunk reads and writes of it beside;
 BLOCK_C follows from that. Chunks are fixed: 32 tokens keep the products inside a chunk small beside
-those with the state, and 64, which wgmma would want, spill beside 128 rows. With a decay per channel
+those with the state; 64, which wgmma would want, spill beside 128 rows. With a decay per channel
 products inside a chunk run on plain cores, and 16 tokens are what a tensor core takes at least.
 
 A choice depends on dims and dtype alone: the order of sums is the same in any batch. Spills were

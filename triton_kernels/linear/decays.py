@@ -2,17 +2,17 @@
 
 With b the inclusive sum of gates from the start of the chunk, a walk needs
 
-    ahead   what a state has kept when row i reads it      forwards e^{b_i},        backwards e^{B - b_i}
-    behind  what is left of row j's write after the chunk  forwards e^{B - b_j},    backwards e^{b_j}
-    between rows i and j that see each other                forwards e^{b_i - b_j},  backwards the inverse
-    whole   of the state over the chunk                    e^B
+    ahead    what a state has kept when row i reads it    forwards e^{b_i}, backwards e^{B - b_i}
+    behind   what is left of row j's write at the end     forwards e^{B - b_j}, backwards e^{b_j}
+    between  of rows i and j that see each other          e^{b_i - b_j}, backwards e^{b_j - b_i}
+    whole    of the state over the chunk                  e^B
 
 Numbers: sums are fp64, their differences are taken in pairs of fp32, and the mask comes before the
-exponential, so that no pair overflows and a decay is as exact after a reset as before one. Channels:
+exponential, so that no pair overflows and decays are as exact after a reset as before. Channels:
 a decay between two rows is a running product of factors, from one row to the next; no difference of
 sums is taken at all. A gate below RESET is a reset: its factor is exactly 0. Rows past the end have
 decay 1.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

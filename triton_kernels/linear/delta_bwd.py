@@ -8,7 +8,7 @@ With the names of ``delta``, dS the gradient of a chunk's end state and E its er
     dS <- whole dS + (ahead q)^T scale dO - (ahead k)^T derror
 
 and q and k take their gradients from dscores, dE and the products with S and dS. With dk split into
-what k erases (read) and what it writes, a gate's gradient is the sum of q dq + k dk_read - k dk_write
+what k erases (read) and writes, a gate's gradient is the sum of q dq + k dk_read - k dk_write
 from its token to the end of the chunk, and of whole <dS, S> + sum (behind k) d(behind k).
 
 Algorithm: a program owns BLOCK_C columns of a state. It walks forward once and keeps the state of
@@ -18,7 +18,7 @@ chunks into a workspace of its own, which stays in L2, and they are used in turn
 
 Cost: 24 K C flops per token, about 4 times the forward. Memory: T / 128 states per head, 8 more per
 program. Numerics: as the forward; what 16 x 16 matrices multiply is fp32 but for dq and dk.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ Algorithm: a program owns BLOCK_D channels of a sequence and walks BLOCK_T token
 associative scan of (decay, value) pairs; products of factors only, so no gate overflows, and one
 below RESET is exactly 0. The backward keeps h before every block in a workspace from a walk forward
 and scans each block again with the one from the right, so h is never taken from a rounded output.
-Bytes: x, g and out once; backward x, g twice and the rest once, and D / BLOCK_T states a token more.
+Bytes: x, g, out once; backward x twice, g 4 times, the rest once, and D / BLOCK_T states a token.
 Flops: about 3 log2(BLOCK_T) per element.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

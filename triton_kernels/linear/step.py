@@ -5,9 +5,9 @@
 
 Algorithm: a program owns ``per`` tiles [K, BLOCK_C] of a state: each is read once, and what the
 new state gives is taken from the old one, S^T q = S~^T q + (q^T k) update. A denominator has a z
-per state, which one program must own: then ``per`` is all tiles. Bytes: 8 K V per row and value head,
+per state, which one program must own: then ``per`` is all tiles. Bytes: 8 K V per row and head,
 flops: 6 K V, with the delta rule 8 K V. Rows whose slot is no slot of the pool give 0.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

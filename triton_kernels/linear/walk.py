@@ -8,16 +8,16 @@
     dk   reads v,   writes dO,  x = q     backwards, [V, K]
 
 Algorithm (chunkwise form of Yang et al., 2024): a program owns BLOCK_C columns of a state, which
-stay in registers from the first token to the last. Per chunk of BLOCK_T tokens, with S of its start,
+stay in registers from the first token to the last. Per chunk of BLOCK_T tokens, S of its start,
 
     y = ahead (read S) + (read write^T * between) x        S <- whole S + (behind write)^T x
 
-and decays of ``decays``: numbers (DECAY 0; no gate at all is none), or one per row (1) or column (2)
-of the state. No state of a chunk goes to memory, forwards or backwards, and nothing is kept from one
+and decays of ``decays``: numbers (DECAY 0, also without a gate), or one per row (1) or column (2)
+of the state. No state of a chunk goes to memory, forwards or backwards; nothing is kept from one
 to the other. Columns are independent, so that results do not depend on the split.
 
 A denominator d_t = scale q_t^T z_t: o carries z beside S and divides by it. In gradients z is one
-more row of the state, ``extra`` its entry of dO (``unit``: the other operand has 1 there). BOTH: all
+more row of the state, ``extra`` its entry of dO, and the other operand has 1 there. BOTH: all
 writes first, then all reads. Gradients of gates are sums over time of <other, y> of dq less that of
 dk (of o and dv for gates of value channels): ``sides`` takes them per column tile, or per channel,
 where the backward walk also sums them from the end.
@@ -25,7 +25,7 @@ where the backward walk also sums them from the end.
 Cost: 4 R C flops per token for the state, and 2 BLOCK_T (R + BLOCK_C) in the chunk; R is read
 ceil(C / BLOCK_C) times. Numerics: states and sums are fp32. Beside 16-bit inputs operands of
 products are rounded to bf16, or with fp16, whose range states leave, to tf32.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """``triton.linear.*``: the additive recurrence in Triton, ``triton_kernels/linear``.
 
 The forward is one walk of the recurrence, the backward three with exchanged roles (a fourth for
-gates of value channels); see ``triton_kernels.linear.walk``. Boundaries of packed sequences are read
+gates of value channels); see ``triton_kernels.linear.walk``. Boundaries of sequences are read
 on the device.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
