@@ -60,7 +60,7 @@ def test_packed_sequences_and_groups(gate: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("gate", GATES[1:])
-@pytest.mark.parametrize("strength", [0.0, 1e-5, 8.0, 60.0, 1e4])
+@pytest.mark.parametrize("strength", [1e-5, 8.0, 1e4])
 def test_weak_and_strong_gates(gate: str, strength: float) -> None:
     check(one_head(time=34, gate=gate, strength=strength))
 
