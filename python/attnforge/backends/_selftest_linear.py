@@ -78,7 +78,7 @@ def _backward(
     for backward in (run, reference.backward):
         dgate = none if p.gate is None else torch.empty_like(p.gate)
         made = [torch.empty_like(x) for x in (q, k, v)]
-        grads = LinearGrads(*made, dgate, torch.empty_like(outputs.final_state), none)
+        grads = LinearGrads._make([*made, dgate, torch.empty_like(outputs.final_state), none])
         backward(dout, outputs.final_state, None, tape, p, grads)
         found.append([x for x in grads if x.numel()])
     return found[0], found[1]

@@ -25,9 +25,10 @@ def problem(
     gate[:, 20] = -torch.inf
     state, dstate = (torch.randn((2, 96), generator=g).to(device) for _ in range(2))
     ends = torch.tensor([0, 33, 70], dtype=torch.int32, device=device)
-    found = []
+    found: list[list[Tensor]] = []
     backward = kind == "diag_scan_bwd"
-    for function in (run, reference.backward if backward else reference.forward):
+    definition: Callable[..., Any] = reference.backward if backward else reference.forward
+    for function in (run, definition):
         if backward:
             made = [torch.empty_like(x), torch.empty_like(gate), torch.empty_like(state)]
             function(dout, dstate, x, gate, state, ends, tuple(made))
