@@ -45,6 +45,10 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTenso
   p = delta_problem(q, k, v, g, beta, std::nullopt, std::nullopt, scale);
   params.slots = states.size(0);
   params.states = delta_floats(states, params.slots * p.value_heads * p.key_dim * p.value_dim);
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(params.states) % 8 == 0,
+      "attnforge_native::cuda_delta_step: the pool of states must start at a multiple of 8 "
+      "bytes");
   params.state_indices = data<int32_t>(state_indices, ScalarType::Int);
   STD_TORCH_CHECK(p.rows == 1 && (!state_indices || state_indices->numel() == p.sequences),
                   "attnforge_native::cuda_delta_step: want one token and one index per sequence");

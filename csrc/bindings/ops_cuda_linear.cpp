@@ -78,6 +78,10 @@ void step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state
                   "even number of values");
   params.slots = states.size(0);
   params.states = cpu::floats(states, params.slots * p.value_heads * p.key_dim * p.value_dim);
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(params.states) % 8 == 0,
+      "attnforge_native::cuda_linear_step: the pool of states must start at a multiple of 8 "
+      "bytes");
   params.state_indices = data<int32_t>(state_indices, ScalarType::Int);
   STD_TORCH_CHECK(!state_indices || state_indices->numel() == p.sequences,
                   "attnforge_native::cuda_linear_step: state_indices must have one entry per row");

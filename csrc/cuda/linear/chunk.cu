@@ -125,9 +125,10 @@ int linear_chunk_bwd(const LinearBwdParams& params, void* stream) {
   }
   if (of_values) {
     dv.extra = WalkExtra::kSuffix, dv.gates = params.dgate;
-    const int error = linear_gate_product({p.dtype, batch_of(p), p.rows, p.value_heads, p.value_dim,
-                                           params.out, params.dout, params.dgate},
-                                          stream);
+    const int error =
+        linear_gate_product({p.dtype, batch_of(p), p.rows, p.value_heads, p.value_dim, p.sequences,
+                             p.cu_seqlens, params.out, params.dout, params.dgate},
+                            stream);
     if (error != 0) return error;
   }
 

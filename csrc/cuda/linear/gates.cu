@@ -45,6 +45,11 @@ __global__ void __launch_bounds__(kThreads) gate_scan_kernel(const __grid_consta
   }
 }
 
+// Rows that a call's sequences have, packed ones from the first row on.
+AF_DEVICE int64_t covered(int64_t rows, const int32_t* cu_seqlens, int64_t sequences) {
+  return cu_seqlens == nullptr ? rows : at_most<int64_t>(rows, cu_seqlens[sequences]);
+}
+
 // The n-th element of [batch, rows, heads, dim].
 struct Place {
   int64_t batch, row, head, d;
@@ -64,6 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (n >= p.batch * p.rows * p.heads * p.dim) return;
   const Place at = Place::of(n, p.rows, p.heads, p.dim);
+  if (at.row >= covered(p.rows, p.cu_seqlens, p.sequences)) return;
   p.dgate[n] = widen(*at.in<const T>(p.a)) * widen(*at.in<const T>(p.b));
 }
 
@@ -72,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) group_sum_kernel(const __grid_consta
   const int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (n >= s.batch * s.rows * s.heads * s.dim) return;
   const Place at = Place::of(n, s.rows, s.heads, s.dim);
-  if (s.cu_seqlens != nullptr && at.row >= s.cu_seqlens[s.sequences]) return;
+  if (at.row >= covered(s.rows, s.cu_seqlens, s.sequences)) return;
   const float* from = s.from + (n / s.dim * s.group) * s.dim + at.d;
   float sum = 0.0f;
   for (int64_t g = 0; g < s.group; ++g) sum += from[g * s.dim];

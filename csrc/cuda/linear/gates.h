@@ -17,17 +17,18 @@ struct GateScan {
 };
 int linear_gate_scan(const GateScan& scan, void* stream);
 
-// dgate = a b, elements of [B, T, heads, dim] contiguous in dgate: the start of a kSuffix.
+// dgate = a b, elements of [B, T, heads, dim] contiguous in dgate: the start of a kSuffix. Rows
+// past the end of the last sequence are left as they are, here and below.
 struct GateProduct {
   DType dtype;
-  int64_t batch, rows, heads, dim;
+  int64_t batch, rows, heads, dim, sequences;
+  const int32_t* cu_seqlens;
   TensorRef a, b;
   float* dgate;
 };
 int linear_gate_product(const GateProduct& product, void* stream);
 
 // to[.., h, :] = sum over the heads of h's group, in order, of fp32 [B, T, heads * group, dim].
-// Rows past the end of the last sequence are left as they are.
 struct GroupSum {
   DType dtype;
   int64_t batch, rows, heads, group, dim, sequences;

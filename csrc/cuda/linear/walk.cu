@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
   } else if (walk.kind == LinearGate::kHead) {
     gates += head;
   }
-  const auto gate_at = [&](int token) { return gates + token * heads * per_token; };
+  const auto gate_at = [&](int token) { return gates + int64_t{token} * heads * per_token; };
   const auto gate_before = [&](int row) -> const float* {  // null: none
     if (row >= tokens.count || walk.kind == LinearGate::kNone) return nullptr;
     if (!reverse) return gate_at(row);
