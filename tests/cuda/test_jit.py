@@ -121,6 +121,7 @@ def load(program: Program, device: torch.device) -> Emulated:
             *(text, "-x", "none", archive, "-o", made),
         )
         made.rename(library)
+        text.unlink()
     return Emulated(library)
 
 

@@ -171,7 +171,7 @@ def jit_mods(op: str, inputs: Sequence[Tensor | None], features: Mapping[str, An
         if others:
             fail(op, f"{kind}_mod is given with {', '.join(others)}; want it without; write that "
                      "into the function, with its tensors in aux")  # fmt: skip
-        named = [(f"aux {name} of {kind}_mod", x)
+        named: list[tuple[str, Any]] = [(f"aux {name} of {kind}_mod", x)
                  for (name, *_), x in zip(mod.signature.aux, mod.tensors, strict=True)]  # fmt: skip
         for name, x in named:
             if q is not None and x.dim() and x.device != q.device and q.device.type != "meta":
