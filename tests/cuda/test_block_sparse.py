@@ -145,9 +145,9 @@ def test_a_seen_nan_reaches_its_pairs_alone() -> None:
     lists = BlockSelection.from_indices(ids, q_block=8, kv_block=16)
     v, q = inputs.v.clone(), inputs.q.clone()
     v[0, 20, 0, 1] = math.nan
-    got = run(inputs.with_(v=v), lists)["out"]
-    assert bool(got[0, 24:, :, 1].isnan().all())
-    assert bool(got[0, :24].isfinite().all())
+    out = run(inputs.with_(v=v), lists)["out"]
+    assert bool(out[0, 24:, :, 1].isnan().all())
+    assert bool(out[0, :24].isfinite().all())
     q[0, 12, 1, 3] = math.nan
     got = run(inputs.with_(q=q), lists)
     assert bool(got["dk"][0, :13].isnan().all())
@@ -220,8 +220,8 @@ def test_keys_in_use() -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"seqlen_q": 0}, {"seqlen_k": 0}], ids=str)
-def test_nothing_to_attend_to(sizes: dict[str, int]) -> None:
-    case = FlashCase(**{"batch": 2, "seqlen_q": 5, "seqlen_k": 7, "causal": True, **sizes})
+def test_nothing_to_attend_to(sizes: dict[str, Any]) -> None:
+    case = dataclasses.replace(FlashCase(batch=2, seqlen_q=5, seqlen_k=7, causal=True), **sizes)
     rows = -(-case.seqlen_q // 4)
     lists = BlockSelection(torch.zeros((1, 1, rows, 2), dtype=torch.int32), 4, 4)
     got = run(case.make(), lists)

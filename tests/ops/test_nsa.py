@@ -168,6 +168,23 @@ def test_packed_equals_one_by_one(target: Target) -> None:
         assert torch.equal(lists.indices[:, rows], ids.indices[0])
 
 
+def test_whole_method_pools_packed_keys_itself() -> None:
+    """Pools of packed sequences have room behind the last block; nothing of it is seen."""
+    lengths = (21, 0, 12, 17)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    g = torch.Generator().manual_seed(0)
+    q, gates = (torch.rand(50, 2, n, generator=g, dtype=torch.float64) for n in (8, 3))
+    k, v = torch.rand(2, 50, 1, 8, generator=g, dtype=torch.float64)
+    options: dict[str, Any] = {**names((8, 4, 16)), "top_n": 3, "window": 5, "backend": "reference"}
+    got = attnforge.nsa_attention(q, None, None, k, v, None, None, gates, cu_seqlens=cu, **options)
+    for n, first in zip(lengths, cu.tolist(), strict=False):
+        if n == 0:
+            continue
+        q1, k1, v1, g1 = (x[None, first : first + n] for x in (q, k, v, gates))
+        one = attnforge.nsa_attention(q1, None, None, k1, v1, None, None, g1, **options)
+        torch.testing.assert_close(got[first : first + n], one[0])
+
+
 def test_importance_of_known_probabilities(target: Target) -> None:
     """(l, d, l') = (32, 16, 64), 192 tokens, p_i = (i + 1) / 66: sums of 16, 48, 68 parts."""
     values = torch.log(torch.arange(1.0, 12.0))

@@ -9,6 +9,7 @@ import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,13 @@ def test_whole_method(rows: int, device: str) -> None:
     q = torch.randn(1, rows, 4, 16, generator=g).to(device)
     k, v = torch.randn(2, 1, 40, 2, 16, generator=g).to(device)
     gates = torch.rand(1, rows, 4, 3, generator=g).to(device)
-    options = {"cmp_block": 8, "cmp_stride": 4, "slc_block": 16, "top_n": 3, "window": 9}
+    options: dict[str, Any] = {
+        "cmp_block": 8,
+        "cmp_stride": 4,
+        "slc_block": 16,
+        "top_n": 3,
+        "window": 9,
+    }
     got = attnforge.nsa_attention(q, None, None, k, v, None, None, gates, **options,
                                   backend="triton")  # fmt: skip
     q, k, v, gates = (x.double() for x in (q, k, v, gates))

@@ -92,8 +92,8 @@ def fwd(
     """q, k, v, out and low (out_lo, or None) are Views, lse is a Stat.
 
     heads * pack are the query heads: ``pack`` of them share a list, ``group`` a KV head.
-    lists: of Q_BLOCK queries. single: None, or the lists of Q_BLOCK / SHARE queries, of at most
-    SLOTS slots, that ``lists`` are the unions of.
+    lists: of Q_BLOCK queries. single: the lists of Q_BLOCK / SHARE queries, of at most SLOTS slots,
+    that ``lists`` are the unions of; None for a SHARE of 1.
     """
     row, h, b, rows, at, real = row_tile(
         lists, max_rows, tl.program_id(0), heads, pack, Q_BLOCK, BLOCK_M
@@ -114,13 +114,13 @@ def fwd(
     v_head = head_ptr(v, b, h * pack // group, first_key)
     slope = tl.zeros([BLOCK_M], tl.float32) + slope_of(scores, b, head)
     own = None
-    if single is not None:
+    if SHARE > 1:
         own = own_blocks(single, b, h, rows // (Q_BLOCK // SHARE), real, SLOTS)
         whole_lo = hi
         whole_hi = hi
     top, total = start_state(scores, head, BLOCK_M)
     state = (top, total, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), 0)
-    if scores.front is not None or single is not None:
+    if scores.front is not None or SHARE > 1:
         state = attend(
             state, q_tile, rows, slope, ids, count, lo, whole_lo, n_rows, n_keys, k, v, k_head,
             v_head, scores, D, DV, KV_BLOCK, BLOCK_N, BLOCK_D, BLOCK_DV, True, own,

@@ -54,7 +54,7 @@ def _constants(q: Tensor, p: NsaSelectParams, kept: int) -> dict[str, int]:
     """
     width = padded(q.shape[-1])
     large = width * q.element_size() > 256
-    rows = 16 if kept > 32 else 32 if kept > 16 or large else 64
+    rows = 16 if kept > 32 else 32 if kept > 0 or large else 64
     rows = min(rows, max(16, 1 << (p.flash.max_seqlen_q - 1).bit_length()))
     windows = 32 if large else 64
     blocks = max(16, min(64, windows // (p.slc_block // p.cmp_stride)))
