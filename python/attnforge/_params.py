@@ -5,7 +5,7 @@ A launcher receives its tensors and one of these, never a long list of arguments
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,7 +228,8 @@ class PagedCache(NamedTuple):
         """Whether V is the first channels of K, in the same memory (MLA)."""
         k, v = self.k_pages, self.v_pages
         same_start = k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
-        return same_start and torch._C._is_alias_of(k, v)
+        shares: Any = torch._C
+        return same_start and bool(shares._is_alias_of(k, v))
 
 
 class PagedParams(NamedTuple):

@@ -6,7 +6,7 @@ of BLOCK_N, gathered row by row: S = Q K^T, online softmax in base 2, O += P V. 
 that tiles which every row sees whole are a range of the stream and run without masks.
 
 Lists of few rows share a tile where blocks are whole tiles of keys: the program walks the union of
-their lists, and a row hides the blocks that its own list does not name. Neighbours mostly agree (all
+their lists, a row hides the blocks that its own list does not name. Neighbours mostly agree (all
 queries of a block have it in common), so a tile of 32 rows of MoBA reads little more than one row
 would, instead of a product of 16 rows for each.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def _rows_kernel(
 ) -> None:  # fmt: skip
     """A kernel that owns query rows. packed: rows of a group's heads share tiles."""
     q, k, v = map(rows, (q, k, v))
-    p = p._replace(**{name: contiguous(getattr(p, name)) for name in p._fields[:5]})
+    whole: Any = {name: contiguous(getattr(p, name)) for name in p._fields[:5]}
+    p = p._replace(**whole)
     mods = jit.known(p.score_fn)
     program = Program(
         kind, v.dtype, _padded(q.shape[-1]), _padded(v.shape[-1]),
