@@ -6,9 +6,8 @@ of BLOCK_N, gathered row by row: S = Q K^T, online softmax in base 2, O += P V. 
 that tiles which every row sees whole are a range of the stream and run without masks.
 
 Lists of few rows share a tile where blocks are whole tiles of keys: the program walks the union of
-their lists, a row hides the blocks that its own list does not name. Neighbours mostly agree (all
-queries of a block have it in common), so a tile of 32 rows of MoBA reads little more than one row
-would, instead of a product of 16 rows for each.
+their lists, and a row hides the blocks that its own list does not name. Neighbours have blocks in
+common (all queries of a block have that one), and each row alone would take a product of 16 rows.
 
 Cost: 2 (D + Dv) flops per pair of a row and a listed key of its tile, and K and V of the listed
 blocks once per tile. Other lists of few rows are padded to 16.

@@ -58,7 +58,7 @@ def listed_blocks(lists, b, h, row):
 
 @triton.jit
 def own_blocks(lists, b, h, rows, real, SLOTS: tl.constexpr):
-    """int32 [len(rows), SLOTS]: the ids of several list rows of a sequence; -1 where none is."""
+    """int32 [len(rows), SLOTS]: the ids of several list rows of a sequence; -1 for none."""
     at = rows
     if lists.first is not None:
         at += tl.load(lists.first + b)
