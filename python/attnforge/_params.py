@@ -221,8 +221,8 @@ class PagedCache(NamedTuple):
     def latent(self) -> bool:
         """Whether V is the first channels of K, in the same memory (MLA)."""
         k, v = self.k_pages, self.v_pages
-        same_start = k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
-        return same_start and torch._C._is_alias_of(k, v)
+        shared: bool = torch._C._is_alias_of(k, v)  # type: ignore[attr-defined]  # of fakes, too
+        return shared and k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
 
 
 class PagedParams(NamedTuple):
