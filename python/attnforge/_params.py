@@ -5,7 +5,7 @@ A launcher receives its tensors and one of these, never a long list of arguments
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,9 +227,8 @@ class PagedCache(NamedTuple):
     def latent(self) -> bool:
         """Whether V is the first channels of K, in the same memory (MLA)."""
         k, v = self.k_pages, self.v_pages
-        same_start = k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
-        shares: Any = torch._C
-        return same_start and bool(shares._is_alias_of(k, v))
+        shared: bool = torch._C._is_alias_of(k, v)  # type: ignore[attr-defined]  # of fakes, too
+        return shared and k.storage_offset() == v.storage_offset() and k.stride() == v.stride()
 
 
 class PagedParams(NamedTuple):
