@@ -89,7 +89,7 @@ AF_DEVICE void finish_decode(const FlashFwdParams& params, const SplitParams& sp
 
 template <FwdTile kTile, class Store, class Mod = NoMod>
 AF_DEVICE void run_decode(const FlashFwdParams& params, const SplitParams& splits,
-                           const RowGrid& grid, const Store& store, const Mod& mod = {}) {
+                          const RowGrid& grid, const Store& store, const Mod& mod = {}) {
   using Kernel = RowKernel<kTile, Mod>;
   Kernel::run(params, splits, grid, store, mod,
               [&](const RowWork& work, const auto& walk, const auto& sums,

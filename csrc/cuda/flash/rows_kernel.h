@@ -52,8 +52,8 @@ struct RowKernel {
   // The same for work that is known, and through any keys.
   template <class Finish>
   AF_DEVICE static void attend(const FlashFwdParams& params, const RowWork& work,
-                               const ScoreMap& map, const typename Walk::Keys& keys,
-                               const Mod& mod, const Finish& finish) {
+                               const ScoreMap& map, const typename Walk::Keys& keys, const Mod& mod,
+                               const Finish& finish) {
     const FlashProblem& p = params.problem;
     const Sequence& seq = work.seq;
     const RowTile& rows = work.rows;
