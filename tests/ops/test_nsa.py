@@ -162,7 +162,10 @@ def test_packed_equals_one_by_one(target: Target) -> None:
         )
         assert same_bits(out[rows], one[0][0])
         assert same_bits(lse[:, rows], one[1][0])
-        assert torch.equal(weights[:, rows, : one[2].shape[-1]], one[2][0])
+        # the reference's products are a BLAS's, whose last bits follow the size
+        slack = 1e-6 if target.backend == "reference" else 0.0
+        mine = weights[:, rows, : one[2].shape[-1]]
+        torch.testing.assert_close(mine, one[2][0], rtol=slack, atol=slack)
         assert not weights[:, rows, one[2].shape[-1] :].any()
         ids = attnforge.nsa_select(q[None, rows], k1, one[1], top_n=4, **options)
         assert torch.equal(lists.indices[:, rows], ids.indices[0])
