@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_MS = 150.0  # over torch
+BUDGET_PART = 0.15  # of torch's own import, where a slow machine makes that more
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -21,12 +22,14 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_import_time() -> None:
     code = (
-        "import time, torch; t = time.perf_counter(); import attnforge; "
-        "print(1e3 * (time.perf_counter() - t))"
+        "import time; t = time.perf_counter(); import torch; u = time.perf_counter(); "
+        "import attnforge; print(1e3 * (u - t), 1e3 * (time.perf_counter() - u))"
     )
     # The least of some runs: the machine may be busy, the import is the same every time.
-    times = [float(python(code).stdout) for _ in range(3)]
-    assert min(times) < BUDGET_MS, f"import attnforge takes {times} ms over torch"
+    runs = [[float(x) for x in python(code).stdout.split()] for _ in range(3)]
+    torch, mine = (min(times) for times in zip(*runs, strict=True))
+    budget = max(BUDGET_MS, BUDGET_PART * torch)
+    assert mine < budget, f"import attnforge takes {mine:.0f} ms over torch's {torch:.0f}: {runs}"
 
 
 def test_import_is_silent_and_lazy() -> None:
