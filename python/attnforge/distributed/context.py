@@ -109,11 +109,11 @@ def _share(
     return Share(op, rank, world, group, layout, size, cu_seqlens)
 
 
-def _mask(
-    op: str, causal: bool, window_size: Window, scale: float | None, softcap: float, backend: Any
-) -> Mask:
-    left, right = _checks.window(op, window_size, causal)
-    return Mask(left, right, scale, softcap, backend)
+def _attend(
+    function: Any, q: Tensor, k: Tensor, v: Tensor, share: Share, mask: Mask, return_lse: bool
+) -> Any:
+    out, lse = function.apply(q, k, v, share, mask)
+    return (out, lse) if return_lse else out
 
 
 def ring_attention(
@@ -138,10 +138,8 @@ def ring_attention(
     """
     op = "context.ring_attention"
     share = _share(op, q, k, v, group, layout, cu_seqlens)
-    mask = _mask(op, causal, window_size, softmax_scale, softcap, backend)
-    run: Any = Ring.apply
-    out, lse = run(q, k, v, share, mask)
-    return (out, lse) if return_lse else out
+    mask = Mask(*_checks.window(op, window_size, causal), softmax_scale, softcap, backend)
+    return _attend(Ring, q, k, v, share, mask, return_lse)
 
 
 def gather_attention(
@@ -162,10 +160,8 @@ def gather_attention(
     """One all-gather of K and V, then local attention; for few KV heads and short rings."""
     op = "context.gather_attention"
     share = _share(op, q, k, v, group, layout, cu_seqlens)
-    mask = _mask(op, causal, window_size, softmax_scale, softcap, backend)
-    run: Any = Gathered.apply
-    out, lse = run(q, k, v, share, mask)
-    return (out, lse) if return_lse else out
+    mask = Mask(*_checks.window(op, window_size, causal), softmax_scale, softcap, backend)
+    return _attend(Gathered, q, k, v, share, mask, return_lse)
 
 
 def _by_heads(

@@ -17,12 +17,21 @@ from attnforge.ops import _flash_ops
 from attnforge.ops._checks import fail
 from attnforge.ops.flash import _dense
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "top_left"]
 
 NAME = "attnforge"
 _CPU = "_scaled_dot_product_flash_attention_for_cpu"
 _CUDA = "_scaled_dot_product_flash_attention"
 Problem = tuple[Tensor, Tensor, Tensor, Any]  # q, k, v, FlashParams
+
+
+def top_left(rows: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Keys, values [.., S, D] and the window for torch's causal mask, aligned to the top left.
+
+    Keys past the square of ``rows`` are seen by nobody and cut off.
+    """
+    key, value = key[..., :rows, :], value[..., :rows, :]
+    return key, value, (-1, rows - key.shape[-2])
 
 
 def _problem(
@@ -39,11 +48,10 @@ def _problem(
     if dropout_p > 0.0:
         fail(op, f"dropout_p is {dropout_p} through the provider {NAME!r}; want 0; use "
                  "attnforge.integrations.torch.sdpa() for dropout")  # fmt: skip
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options: dict[str, Any] = {"softmax_scale": scale}
-    if is_causal:  # keys past the top left square are seen by nobody
-        k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-        options["window_size"] = (-1, q.shape[1] - k.shape[1])
+    if is_causal:
+        key, value, options["window_size"] = top_left(query.shape[2], key, value)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if attn_mask is not None:
         mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         mask = mask.expand(*mask.shape[:2], q.shape[1], k.shape[1])

@@ -16,6 +16,7 @@ Windows, chunks and bidirectional layers raise an error: their masks are sparse 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class MoBA:
 
 
 @dataclass(frozen=True)
-class _Best:
+class _Best(ABC):
     """The top_k blocks by a score, per row of q_block queries and per query head.
 
     The first ``init_blocks`` and the blocks of the row's own queries come before all others and
@@ -74,9 +75,9 @@ class _Best:
     q_block: int = 64
     init_blocks: int = 1
 
+    @abstractmethod
     def scores(self, module: torch.nn.Module, q: Tensor, k: Tensor, scale: float) -> Tensor:
         """[B | 1, H | 1, ceil(Sq / q_block), ceil(Sk / block_size)]."""
-        raise NotImplementedError
 
     def __call__(
         self, module: torch.nn.Module, q: Tensor, k: Tensor, scale: float

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from attnforge.integrations._torch_provider import register
+from attnforge.integrations._torch_provider import register, top_left
 from attnforge.ops._checks import fail
+from attnforge.ops._features import drawn_seed
 from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.flash import flash_attention, flash_attention_varlen
 from attnforge.ops.paged import paged_attention
@@ -34,11 +35,6 @@ __all__ = ["flex_attention", "register", "scaled_dot_product_attention", "sdpa",
 
 _ORIGINAL: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _seed() -> int:
-    """A dropout seed from torch's generator, as ``torch.manual_seed`` set it."""
-    return int(torch.randint(1 << 62, (), dtype=torch.int64))
 
 
 def _not_served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
@@ -116,7 +112,7 @@ def scaled_dot_product_attention(
         fail(op, "attn_mask is given beside is_causal=True; want one of them")
     options: dict[str, Any] = {"softmax_scale": scale}
     if dropout_p > 0.0:
-        options |= {"dropout_p": dropout_p, "dropout_seed": _seed()}
+        options |= {"dropout_p": dropout_p, "dropout_seed": drawn_seed()}
     if query.is_nested:
         return _jagged(query, key, value, is_causal, options)
     heads = [x.shape[-3] if x.dim() > 2 else 1 for x in (query, key, value)]
@@ -138,10 +134,8 @@ def scaled_dot_product_attention(
     sq, sk = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
         options |= _masked(attn_mask, lead_q, sq, sk)
-    if is_causal and sk > sq:  # the top left square: later keys are seen by nobody
-        key, value, sk = key[..., :sq, :], value[..., :sq, :], sq
     if is_causal:
-        options["window_size"] = (-1, sq - sk)
+        key, value, options["window_size"] = top_left(sq, key, value)
     out = flash_attention(
         _batched(query, lead_q), _batched(key, lead_k), _batched(value, lead_k), **options
     )

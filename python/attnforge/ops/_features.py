@@ -17,7 +17,7 @@ from attnforge.jit import Mod, remember
 from attnforge.ops import _feature_checks
 from attnforge.ops._checks import fail
 
-__all__ = ["Features", "apply_features", "split_window"]
+__all__ = ["Features", "apply_features", "drawn_seed", "split_window"]
 
 _FAR = (1 << 31) - 1
 # The log of a gate that is shut: exp of it is 0 in every dtype, and sums of many stay exact enough.
@@ -99,6 +99,11 @@ class _Rows(NamedTuple):
     at: Tensor  # key position of each query: i + offset
     start: Tensor | int  # varlen: first packed key of its sequence, else 0
     sequence: Tensor | None  # varlen: index of its sequence [Tq]
+
+
+def drawn_seed() -> int:
+    """A dropout seed from torch's generator of the CPU, as ``torch.manual_seed`` set it."""
+    return int(torch.randint(1 << 62, (), dtype=torch.int64))
 
 
 def split_window(op: str, window_size: Any, q: Tensor) -> tuple[Any, Tensor | None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnforge.ops._checks import fail
+from attnforge.ops._features import drawn_seed
 from attnforge.ops.flash import flash_attention, flash_attention_varlen
 from attnforge.ops.paged import paged_attention
 
@@ -41,8 +41,7 @@ def _options(
         "return_lse": True,
     }
     if dropout_p > 0.0:
-        seed = int(torch.randint(1 << 62, (), dtype=torch.int64))
-        options |= {"dropout_p": dropout_p, "dropout_seed": seed}
+        options |= {"dropout_p": dropout_p, "dropout_seed": drawn_seed()}
     return options
 
 

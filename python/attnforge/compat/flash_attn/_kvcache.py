@@ -31,15 +31,14 @@ def _lengths(cache_seqlens: Tensor | int | None, q: Tensor, full: int) -> Tensor
 
 
 def _rotated(
-    q: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, ordered: bool, interleaved: bool
+    q: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor, ordered: bool, interleaved: bool
 ) -> Tensor:
     """q turned at the positions of its rows: ``lengths`` on, or all at ``lengths`` (unordered)."""
     at = lengths.long().unsqueeze(1)
     if ordered:
         at = at + torch.arange(q.shape[1], device=q.device)
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    tables = (cos.unsqueeze(0), sin.unsqueeze(0), at.expand(q.shape[:2]))
-    turned = rotate(q.to(wide).transpose(1, 2), *tables, interleaved)
+    turned = rotate(q.to(wide).transpose(1, 2), *rope, at.expand(q.shape[:2]), interleaved)
     return turned.transpose(1, 2).to(q.dtype)
 
 
@@ -108,15 +107,14 @@ def flash_attn_with_kvcache(
         rows = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
         rows = rows if cache_batch_idx is None else cache_batch_idx.to(torch.int32)
         block_table = rows.unsqueeze(1)
+    rope = None
     with torch.no_grad():
         if rotary_cos is not None and rotary_sin is not None:
+            rope = (rotary_cos.float().unsqueeze(0), rotary_sin.float().unsqueeze(0))
             ordered = causal or tuple(window_size) != (-1, -1)
-            q = _rotated(q, rotary_cos, rotary_sin, lengths, ordered, rotary_interleaved)
+            q = _rotated(q, rope, lengths, ordered, rotary_interleaved)
         used = lengths
         if k is not None:
-            rope = None
-            if rotary_cos is not None and rotary_sin is not None:
-                rope = (rotary_cos.float().unsqueeze(0), rotary_sin.float().unsqueeze(0))
             paged_append(
                 k, v, k_cache, v_cache, block_table=block_table, cache_seqlens=lengths,
                 rope=rope, rope_interleaved=rope is not None and rotary_interleaved,
