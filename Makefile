@@ -2,6 +2,7 @@
 #
 #   make demo     environment, build, then a language model on these kernels and a table of timings
 #   make test     environment, build, then every check; prints a counted list of stages
+#   make test-all the same, with every point of the large matrices of tests
 #
 # TORCH=auto|cpu|default|system chooses torch's source (see tools/bootstrap.py), VENV the environment,
 # JOBS the number of processes.
@@ -14,7 +15,7 @@ PYTHON := $(VENV)/bin/python
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export JOBS
 
-.PHONY: help demo test lint format native wheel pins clean venv-demo venv-test
+.PHONY: help demo test test-all lint format native wheel pins clean venv-demo venv-test
 help:
 	@sed -n 's/^\([a-z-]*\):.*##/  make \1\t/p' $(MAKEFILE_LIST)
 
@@ -30,6 +31,9 @@ demo: venv-demo ## set up and run the main job
 
 test: venv-test ## set up and run every check
 	@$(PYTHON) tools/stages.py
+
+test-all: venv-test ## test, and every point of the large matrices
+	@$(PYTHON) tools/stages.py --all
 
 lint: ## ruff, mypy, clang-format
 	@$(PYTHON) tools/stages.py lint

@@ -1,7 +1,8 @@
 """Runs the project's checks as named stages and prints a counted list of them.
 
-    python tools/stages.py                 # everything (what `make test` runs)
-    python tools/stages.py lint packaging  # some of it
+    python tools/stages.py                 # every stage (what `make test` runs)
+    python tools/stages.py lint packaging  # some of them
+    python tools/stages.py --all           # also tests marked `exhaustive` (`make test-all`)
 
 A command stage counts its commands; a pytest stage counts its tests, from the JUnit report, so that
 a crash of the whole process can never read as a pass. Standard library only.
@@ -124,10 +125,11 @@ def run_commands(stage: Stage, count: Count) -> None:
             count.notes.append(f"{' '.join(command[:3])}: exit {code}")
 
 
-def run_pytest(stage: Stage, count: Count) -> None:
+def run_pytest(stage: Stage, count: Count, exhaustive: bool) -> None:
     report = REPORTS / f"{stage.name.replace(' ', '_')}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *stage.pytest_args]
+    command += [] if exhaustive else ["-m", "not exhaustive"]
     code = subprocess.run(
         [*command, *stage.paths],
         cwd=ROOT,
@@ -149,25 +151,27 @@ def run_pytest(stage: Stage, count: Count) -> None:
         count.notes.append("no test ran")
 
 
-def run(stage: Stage) -> Count:
+def run(stage: Stage, exhaustive: bool) -> Count:
     print(f"\n=== {stage.name} ===", flush=True)
     count = Count()
     start = time.perf_counter()
     if stage.commands:
         run_commands(stage, count)
     else:
-        run_pytest(stage, count)
+        run_pytest(stage, count, exhaustive)
     count.seconds = time.perf_counter() - start
     return count
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
+    exhaustive = "--all" in arguments
+    names = [name for name in arguments if name != "--all"]
     REPORTS.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in stages() if not names or stage.name in names]
     if unknown := set(names) - {stage.name for stage in chosen}:
         known = ", ".join(repr(stage.name) for stage in stages())
         raise SystemExit(f"stages: unknown stage {sorted(unknown)}; known: {known}")
-    counts = [(stage.name, run(stage)) for stage in chosen]
+    counts = [(stage.name, run(stage, exhaustive)) for stage in chosen]
     print("\n=== stages ===")
     for name, count in counts:
         result = "FAIL" if count.failed else "ok"

@@ -22,6 +22,7 @@ def check(case: FlashCase, target: Target | str) -> None:
     compare(inputs.run(backend), inputs.truth(), inputs.context).check()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("sq", "sk"),
@@ -82,6 +83,7 @@ FEATURES = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("rows", [2, 60])

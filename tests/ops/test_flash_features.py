@@ -33,6 +33,7 @@ def check(case: FlashCase, target: Target) -> None:
         compare(inputs.run(target.backend), inputs.truth(), inputs.context).check()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_alone(target: Target, mod: str) -> None:
     check(FlashCase(seqlen_q=70, seqlen_k=131, heads_q=4, heads_k=2, mods=(mod,)), target)
@@ -61,6 +62,7 @@ def test_decode(target: Target, mod: str) -> None:
         check(case, target)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_tails(level: Target, mod: str) -> None:
     """Every length around a vector, a panel and a tile; also rows few enough for decode."""
@@ -69,6 +71,7 @@ def test_tails(level: Target, mod: str) -> None:
               level)  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "mods",
     [
@@ -137,7 +140,7 @@ def cases(draw: st.DrawFn, kind: str) -> FlashCase:
     return FlashCase(**fields)
 
 
-bounded = settings(max_examples=60, suppress_health_check=list(settings().suppress_health_check))
+bounded = settings(max_examples=25, suppress_health_check=list(settings().suppress_health_check))
 
 
 @bounded

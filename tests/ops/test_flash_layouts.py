@@ -28,6 +28,7 @@ def compacted(inputs: FlashInputs) -> FlashInputs:
     return inputs.with_(**{n: getattr(inputs, n).contiguous() for n in ("q", "k", "v", "dout")})
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layout_equals_contiguous(target: Target, shape: str, layout: Layout) -> None:

@@ -76,6 +76,7 @@ def test_nan_is_not_dropped(target: Target) -> None:
     assert int(lse.isnan().sum()) == 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("splits", range(1, 18))
 @pytest.mark.parametrize("rows", [1, 20])

@@ -44,6 +44,7 @@ def check(case: FlashCase, backend: str, **changes: Any) -> None:
         check_edges(inputs, backend, room)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("rows", [2, 60])
@@ -53,6 +54,7 @@ def test_features(target: Target, name: str, dtype: torch.dtype, rows: int) -> N
           target.backend)  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("sq", "sk"), [(1, 1), (1, 300), (3, 199), (49, 257), (113, 203), (239, 1), (130, 67)]
@@ -92,6 +94,7 @@ def test_layouts(target: Target, layout: Any, dtype: torch.dtype) -> None:
           target.backend)  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_long_rows(target: Target, dtype: torch.dtype) -> None:
     # several key blocks, several tiles in each chunk, a tail in each direction

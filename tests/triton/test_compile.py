@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +51,27 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
 
 
-@pytest.mark.parametrize("variant", budgets.VARIANTS, ids=lambda variant: variant.name)
-@pytest.mark.parametrize("arch", budgets.ARCHS)
+def points(axis: Iterable[Any], often: set[tuple[int, Any]]) -> list[Any]:
+    """(architecture, value) for all four: those of ``often`` and all of sm_90 in every run."""
+    return [
+        pytest.param(arch, value, id=f"{arch}-{getattr(value, 'name', value)}",
+                     marks=() if arch == 90 or (arch, value) in often else pytest.mark.exhaustive)
+        for arch in budgets.ARCHS for value in axis
+    ]  # fmt: skip
+
+
+# The smallest shared memory (86) and what is short of tensor memory (100) beside all of 80.
+OFTEN = {(80, variant) for variant in budgets.VARIANTS}
+OFTEN |= {
+    (arch, budgets.Variant(dtype, head_dim))
+    for arch, dtype, head_dim in (
+        (86, torch.bfloat16, 256), (86, torch.float32, 128), (100, torch.bfloat16, 64),
+        (100, torch.bfloat16, 128), (100, torch.bfloat16, 256), (100, torch.float32, 64),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "variant"), points(budgets.VARIANTS, OFTEN))
 def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ignore[name-defined]
     import triton
 
@@ -97,8 +118,10 @@ def test_forward_by_descriptors(monkeypatch: pytest.MonkeyPatch, arch: int, head
     assert used["hot_spills"] == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("arch", budgets.ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    points((torch.bfloat16, torch.float32), {(80, torch.float32), (100, torch.bfloat16)}),
+)
 def test_latent_decode(arch: int, dtype: torch.dtype) -> None:
     """Head dims 576 and 512 fit everywhere; a forward of 512 values does too."""
     with budgets.compiling(arch) as found:
@@ -116,8 +139,7 @@ REDUCTIONS = {"column_sums", "span_mass", "row_entropy", "block_max", "topk_keys
               "span_dq", "span_dk", "delta"}  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim", [64, 256])
-@pytest.mark.parametrize("arch", budgets.ARCHS)
+@pytest.mark.parametrize(("arch", "head_dim"), points((64, 256), {(80, 256), (100, 64)}))
 def test_reductions(arch: int, head_dim: int) -> None:
     with budgets.compiling(arch) as found:
         budgets.reductions(torch.bfloat16, head_dim)
@@ -126,10 +148,13 @@ def test_reductions(arch: int, head_dim: int) -> None:
         assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
 
 
-@pytest.mark.parametrize(("head_dim", "q_block"), [(64, 64), (128, 1), (256, 64)])
-@pytest.mark.parametrize("arch", budgets.ARCHS)
-def test_block_sparse(arch: int, head_dim: int, q_block: int) -> None:
+@pytest.mark.parametrize(
+    ("arch", "sizes"),
+    points(((64, 64), (128, 1), (256, 64)), {(80, (128, 1)), (86, (256, 64)), (100, (64, 64))}),
+)
+def test_block_sparse(arch: int, sizes: tuple[int, int]) -> None:
     """Lists of a query and its group (NSA), and of square blocks; tensor cores multiply."""
+    head_dim, q_block = sizes
     with budgets.compiling(arch) as found:
         budgets.block_sparse(head_dim, q_block, 64)
     assert [name.rpartition(".")[2] for name, _ in found] == ["fwd", "delta", "dkdv", "dq"]
@@ -149,8 +174,7 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("arch", "kind"), points(LINEAR, {(80, "scalar"), (100, "delta-key")}))
 def test_linear(arch: int, kind: str) -> None:
     """Gates per token and per channel with a denominator, and KDA: tensor cores multiply."""
     with budgets.compiling(arch) as found:

@@ -327,7 +327,8 @@ def split_values(op: str, plan: tuple[Tensor | None, Tensor | None], lengths: Te
         edges = [0, *(end[n] for n in mine)] if good else []
         good = good and all(owner[n] == b and begin[n] < end[n] for n in mine)
         if not good or edges[:-1] != [begin[n] for n in mine] or edges[-1] != length:
-            cuts = [(begin[n], end[n]) for n in mine if 0 <= n < len(owner)][:4]
+            named = range(max(0, at[b]), min(at[b + 1], len(owner)))  # of what may be any integers
+            cuts = [(begin[n], end[n]) for n in named[:4]]
             fail(op, f"split_plan cuts sequence {b} into pieces {at[b]} .. {at[b + 1] - 1}: {cuts} "
                      f".. for {length} keys; want keys 0 .. {length - 1} in ascending pieces, each "
                      "key once; plan again for these lengths")  # fmt: skip
