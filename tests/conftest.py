@@ -6,9 +6,9 @@ any comparison. The marker ``plain_memory`` turns that off where a test needs to
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``thinned(n)``: one point in about n of a test, chosen by its name, is not exhaustive."""
     for item in items:
         mark = item.get_closest_marker("thinned")
-        if mark and zlib.crc32(item.name.encode()) % mark.args[0]:
+        if mark and hashlib.sha256(item.name.encode()).digest()[0] % mark.args[0]:
             item.add_marker("exhaustive")
 
 

@@ -115,6 +115,7 @@ def merged(outs: list[Any], lses: list[Any]) -> dict[str, torch.Tensor]:
     return {name: x.cpu() for name, x in zip(("out", "lse"), results, strict=True)}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("n", [1, 2, 5, 17])
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ EVERY = (*MASKS, *BIASES, *OTHERS, *SCORE_FNS)
 PACKED = tuple(x for x in EVERY if not x.startswith(("mask", "bias")))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_alone(check: Any, mod: str) -> None:
     check(FlashCase(seqlen_q=20, seqlen_k=37, heads_q=2, heads_k=1, head_dim=8, mods=(mod,)))
@@ -41,6 +42,7 @@ def test_in_16_bits(check: Any, mod: str) -> None:
                     dtype=torch.bfloat16, mods=(mod,)))  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", PACKED)
 def test_packed(check: Any, mod: str) -> None:
     lengths = ((9, 20), (0, 5), (17, 12))

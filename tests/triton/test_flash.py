@@ -100,6 +100,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(check: Any, name: str, dtype: torch.dtype) -> None:
@@ -110,6 +111,7 @@ def test_features(check: Any, name: str, dtype: torch.dtype) -> None:
 WINDOWS = [(0, 0), (1, 0), (20, 0), (1023, 0), (-1, 17), (3, 5), (0, -1), (40, 40), (1 << 40, 2)]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w[0]}_{w[1]}")
 @pytest.mark.parametrize(("sq", "sk"), [(65, 65), (20, 90), (90, 20)])
 def test_windows(check: Any, window: tuple[int, int], sq: int, sk: int) -> None:

@@ -55,6 +55,7 @@ def test_right_kernels_pass_in_other_dtypes(kind: str, dtype: torch.dtype) -> No
     assert _selftest.check(f"flash.{kind}", "", dtype, CPU) is None
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("kind", "group"),
     [
