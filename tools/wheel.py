@@ -119,6 +119,8 @@ def build(out: Path) -> Path:
     work = ROOT / "build" / "wheel"
     for stale in (work, *(ROOT / "build").glob("lib*")):
         shutil.rmtree(stale, ignore_errors=True)  # a module that is gone must not travel
+    for cache in (ROOT / "build").glob("temp*/CMakeCache.txt"):
+        cache.unlink()  # nor options of an earlier build, such as fewer architectures
     commit = ["git", "log", "-1", "--format=%ct"]
     date = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     env = {**os.environ, **({"SOURCE_DATE_EPOCH": date} if date else {})}

@@ -44,7 +44,7 @@ def attention(
     """
     if not skip_reshape:
         width = q.shape[-1] // heads
-        q, k, v = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.view(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
     if mask is not None and mask.ndim == 3:
         mask = mask[:, None]
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
