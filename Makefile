@@ -46,8 +46,8 @@ format: ## rewrite the sources as lint wants them
 native: ## incremental build of the native libraries into python/attnforge
 	@$(PYTHON) setup.py -q build_ext --inplace
 
-wheel: ## dist/*.whl and dist/*.tar.gz
-	@$(PYTHON) -m build --no-isolation
+wheel: ## dist/*.whl (manylinux) and dist/*.tar.gz; ARGS=--release refuses an incomplete one
+	@$(PYTHON) tools/wheel.py $(ARGS)
 
 pins: ## write the installed versions into requirements/
 	@$(PYTHON) tools/pin_requirements.py

@@ -121,9 +121,8 @@ class BuildNative(build_ext):
     def run(self) -> None:
         in_source = bool(self.inplace or self.editable_mode)
         target = package_dir(self, in_source)
-        build_dir = (
-            ROOT / "build" / "native" if in_source else Path(self.build_temp, "native").resolve()
-        )
+        # As deep as the in-place one: relative paths, which ccache compares, are then the same.
+        build_dir = ROOT / "build" / "native" if in_source else Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         with (build_dir / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two ninjas in one directory corrupt each other

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = {
     "demo": ("cli", "demo", "build"),
-    "test": ("cli", "demo", "build", "test", "bench", "dev"),
+    "test": ("cli", "demo", "build", "test", "bench", "dev", "docs"),
 }
 BUILD = ("cmake", "ninja", "pybind11", "setuptools", "wheel")
 

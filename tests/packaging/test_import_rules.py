@@ -54,6 +54,7 @@ ALLOWED |= {
     "integrations": PUBLIC | {"nn"},  # learned gates for a model's layers
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},
+    "viz": PUBLIC,
     "distributed": PUBLIC,
     "compat": PUBLIC,
 }

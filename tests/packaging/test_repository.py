@@ -104,7 +104,8 @@ def requirement_names(lines: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("group", "extras"), [("demo", ["cli", "demo"]), ("test", ["cli", "demo", "test", "dev"])]
+    ("group", "extras"),
+    [("demo", ["cli", "demo"]), ("test", ["cli", "demo", "test", "dev", "docs"])],
 )
 def test_pins_cover_the_extras(group: str, extras: list[str]) -> None:
     tomllib = pytest.importorskip("tomllib")

@@ -85,9 +85,9 @@ class SelfTest(Available):
 
 def _problems(backend: Backend, kernel: str) -> Any:
     name = f"_selftest_{kernel.partition('.')[0]}"
-    own = f"attnforge.backends.{backend.name}.{name}"
+    own = f"{__package__}.{backend.name}.{name}"
     found = importlib.util.find_spec(own) is not None
-    return importlib.import_module(own if found else f"attnforge.backends.{name}")
+    return importlib.import_module(own if found else f"{__package__}.{name}")
 
 
 def on_gpu(request: Request) -> bool:
@@ -108,7 +108,7 @@ def check(
 ) -> str | None:
     """None, or the reason not to use a kernel for a group, which is also given as a warning."""
     family, _, kind = kernel.partition(".")
-    launchers = importlib.import_module(f"attnforge.backends.{backend.name}.{family}")
+    launchers = importlib.import_module(f"{__package__}.{backend.name}.{family}")
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             run = getattr(launchers, launcher or kind)

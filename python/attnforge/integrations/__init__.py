@@ -4,5 +4,6 @@
   attention on attnforge with ``attn_implementation="attnforge"``.
 - `attnforge.integrations.block_sparse.enable(method)`: the same on the blocks of keys that a method
   chooses (MoBA, an oracle, a learned gate, ...), ``attn_implementation="attnforge:moba"``.
+- `attnforge.integrations.vllm`, `sglang`, `diffusers`, `comfyui`: the hooks that these have.
 - `attnforge.integrations.seer`: learns SeerAttention's gates for such a model.
 """

