@@ -51,7 +51,7 @@ ALLOWED |= {
     # tune_flash calls launchers; the retrieval bench measures policies
     "testing": PUBLIC | BUILD_FACTS | {"_params", "policies"},
     "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
-    "integrations": PUBLIC | {"nn"},  # learned gates for a model's layers
+    "integrations": PUBLIC | {"nn", "policies"},  # learned gates and policies for a model
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},
     "distributed": PUBLIC,

@@ -18,8 +18,11 @@ class SparQ(Policy):
     """Approximate logits from the ``channels`` channels where the group's |q| is largest.
 
     The output is alpha attention + (1 - alpha) mean(V), alpha being the share of the approximate
-    softmax that the selected keys have. window: last keys that are always selected.
+    softmax that the selected keys have; in a prefill by chunks it is the attention alone. window:
+    last keys that are always selected.
     """
+
+    chunked = True
 
     def __init__(self, budget: int, *, channels: int = 32, window: int = 16) -> None:
         super().__init__(budget)
@@ -54,7 +57,7 @@ class SparQ(Policy):
         if k.shape[1] <= self.budget:
             return super().attend(q, k, v, layer=layer, softmax_scale=softmax_scale,
                                   return_lse=return_lse, backend=backend)  # fmt: skip
-        lists = self.select(q, k, v, layer=layer)
+        lists = self.lists(q, k, v, layer)
         out, lse = indexed_attention(q, k, v, **lists._asdict(), softmax_scale=softmax_scale,
                                      return_lse=True, backend=backend)  # fmt: skip
         estimate, ids = self.state.pop(layer)
