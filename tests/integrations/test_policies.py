@@ -48,6 +48,12 @@ def model() -> Iterator[Any]:
         yield transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def sparse_from_the_budget_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts here are far shorter than where a sparse step pays."""
+    monkeypatch.setattr(policies.Policy, "crossover", 0)
+
+
 @pytest.fixture
 def prompt() -> Tensor:
     return torch.randint(1, 50, (2, 60), generator=torch.Generator().manual_seed(0))

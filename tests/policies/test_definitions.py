@@ -29,6 +29,12 @@ def listed(lists: policies.Lists, keys: int) -> Tensor:
     return seen.scatter_(-1, ids.where((ids >= 0) & (ids < keys), keys), True)[..., :keys]
 
 
+@pytest.fixture(autouse=True)
+def sparse_from_the_budget_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts here are far shorter than where a sparse step pays."""
+    monkeypatch.setattr(policies.Policy, "crossover", 0)
+
+
 # ---- HiP ----
 
 

@@ -31,6 +31,12 @@ MAKE: dict[str, Any] = {
 OWN_LISTS = ("recycled", "squeezed")  # of whole contexts at times; of slots of an index
 
 
+@pytest.fixture(autouse=True)
+def sparse_from_the_budget_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts here are far shorter than where a sparse step pays."""
+    monkeypatch.setattr(Policy, "crossover", 0)
+
+
 def tensors(keys: int = 120) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
     shape = (2, keys, 2, 16)

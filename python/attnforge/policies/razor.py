@@ -69,7 +69,7 @@ class RazorAttention(Policy):
         softmax_scale: float | None = None, return_lse: bool = False, backend: str | None = None,
     ) -> Any:  # fmt: skip
         """Attention to what is kept, merged with the compensation key of heads that are short."""
-        if k.shape[1] <= self.budget:
+        if self.short(k, v):
             return super().attend(q, k, v, layer=layer, softmax_scale=softmax_scale,
                                   return_lse=return_lse, backend=backend)  # fmt: skip
         out, lse = indexed_attention(q, k, v, **self.lists(q, k, v, layer)._asdict(),

@@ -54,7 +54,7 @@ class SparQ(Policy):
         softmax_scale: float | None = None, return_lse: bool = False, backend: str | None = None,
     ) -> Any:  # fmt: skip
         """Attention to the selected keys, mixed with the mean of V; the LSE is of the former."""
-        if k.shape[1] <= self.budget:
+        if self.short(k, v):
             return super().attend(q, k, v, layer=layer, softmax_scale=softmax_scale,
                                   return_lse=return_lse, backend=backend)  # fmt: skip
         lists = self.lists(q, k, v, layer)

@@ -57,7 +57,7 @@ class Squeezed(Policy):
         softmax_scale: float | None = None, return_lse: bool = False, backend: str | None = None,
     ) -> Any:  # fmt: skip
         """Attention to the selected slots of the index and the keys behind them."""
-        if k.shape[1] <= self.budget:
+        if self.short(k, v):
             return flash_attention(q, k, v, causal=True, softmax_scale=softmax_scale,
                                    return_lse=return_lse, backend=backend)  # fmt: skip
         index = self._index(k, v, layer)
