@@ -21,6 +21,7 @@ import attnforge
 import attnforge.integrations.policies as sparse
 from attnforge import policies
 from attnforge.integrations import transformers as hf
+from attnforge.testing import smollm2
 
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -155,6 +156,24 @@ def test_a_prompt_in_pieces_is_observed_as_one(model: Any, prompt: Tensor) -> No
                 model(prompt[:, a:b], past_key_values=cache)
             found.append(model(prompt[:, :1], past_key_values=cache).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_smollm2_under_a_whole_budget_says_what_dense_says() -> None:
+    """Greedy tokens of the real model; the whole budget of MagicPIG is a sample of everything."""
+    if missing := smollm2.missing_packages():
+        pytest.skip(f"{', '.join(missing)}: not installed (extra: demo)")
+    tokenizer, model = smollm2.load()
+    ids = tokenizer(smollm2.TEXT.read_text(encoding="utf-8")[:1400], return_tensors="pt")[
+        "input_ids"
+    ]
+    assert 300 < ids.shape[1] < 400
+    more = {"pad_token_id": 2, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    want = generate(model, "attnforge", ids, 6, **more)
+    for name in ("quest", "lsh"):
+        with sparse.enable(name, **WHOLE[name]):
+            got = generate(model, f"attnforge:{name}", ids, 6, **more)
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1], rtol=1e-3, atol=1e-3)
 
 
 class Layer(torch.nn.Module):

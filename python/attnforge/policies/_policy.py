@@ -44,10 +44,10 @@ def every_key(k: Tensor) -> Lists:
 
 
 def _requests(
-    policy: Policy, q: Tensor, k: Tensor, v: Tensor, **options: Any
+    policy: Policy, q: Tensor, k: Tensor, v: Tensor, *, device: str, **options: Any
 ) -> tuple[Sequence[Request], str]:
     """Of a step: dense, or over lists of budget keys per KV head."""
-    most, why = policy.dense_up_to(k, v)
+    most, why = policy.dense_up_to(k, v, device)
     keys = k.shape[1]
     if keys <= most:
         return requests_of(flash_attention, q, k, v, causal=True), (
@@ -96,12 +96,12 @@ class Policy:
         A prompt in chunks is observed chunk by chunk: q has the rows of the last one.
         """
 
-    def dense_up_to(self, k: Tensor, v: Tensor) -> tuple[int, str]:
-        """Keys up to which a step over such k and v is dense, and why."""
+    def dense_up_to(self, k: Tensor, v: Tensor, device: str | None = None) -> tuple[int, str]:
+        """Keys up to which a step over such k and v is dense, and why; device: not that of k."""
         if self.crossover is not None:
             return max(self.budget, self.crossover), f"budget {self.budget}, crossover set"
         costs = costs_of(type(self).__name__)
-        if costs is None or k.device.type != "cpu":
+        if costs is None or (device or k.device.type) != "cpu":
             return self.budget, f"budget {self.budget}, no crossover was measured"
         one = k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()
         keys = costs.crossover(self.budget, one)

@@ -40,7 +40,8 @@ def explained_by(requester: Requester) -> Callable[[F], F]:
     """Decorator of a public function: ``requester`` takes its arguments and gives the requests.
 
     Beside them it may give a sentence on a choice that the function makes itself. A method is
-    asked for as the bound one, its object is the first argument.
+    asked for as the bound one: its requester gets the object first, and ``device=``, the type of
+    device in question, as shapes have none.
     """
 
     def mark(fn: F) -> F:
@@ -157,11 +158,18 @@ def explain(
     backend = forced if forced is not None else override.current
     args = tuple(as_described(x, kind) for x in args)
     kwargs = {name: _described_keyword(name, x, kind) for name, x in kwargs.items()}
-    found, note = _noted(requester(*owner, *args, **kwargs))
+    told = {"device": place[0] if place else _device_type(args)} if owner else {}
+    found, note = _noted(requester(*owner, *args, **told, **kwargs))
     requests = [_placed(r, place) for r in found]
     decisions = tuple(decide(r, backend, outer=forced is None) for r in requests)
     name = f"{type(owner[0]).__name__}.{fn.__name__}" if owner else fn.__name__
     return Explanation(name, decisions, note)
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    """That of the first tensor; shapes alone stand for the CPU."""
+    kind = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "cpu")
+    return "cpu" if kind == "meta" else kind
 
 
 def _requester(fn: Callable[..., Any]) -> tuple[Requester | None, tuple[Any, ...]]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,17 +27,23 @@ from attnforge import policies
 from attnforge.policies import Policy, _crossover
 from attnforge.testing import machine
 
-__all__ = ["fit", "main", "measure"]
+__all__ = ["fit", "main", "measure", "table"]
 
-# Heads and channels of a usual model; keys of 2 KiB in bf16.
+# Heads and channels of a usual model; K and V of a key are 2 KiB in bf16.
 HEADS, GROUP, DIM = 4, 4, 128
+_KEY_BYTES = 2 * 2 * HEADS * DIM
 CONTEXTS, BUDGETS = (4096, 8192, 16384), (256, 1024)
 # TidalDecode and Recycled are dense at times, PyramidKV is SnapKV: no cost of their own.
 MEASURED: dict[str, Callable[[int], Policy]] = {
     name: policies.POLICIES[name]
-    for name in ("centroid", "h2o", "hip", "lserve", "quest", "razor", "snapkv", "sparq",
-                 "streaming", "tokenselect", "twilight")
-} | {"lsh": lambda budget: policies.MagicPIG()}  # fmt: skip
+    for name in ("centroid", "h2o", "hip", "quest", "razor", "snapkv", "sparq", "streaming",
+                 "twilight")
+} | {
+    "lsh": lambda budget: policies.MagicPIG(),
+    # A choice at each step, though some are reused in use.
+    "lserve": partial(policies.LServe, every=1),
+    "tokenselect": partial(policies.TokenSelect, reuse=2.0),
+}  # fmt: skip
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
@@ -85,7 +93,22 @@ def measure(
                 dense = _seconds(partial(attnforge.flash_decode, q[:, -1:], k, v), repeats)
                 kind = type(policy).__name__
                 rows.setdefault(kind, []).append((keys, budget, _seconds(step, repeats) / dense))
-    return {kind: list(fit(own, 4 * HEADS * DIM)) for kind, own in rows.items()}
+    return {kind: list(fit(own, _KEY_BYTES)) for kind, own in rows.items()}
+
+
+def table(root: Path) -> str:
+    """The committed costs, for the documentation."""
+    found = json.loads((root / "python/attnforge/policies/crossovers.json").read_text())
+    lines = ["| policy | fixed, MiB of K and V | per key | per budget | faster than dense from |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for kind, own in sorted(found["costs"].items()):
+        at = _crossover.Costs(*own).crossover(1024, _KEY_BYTES)
+        keys = "never" if at == math.inf else f"{max(1024, math.ceil(at)):,} keys"
+        lines.append(f"| `{kind}` | {own[0]:.2f} | {own[1]:.3f} | {own[2]:.2f} | {keys} |")
+    return (
+        f"{found['device']}, {found['threads']} thread(s), kernels {found['isa']}, commit "
+        f"`{found['commit']}`, {found['date']}.\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 def main() -> None:
@@ -101,9 +124,9 @@ def main() -> None:
     document = {**kept, "costs": {**_crossover.measured().get("costs", {}), **costs}}
     _crossover._FILE.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     for kind, own in sorted(costs.items()):
-        at = _crossover.Costs(*own).crossover(1024, 4 * HEADS * DIM)
+        at = _crossover.Costs(*own).crossover(1024, _KEY_BYTES)
         print(f"{kind:14} fixed {own[0]:7.2f} MiB  per key {own[1]:5.3f}  per budget {own[2]:6.2f}"
-              f"  passes dense at {at:.0f} keys of 4 KiB, budget 1024")  # fmt: skip
+              f"  passes dense at {at:.0f} keys of 2 KiB, budget 1024")  # fmt: skip
 
 
 if __name__ == "__main__":
