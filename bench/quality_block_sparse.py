@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import TEXT, load
 from torch import Tensor
 
 import attnforge
@@ -30,6 +29,7 @@ import attnforge.integrations.block_sparse as sparse
 from attnforge.integrations import seer
 from attnforge.integrations import transformers as hf
 from attnforge.nn import distil_seer_gate
+from attnforge.testing.smollm2 import TEXT, load
 
 
 class Shares:

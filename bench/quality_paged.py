@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import TEXT, load
 from torch import Tensor
 
 import attnforge.integrations.transformers as hf
+from attnforge.testing.smollm2 import TEXT, load
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ if _TYPE_CHECKING:
     from attnforge.ops import patterns
     from attnforge.ops.centroid import CentroidIndex, centroid_attention
     from attnforge.ops.lsh import LSHIndex, lsh_attention
+    from attnforge.ops.yoso import yoso_attention
     from attnforge.paged_cache import PagedKVCache
     from attnforge.tuning.runner import tune
 
@@ -81,6 +82,7 @@ _LATER = {
     "paged_cache": ".paged_cache",
     "patterns": ".ops.patterns",
     "tune": ".tuning.runner",
+    "yoso_attention": ".ops.yoso",
 }
 
 
@@ -161,4 +163,5 @@ __all__ = [
     "t5_rel_bias",
     "trace_shapes",
     "tune",
+    "yoso_attention",
 ]

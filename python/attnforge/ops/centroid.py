@@ -35,7 +35,8 @@ class CentroidIndex:
     """Keys of a context grouped by cluster, with their centroids. Make one with ``fit``.
 
     k, v: [B, S, Hk, D], the clustered keys in the order of their clusters, behind them the tail:
-        the window and what was appended and not assigned yet, which is always attended to.
+        the window and what was appended and not assigned yet, which is always attended to. In
+        memory a head lies behind the other: the keys of a cluster are one run.
     order: [B, Hk, clustered] int32, the position that each clustered slot came from.
     labels: [B, Hk, clustered] int64, rising. centroids: [B, C, Hk, D]. counts: [B, Hk, C] int32.
     coarse, coarse_counts, parent: the centroids of centroids of a second level, and the coarse
@@ -121,11 +122,12 @@ class CentroidIndex:
         n = labels.shape[2]
         self.labels, at = torch.sort(labels, dim=-1, stable=True)
         self.order = self.order.gather(-1, at)
-        place = at.transpose(1, 2).unsqueeze(-1)
-        self.k, self.v = (
-            torch.cat([x[:, :n].gather(1, place.expand(-1, -1, -1, x.shape[-1])), x[:, n:]], 1)
-            for x in (k, v)
-        )
+        found = []
+        for x in (k, v):
+            place = at.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])
+            rows = x[:, :n].transpose(1, 2).gather(2, place)
+            found.append(_appended(rows.transpose(1, 2), x[:, n:]))
+        self.k, self.v = found
 
     def _coarsen(self, clusters: int, iterations: int, seed: int) -> None:
         """A second level over the centroids; empty fine clusters weigh nothing."""
@@ -161,8 +163,8 @@ class CentroidIndex:
             b, _, h, d = self.k.shape
             fail(_CLASS, f"k has shape {_shape(k)}, v {_shape(v)}; want [{b}, keys, {h}, {d}] like "
                          "those of the index")  # fmt: skip
-        self.k = torch.cat([self.k, k.detach().to(self.k.dtype)], 1)
-        self.v = torch.cat([self.v, v.detach().to(self.v.dtype)], 1)
+        self.k = _appended(self.k, k.detach().to(self.k.dtype))
+        self.v = _appended(self.v, v.detach().to(self.v.dtype))
         if self.length - self.clustered >= self.options["window"] + self.options["assign_every"]:
             self._assign(self.length - self.options["window"])
         return self
@@ -341,7 +343,14 @@ class CentroidIndex:
             if "attnforge" not in metadata:
                 fail(_CLASS, f"{path} has no entry 'attnforge'; want a file that save() wrote")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in ("k", "v"):
+            tensors[name] = _appended(tensors[name], tensors[name][:, :0])
         return cls(tensors, json.loads(metadata["attnforge"]))
+
+
+def _appended(x: Tensor, new: Tensor) -> Tensor:
+    """[B, S, Hk, D] with new keys behind x, head by head in memory."""
+    return torch.cat([x.transpose(1, 2), new.transpose(1, 2)], 2).transpose(1, 2)
 
 
 def _safetensors(name: str) -> Any:

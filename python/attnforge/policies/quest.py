@@ -18,6 +18,8 @@ class Quest(Policy):
     less. Bounds are kept per layer and extended as keys come: 2 D numbers per page and KV head.
     """
 
+    chunked = True
+
     def __init__(self, budget: int, *, page_size: int = 16, grouped: bool = False) -> None:
         super().__init__(budget)
         self.page_size, self.grouped = page_size, grouped

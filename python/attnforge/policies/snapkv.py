@@ -98,8 +98,12 @@ class H2O(Policy):
     """
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> None:
-        """The sums of the whole prompt."""
-        self.state[layer] = _per_kv_head(_column_mass(q, k, v), k)
+        """The sums of the whole prompt; a chunk of it adds to those before."""
+        mass = _per_kv_head(_column_mass(q, k, v), k)
+        before = self.state.get(layer)
+        if before is not None and before.shape[2] == k.shape[1] - q.shape[1]:
+            mass[..., : before.shape[2]] += before
+        self.state[layer] = mass
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Adds the weights of q and drops keys until the rest fits the budget."""

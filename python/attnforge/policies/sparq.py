@@ -18,8 +18,11 @@ class SparQ(Policy):
     """Approximate logits from the ``channels`` channels where the group's |q| is largest.
 
     The output is alpha attention + (1 - alpha) mean(V), alpha being the share of the approximate
-    softmax that the selected keys have. window: last keys that are always selected.
+    softmax that the selected keys have; in a prefill by chunks it is the attention alone. window:
+    last keys that are always selected.
     """
+
+    chunked = True
 
     def __init__(self, budget: int, *, channels: int = 32, window: int = 16) -> None:
         super().__init__(budget)
@@ -51,10 +54,10 @@ class SparQ(Policy):
         softmax_scale: float | None = None, return_lse: bool = False, backend: str | None = None,
     ) -> Any:  # fmt: skip
         """Attention to the selected keys, mixed with the mean of V; the LSE is of the former."""
-        if k.shape[1] <= self.budget:
+        if self.short(k, v):
             return super().attend(q, k, v, layer=layer, softmax_scale=softmax_scale,
                                   return_lse=return_lse, backend=backend)  # fmt: skip
-        lists = self.select(q, k, v, layer=layer)
+        lists = self.lists(q, k, v, layer)
         out, lse = indexed_attention(q, k, v, **lists._asdict(), softmax_scale=softmax_scale,
                                      return_lse=True, backend=backend)  # fmt: skip
         estimate, ids = self.state.pop(layer)

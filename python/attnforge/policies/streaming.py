@@ -13,6 +13,8 @@ __all__ = ["StreamingLLM"]
 class StreamingLLM(Policy):
     """``sinks`` keys at the start and budget - sinks at the end, whatever the query is."""
 
+    chunked = True
+
     def __init__(self, budget: int, *, sinks: int = 4) -> None:
         super().__init__(budget)
         self.sinks = min(sinks, budget)

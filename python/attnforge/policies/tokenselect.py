@@ -19,6 +19,8 @@ class TokenSelect(Policy):
     never does. Keys that came since belong to the local ones.
     """
 
+    chunked = True
+
     def __init__(
         self, budget: int, *, initial: int = 128, local: int = 512, reuse: float = 0.9
     ) -> None:

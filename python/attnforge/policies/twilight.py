@@ -16,6 +16,8 @@ class Twilight(Policy):
     Logits are exact here; the paper estimates them from int4 keys. sinks and window are forced.
     """
 
+    chunked = True
+
     def __init__(self, budget: int, *, p: float = 0.9, sinks: int = 4, window: int = 16) -> None:
         super().__init__(budget)
         self.p, self.sinks, self.window = p, sinks, window

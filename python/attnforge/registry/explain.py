@@ -9,6 +9,7 @@ Nothing is run. Arguments may be tensors (real, fake or meta), or shapes with ``
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from attnforge.registry.predicates import dtype_name
 from attnforge.registry.select import Decision, decide, device_arch
 from attnforge.registry.spec import KernelSpec, Request
 
-__all__ = ["Explanation", "as_described", "dtype_of", "explain", "explained_by"]
+__all__ = ["Explanation", "as_described", "dtype_of", "explain", "explained_by", "requests_of"]
 
 _DTYPES = {
     "fp64": torch.float64,
@@ -30,13 +31,18 @@ _DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 
-Requester = Callable[..., Sequence[Request]]
+Requester = Callable[..., "Sequence[Request] | tuple[Sequence[Request], str]"]
 F = TypeVar("F", bound=Callable[..., Any])
 _REQUESTERS: dict[Any, Requester] = {}
 
 
 def explained_by(requester: Requester) -> Callable[[F], F]:
-    """Decorator of a public function: ``requester`` takes its arguments and gives the requests."""
+    """Decorator of a public function: ``requester`` takes its arguments and gives the requests.
+
+    Beside them it may give a sentence on a choice that the function makes itself. A method is
+    asked for as the bound one: its requester gets the object first, and ``device=``, the type of
+    device in question, as shapes have none.
+    """
 
     def mark(fn: F) -> F:
         _REQUESTERS[fn] = requester
@@ -45,12 +51,26 @@ def explained_by(requester: Requester) -> Callable[[F], F]:
     return mark
 
 
+def requests_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Sequence[Request]:
+    """The requests of a call of a public function."""
+    return _noted(_REQUESTERS[fn](*args, **kwargs))[0]
+
+
+def _noted(found: Any) -> tuple[Sequence[Request], str]:
+    """What a requester gives, with its sentence, which may be empty."""
+    return found if isinstance(found, tuple) else (found, "")
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Decisions of one call, one for each operator it may run; ``print`` it."""
+    """Decisions of one call, one for each operator it may run; ``print`` it.
+
+    note: a choice that the function makes before any kernel is asked for.
+    """
 
     function: str
     decisions: tuple[Decision, ...]
+    note: str = ""
 
     @property
     def chosen(self) -> KernelSpec | None:
@@ -69,10 +89,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for ``attnforge explain --json``."""
-        return {"function": self.function, "decisions": [_as_dict(d) for d in self.decisions]}
+        decisions = [_as_dict(d) for d in self.decisions]
+        return {"function": self.function, "note": self.note, "decisions": decisions}
 
     def __str__(self) -> str:
-        lines = [f"attnforge.{self.function}"]
+        lines = [f"attnforge.{self.function}", *([f"  {self.note}"] if self.note else [])]
         for d in self.decisions:
             r = d.request
             sizes = " ".join(f"{name}={size}" for name, size in r.dims)
@@ -124,9 +145,9 @@ def explain(
     Returns an Explanation. Raises TypeError for a function that is not attnforge's and the
     errors of ``fn`` itself for arguments that no kernel could take.
     """
-    requester = _REQUESTERS.get(fn)
+    requester, owner = _requester(fn)
     if requester is None:
-        known = ", ".join(sorted(f.__name__ for f in _REQUESTERS))
+        known = ", ".join(sorted(f.__qualname__ for f in _REQUESTERS))
         raise TypeError(
             f"attnforge.explain: fn must be a public function of attnforge; got {fn!r}; "
             f"want one of {known}"
@@ -137,9 +158,26 @@ def explain(
     backend = forced if forced is not None else override.current
     args = tuple(as_described(x, kind) for x in args)
     kwargs = {name: _described_keyword(name, x, kind) for name, x in kwargs.items()}
-    requests = [_placed(r, place) for r in requester(*args, **kwargs)]
+    told = {"device": place[0] if place else _device_type(args)} if owner else {}
+    found, note = _noted(requester(*owner, *args, **told, **kwargs))
+    requests = [_placed(r, place) for r in found]
     decisions = tuple(decide(r, backend, outer=forced is None) for r in requests)
-    return Explanation(fn.__name__, decisions)
+    name = f"{type(owner[0]).__name__}.{fn.__name__}" if owner else fn.__name__
+    return Explanation(name, decisions, note)
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    """That of the first tensor; shapes alone stand for the CPU."""
+    kind = next((x.device.type for x in args if isinstance(x, torch.Tensor)), "cpu")
+    return "cpu" if kind == "meta" else kind
+
+
+def _requester(fn: Callable[..., Any]) -> tuple[Requester | None, tuple[Any, ...]]:
+    """That of a function, or of a bound method or what it overrides, with its object."""
+    if not inspect.ismethod(fn):
+        return _REQUESTERS.get(fn), ()
+    kinds = (vars(kind).get(fn.__name__) for kind in type(fn.__self__).__mro__)
+    return next((_REQUESTERS[f] for f in kinds if f in _REQUESTERS), None), (fn.__self__,)
 
 
 def dtype_of(name: torch.dtype | str) -> torch.dtype:

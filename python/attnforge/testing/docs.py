@@ -27,7 +27,7 @@ from attnforge.registry.predicates import (
     Without,
     dtype_name,
 )
-from attnforge.testing import bench, training
+from attnforge.testing import bench, crossover, quality_report, training
 
 __all__ = ["GENERATORS", "main", "render_page", "stale_pages", "support_matrix"]
 
@@ -295,6 +295,8 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "support-matrix-retrieval": lambda root: support_matrix("retrieval"),
     "support-matrix-linear": lambda root: support_matrix("linear"),
     "measurements-linear": lambda root: measured(root, family="linear"),
+    "crossovers": crossover.table,
+    "quality-policies": quality_report.policies_table,
     "training-char-lm": training.char_lm_table,
     "training-smollm2": training.smollm2_table,
     "training-block-sparse": training.block_sparse_table,
