@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import attnforge
 from attnforge import BlockSelection
@@ -37,6 +39,35 @@ def test_values(target: Target, shape: str, causal: bool) -> None:
     case = FlashCase(seqlen_q=70, seqlen_k=333, heads_q=4, heads_k=2, head_dim=40, v_head_dim=24,
                      causal=causal)  # fmt: skip
     check(case, random_lists(case, heads, q_block, kv_block, 0.4), target.backend)
+
+
+def test_backward_goes_by_bands(target: Target) -> None:
+    """128 heads of one KV head: the slabs of dQ take 128 queries, so these are three bands."""
+    case = FlashCase(batch=1, seqlen_q=300, seqlen_k=333, heads_q=128, heads_k=1, head_dim=32,
+                     v_head_dim=8, causal=True)  # fmt: skip
+    check(case, random_lists(case, 1, 8, 64, 0.4), target.backend)
+
+
+def test_bands_of_packed_sequences(level: Target) -> None:
+    """Short ones end in an early band; each has the bits that it has alone."""
+    ends = (0, 300, 305, 455)
+    q, k, v = (torch.randn(455, h, 32) for h in (128, 1, 1))
+    rows = [-(-(b - a) // 8) for a, b in itertools.pairwise(ends)]
+    ids = torch.randint(-1, 5, (1, sum(rows), 3), dtype=torch.int32)
+
+    def gradients(x: Any, lists: Tensor, **more: Any) -> Any:
+        x = [t.clone().requires_grad_() for t in x]
+        selection = BlockSelection(lists, 8, 64)
+        out = attnforge.block_sparse_attention(*x, selection, backend=level.backend, **more)
+        return torch.autograd.grad(out.square().sum(), x)
+
+    cu = torch.tensor(ends, dtype=torch.int32)
+    whole = gradients((q, k, v), ids, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    lists = ids.split(rows, 1)
+    for (a, b), own in zip(itertools.pairwise(ends), lists, strict=True):
+        alone = gradients([x[None, a:b] for x in (q, k, v)], own[None])
+        for got, want in zip(whole, alone, strict=True):
+            assert same_bits(got[a:b], want[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

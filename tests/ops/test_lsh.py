@@ -85,6 +85,35 @@ def test_growth_and_rollback(target: Target) -> None:
     assert torch.equal(fresh[1][..., :90], parts[1][..., :90])
 
 
+@pytest.mark.parametrize("bits", [0, 1, 6, 15])
+def test_codes_out_of_range_count_by_their_low_bits(target: Target, bits: int) -> None:
+    n, count = 200, 3
+    wild = torch.randint(-(1 << 15), 1 << 15, (1, 1, n, count), dtype=torch.int16)
+    wild[0, 0, :4, 0] = torch.tensor([-1, -(1 << 15), (1 << 15) - 1, (1 << bits) % (1 << 15)])
+    tame = (wild.int() & ((1 << bits) - 1)).short()
+    at = (torch.tensor([0]).int(), torch.tensor([n]).int())
+    built = []
+    for codes in (wild, tame):
+        starts, ids = tables(n, 256, bits, count)
+        OPS.lsh_insert(starts, ids, bits, codes, *at, target.backend)
+        built.append((starts, ids))
+    assert torch.equal(built[0][0], built[1][0])
+    assert torch.equal(built[0][1], built[1][1])
+
+    k, q = torch.randn(1, n, 1, 8), torch.randn(1, 1, 1, 8)
+    norms = k.norm(dim=-1).transpose(1, 2).contiguous()
+    for row in (0, 1, 2, 3, 77):
+        found = [
+            OPS.lsh_retrieve(*built[1], bits, codes[:, :, row].contiguous(), q, k, None, norms,
+                             *at, 1, 0.0, target.backend)
+            for codes in (wild, tame)
+        ]  # fmt: skip
+        used = int(found[1][1])
+        assert used >= 1  # the key whose code this is
+        for got, want in zip(found[0], found[1], strict=True):
+            assert torch.equal(got.flatten()[:used], want.flatten()[:used])
+
+
 @pytest.mark.parametrize("min_hits", [1, 2])
 def test_retrieval_is_the_brute_force_mask(target: Target, min_hits: int) -> None:
     k, v = torch.randn(2, 700, 2, 16), torch.randn(2, 700, 2, 16)

@@ -284,3 +284,12 @@ def test_errors(changes: dict[str, Any], text: str) -> None:
         attnforge.nsa_select(q, k, torch.zeros(2, 4, 200), top_n=2)
     with pytest.raises(ValueError, match="lse has shape"):
         attnforge.nsa_select(q, k, torch.zeros(2, 4, 20))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_tokens(target: Target, rows: int) -> None:
+    """A context without tokens gives nothing to attend to: zeros, of no rows if there are none."""
+    q, gates = torch.randn(2, rows, 4, 16), torch.rand(2, rows, 4, 3)
+    k, v = torch.randn(2, 0, 2, 16), torch.randn(2, 0, 2, 8)
+    out = attnforge.nsa_attention(q, None, None, k, v, None, None, gates, backend=target.backend)
+    assert torch.equal(out, torch.zeros(2, rows, 4, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnforge
 from attnforge import BlockSelection
+from attnforge.ops import moba
 from attnforge.testing.cases import FlashCase
 
 
@@ -230,6 +233,45 @@ def test_moba_packed_sequences_do_not_see_each_other() -> None:
         part = (x[None, a:b] for x in (inputs.q, inputs.k, inputs.v))
         one = attnforge.moba_attention(*part, block_size=8, top_k=2)
         torch.testing.assert_close(whole[a:b], one[0], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_moba_lists_of_packed_sequences(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moba, "_CHUNK_SCORES", 200)  # several chunks of queries
+    monkeypatch.setattr(moba, "_SLICE", 3)
+    q, k = torch.randn(58, 4, 16), torch.randn(58, 2, 16)
+    ends = [0, 40, 40, 41, 58]
+    cu = torch.tensor(ends, dtype=torch.int32)
+    sizes = {"block_size": 8, "top_k": 3, "causal": causal}
+    got = attnforge.moba_select(q, k, cu_seqlens=cu, **sizes).to_mask(8)
+    for a, b in itertools.pairwise(ends):
+        want = attnforge.moba_select(q[None, a:b], k[None, a:b], **sizes).to_mask(8)
+        assert torch.equal(got[:, a:b], want[0])
+
+
+def test_selectors_read_nothing_on_the_host() -> None:
+    """Fake tensors have no values: what would wait for a GPU raises."""
+    with FakeTensorMode():
+        q, cu = torch.randn(58, 4, 16), torch.zeros(3, dtype=torch.int32)
+        lists = attnforge.moba_select(q, q, block_size=8, top_k=3, cu_seqlens=cu)
+        assert lists.indices.shape == (4, 58, 3)
+        scores, used = torch.randn(2, 4, 3, 20), torch.zeros(2, dtype=torch.int32)
+        lists = attnforge.seer_select(
+            scores, block_size=8, q_block=1, top_k=4, seqlen_q=3, seqlen_k=used
+        )
+        assert lists.indices.shape == (2, 4, 3, 6)
+        by_mask = BlockSelection.from_mask(scores > 0, q_block=1, kv_block=8, slots=5)
+        assert by_mask.indices.shape == (2, 4, 3, 5)
+
+
+def test_slots_of_a_mask_keep_the_first() -> None:
+    mask = torch.tensor([[[[0, 1, 1, 1], [0, 0, 0, 1]]]]).bool()
+    lists = BlockSelection.from_mask(mask, q_block=1, kv_block=8, slots=2)
+    assert lists.indices.tolist() == [[[[1, 2], [3, -1]]]]
+    assert lists.counts is not None
+    assert lists.counts.tolist() == [[[2, 1]]]
+    with pytest.raises(ValueError, match="slots is 0; want an int >= 1"):
+        BlockSelection.from_mask(mask, q_block=1, kv_block=8, slots=0)
 
 
 def test_moba_decodes_like_it_prefills() -> None:

@@ -8,13 +8,17 @@
 // A block that nobody names has dK = dV = 0.
 //
 //   phases     1  delta of every row; the inverse of every list head
+//              and for each band of queries
 //              2  per (batch, KV head, chunk): its key blocks; dQ goes to the chunk's fp32 slab
 //              3  per row: the slabs summed in chunk order, scaled, rounded
 //   chunks     key blocks are dealt round-robin to ceil(kChunksWanted / KV heads) chunks: the same
 //              sums for any number of threads and any batch. No atomics
+//   bands      as many queries as slabs of kSlabBytes take: the slabs stay in cache. dK and dV wait
+//              between bands in fp32; their chains of FMAs are those of one band
 //   tile       96 rows x 128 keys (64 when D > 96)
 //   flops      5 products: 6 D + 4 Dv per row and listed key
-//   memory     per wave of heads: one dQ slab per chunk; the inverse lists, as large as the lists
+//   memory     per wave of heads: slabs of one band, dK and dV in fp32; the inverse lists, as large
+//              as the lists
 #include "cpu/block_sparse/lists.h"
 #include "cpu/kernels.h"
 #include "cpu/micro/pack.h"
@@ -32,6 +36,7 @@ constexpr int64_t kMaxSpan = 128;
 constexpr int64_t kLds = kMaxSpan + 16;  // of S and dP, off the power of two
 constexpr int64_t kLda = 256 + 16;       // of gathered Q and dO: D and Dv up to 256
 constexpr int64_t kChunksWanted = 8;
+constexpr int64_t kSlabBytes = 16 << 20;  // of a (batch, KV head)
 constexpr int64_t kWaveBytes = 32 << 20;
 constexpr int64_t kRowsPerTask = 64;
 
@@ -41,11 +46,17 @@ struct Plan {
   int64_t blocks;  // of the longest sequence
   int64_t span;
   int64_t chunks, slots;
+  int64_t band, bands;  // queries of a band, a multiple of q_block
   int64_t ldd, ldv;
 };
 
-AF_INLINE int64_t slab_floats(const FlashProblem& p, const Plan& plan) {
-  return plan.group * p.seqlen_q * plan.ldd;
+AF_INLINE int64_t slab_floats(const Plan& plan) {
+  return plan.group * plan.band * plan.ldd;
+}
+
+// dK and dV of a (batch, KV head) between bands.
+AF_INLINE int64_t sum_floats(const Plan& plan, const FlashProblem& p) {
+  return plan.bands > 1 ? p.seqlen_k * (plan.ldd + plan.ldv) : 0;
 }
 
 AF_INLINE Plan make_plan(const BlockSparseBwdParams& params, int64_t threads) {
@@ -58,7 +69,11 @@ AF_INLINE Plan make_plan(const BlockSparseBwdParams& params, int64_t threads) {
   plan.chunks = max64(1, min64(plan.blocks, ceil_div(kChunksWanted, p.heads_k)));
   plan.ldd = padded_columns(p.head_dim);
   plan.ldv = padded_columns(p.v_head_dim);
-  const int64_t bytes = max64(1, plan.chunks * slab_floats(p, plan) * 4);
+  const int64_t q_block = params.selection.q_block;
+  const int64_t fit = kSlabBytes / (plan.chunks * plan.group * plan.ldd * 4);
+  plan.band = max64(1, min64(fit, p.seqlen_q + q_block - 1) / q_block) * q_block;
+  plan.bands = max64(1, ceil_div(p.seqlen_q, plan.band));
+  const int64_t bytes = (plan.chunks * slab_floats(plan) + sum_floats(plan, p)) * 4;
   const int64_t enough = ceil_div(2 * threads, plan.chunks);
   plan.slots = max64(1, min64(p.batch * p.heads_k, max64(enough, kWaveBytes / bytes)));
   return plan;
@@ -116,7 +131,7 @@ AF_INLINE void row_deltas(const FlashBwdParams& f, const Sequence& seq, int64_t 
   }
 }
 
-// One (batch, KV head, span of keys) of phase 2.
+// One (batch, KV head, span of keys) and band of phase 2.
 struct Step {
   const BlockSparseBwdParams& params;
   const Plan& plan;
@@ -124,10 +139,12 @@ struct Step {
   const ScoreMap& map;
   int64_t kv_head;
   int64_t key0, keys;
-  float* slab;  // [group][seqlen_q][ldd]
+  int64_t band;
+  float* slab;  // [group][plan.band][ldd]
 
   AF_INLINE_MEMBER float* dq_row(int64_t head, int64_t i) const {
-    return slab + ((head - kv_head * plan.group) * params.flash.problem.seqlen_q + i) * plan.ldd;
+    const int64_t row = i - band * plan.band;
+    return slab + ((head - kv_head * plan.group) * plan.band + row) * plan.ldd;
   }
 };
 
@@ -145,9 +162,39 @@ AF_INLINE void pack_span(const Step& t, Scratch& w) {
   }
   w.k_finite =
       pack_column_panels(k, f.k.seq_stride, t.keys, p.head_dim, 1.0f, w.k_columns, kMaxSpan * kNR);
-  fill(w.dk, 0, (t.keys + kMR) * t.plan.ldd, 0.0f);
-  fill(w.dv, 0, (t.keys + kMR) * t.plan.ldv, 0.0f);
   w.rows_finite = true;
+}
+
+// dK and dV of the span as the bands before have left them: sums [seqlen_k][ldd], [seqlen_k][ldv].
+AF_INLINE void begin_sums(const Step& t, const Scratch& w, const float* sums) {
+  const Plan& plan = t.plan;
+  fill(w.dk, 0, (t.keys + kMR) * plan.ldd, 0.0f);
+  fill(w.dv, 0, (t.keys + kMR) * plan.ldv, 0.0f);
+  if (t.band == 0) return;
+  const float* dv = sums + t.params.flash.problem.seqlen_k * plan.ldd;
+  __builtin_memcpy(w.dk, sums + t.key0 * plan.ldd, t.keys * plan.ldd * sizeof(float));
+  __builtin_memcpy(w.dv, dv + t.key0 * plan.ldv, t.keys * plan.ldv * sizeof(float));
+}
+
+// And how they go on, or out.
+template <class T>
+AF_INLINE void end_sums(const Step& t, const Scratch& w, float* sums) {
+  const Plan& plan = t.plan;
+  const FlashBwdParams& f = t.params.flash;
+  const FlashProblem& p = f.problem;
+  if (t.band + 1 < plan.bands) {
+    float* dv = sums + p.seqlen_k * plan.ldd;
+    __builtin_memcpy(sums + t.key0 * plan.ldd, w.dk, t.keys * plan.ldd * sizeof(float));
+    __builtin_memcpy(dv + t.key0 * plan.ldv, w.dv, t.keys * plan.ldv * sizeof(float));
+    return;
+  }
+  for (int64_t c = 0; c < t.keys; ++c) {
+    const int64_t row = t.seq.k_row + t.key0 + c;
+    store_output<T>(w.dk + c * plan.ldd, 1.0f, p.head_dim,
+                    row_ptr<T>(f.dk, t.seq.batch, row, t.kv_head), nullptr);
+    store_output<T>(w.dv + c * plan.ldv, 1.0f, p.v_head_dim,
+                    row_ptr<T>(f.dv, t.seq.batch, row, t.kv_head), nullptr);
+  }
 }
 
 template <class T>
@@ -248,32 +295,78 @@ AF_INLINE void run_rows(const Step& t, Scratch& w, int64_t count) {
   }
 }
 
-// Phase 2: one block of keys, span by span.
+// List rows [row0, row1) of a block: a part of what names it, as rows ascend.
+struct Items {
+  const int32_t *begin, *end;
+};
+
+AF_INLINE const int32_t* first_from(const int32_t* begin, const int32_t* end, int64_t row) {
+  while (begin < end) {
+    const int32_t* middle = begin + (end - begin) / 2;
+    if (*middle < row) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+AF_INLINE Items items_of(const Inverse& inverse, int64_t id, int64_t row0, int64_t row1) {
+  const int32_t* end = inverse.items + inverse.start[id + 1];
+  const int32_t* begin = first_from(inverse.items + inverse.start[id], end, row0);
+  return {begin, first_from(begin, end, row1)};
+}
+
+// Where a task of phase 2 works.
+struct Work {
+  const BlockSparseBwdParams& params;
+  const Plan& plan;
+  const Sequence& seq;
+  int64_t kv_head, band;
+  const Inverse* inverses;  // of the sequence
+  float *slab, *sums;
+};
+
+// Phase 2: one block of keys and one band, span by span.
 template <class T>
-AF_INLINE void run_block(const BlockSparseBwdParams& params, const Plan& plan, const Sequence& seq,
-                         int64_t kv_head, int64_t id, const Inverse* inverses, float* slab,
-                         Scratch& w) {
-  const FlashBwdParams& f = params.flash;
-  const FlashProblem& p = f.problem;
+AF_INLINE void run_block(const Work& work, int64_t id, Scratch& w) {
+  const BlockSparseBwdParams& params = work.params;
+  const Plan& plan = work.plan;
+  const Sequence& seq = work.seq;
+  const FlashProblem& p = params.flash.problem;
   const SelectionRef& s = params.selection;
   const ScoreMap map = score_map(p);
   const int64_t end = min64((id + 1) * s.kv_block, seq.k_len);
   const int64_t units = plan.units.count / p.heads_k;  // of this KV head
+  const int64_t row0 = work.band * plan.band / s.q_block, row1 = row0 + plan.band / s.q_block;
+  auto items = [&](int64_t unit) __attribute__((always_inline)) {
+    const int64_t list = plan.units.list_head(s, work.kv_head * units + unit);
+    return items_of(work.inverses[list], id, row0, row1);
+  };
+  bool named = work.band == 0 || work.band + 1 == plan.bands;  // sums begin, or go out
+  for (int64_t unit = 0; unit < units && !named; ++unit) {
+    const Items own = items(unit);
+    named = own.begin < own.end;
+  }
+  if (!named) return;
   for (int64_t key0 = id * s.kv_block; key0 < end; key0 += plan.span) {
-    const Step t = {params, plan, seq, map, kv_head, key0, min64(plan.span, end - key0), slab};
+    const Step t = {params,    plan,     seq, map, work.kv_head, key0, min64(plan.span, end - key0),
+                    work.band, work.slab};
     pack_span<T>(t, w);
+    begin_sums(t, w, work.sums);
     int64_t count = 0;
     auto flush = [&]() {
       if (count > 0) run_rows(t, w, count);
       count = 0;
     };
-    for (int64_t unit = kv_head * units; unit < (kv_head + 1) * units; ++unit) {
-      const Inverse& inverse = inverses[plan.units.list_head(s, unit)];
-      for (int32_t item = inverse.start[id]; item < inverse.start[id + 1]; ++item) {
-        const int64_t i0 = inverse.items[item] * s.q_block;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const Items own = items(unit);
+      for (const int32_t* item = own.begin; item < own.end; ++item) {
+        const int64_t i0 = *item * s.q_block;
         for (int64_t i = i0; i < min64(i0 + s.q_block, seq.q_len); ++i) {
           for (int64_t h = 0; h < plan.units.heads; ++h) {
-            const int64_t head = unit * plan.units.heads + h;
+            const int64_t head = (work.kv_head * units + unit) * plan.units.heads + h;
             const Interval keys = visible_keys(p, seq, head, i);
             if (keys.lo >= key0 + t.keys || keys.hi <= key0) continue;
             gather_row<T>(t, w, count, head, i);
@@ -283,13 +376,7 @@ AF_INLINE void run_block(const BlockSparseBwdParams& params, const Plan& plan, c
       }
     }
     flush();
-    for (int64_t c = 0; c < t.keys; ++c) {
-      const int64_t row = seq.k_row + key0 + c;
-      store_output<T>(w.dk + c * plan.ldd, 1.0f, p.head_dim,
-                      row_ptr<T>(f.dk, seq.batch, row, kv_head), nullptr);
-      store_output<T>(w.dv + c * plan.ldv, 1.0f, p.v_head_dim,
-                      row_ptr<T>(f.dv, seq.batch, row, kv_head), nullptr);
-    }
+    end_sums<T>(t, w, work.sums);
   }
 }
 
@@ -307,15 +394,15 @@ AF_INLINE void zero_keys(const FlashBwdParams& f, const Plan& plan, const Sequen
   }
 }
 
-// Phase 3: dQ of row i of all heads of a KV head.
+// Phase 3: dQ of row i of all heads of a KV head; slabs of its band.
 template <class T>
 AF_INLINE void finish_row(const FlashBwdParams& f, const Plan& plan, const Sequence& seq,
                           int64_t kv_head, int64_t i, float* slabs) {
   const FlashProblem& p = f.problem;
   for (int64_t h = 0; h < plan.group; ++h) {
-    float* sum = slabs + (h * p.seqlen_q + i) * plan.ldd;
+    float* sum = slabs + (h * plan.band + i % plan.band) * plan.ldd;
     for (int64_t chunk = 1; chunk < plan.chunks; ++chunk) {
-      const float* part = sum + chunk * slab_floats(p, plan);
+      const float* part = sum + chunk * slab_floats(plan);
       for (int64_t d = 0; d < plan.ldd; d += kLanes) store(sum + d, load(sum + d) + load(part + d));
     }
     store_output<T>(sum, p.softmax_scale, p.head_dim,
@@ -337,6 +424,7 @@ AF_INLINE void run(const BlockSparseBwdParams& params, const Workers& workers) {
   Inverse* inverses = arena.take<Inverse>(p.batch * s.heads);
   for (int64_t n = 0; n < p.batch * s.heads; ++n) inverses[n] = take_lists(arena, params, plan);
   float* slabs = reinterpret_cast<float*>(arena.base + arena.used);
+  float* sums = slabs + plan.slots * plan.chunks * slab_floats(plan);
 
   parallel_tasks(workers, p.batch * s.heads, [&](int64_t task, int64_t) {
     const Sequence seq = sequence(p, task / s.heads);
@@ -349,28 +437,39 @@ AF_INLINE void run(const BlockSparseBwdParams& params, const Workers& workers) {
     const Sequence seq = sequence(p, pair / p.heads_q);
     row_deltas<T>(f, seq, pair % p.heads_q, i0, min64(seq.q_len, i0 + kRowsPerTask));
   });
-  const int64_t pairs = p.batch * p.heads_k, slab = slab_floats(p, plan);
+  const int64_t pairs = p.batch * p.heads_k, slab = slab_floats(plan);
+  const int64_t rows = min64(kRowsPerTask, plan.band), parts = ceil_div(plan.band, rows);
   for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
     const int64_t slots = min64(plan.slots, pairs - pair0);
-    parallel_tasks(workers, slots * plan.chunks, [&](int64_t task, int64_t worker) {
-      const int64_t slot = task / plan.chunks, chunk = task % plan.chunks, pair = pair0 + slot;
-      const int64_t batch = pair / p.heads_k, kv_head = pair % p.heads_k;
-      const Sequence seq = sequence(p, batch);
-      Arena a{scratch + worker * scratch_bytes};
-      Scratch w = take_scratch(a, p, plan);
-      float* own = slabs + task * slab;
-      fill(own, 0, slab, 0.0f);
-      if (chunk == 0) zero_keys<T>(f, plan, seq, kv_head, w);
-      for (int64_t id = chunk; id * s.kv_block < seq.k_len; id += plan.chunks) {
-        run_block<T>(params, plan, seq, kv_head, id, inverses + batch * s.heads, own, w);
-      }
-    });
-    parallel_tasks(workers, slots * pieces, [&](int64_t task, int64_t) {
-      const int64_t slot = task / pieces, i0 = task % pieces * kRowsPerTask, pair = pair0 + slot;
-      const Sequence seq = sequence(p, pair / p.heads_k);
-      for (int64_t i = i0; i < min64(seq.q_len, i0 + kRowsPerTask); ++i)
-        finish_row<T>(f, plan, seq, pair % p.heads_k, i, slabs + slot * plan.chunks * slab);
-    });
+    for (int64_t band = 0; band < plan.bands; ++band) {
+      parallel_tasks(workers, slots * plan.chunks, [&](int64_t task, int64_t worker) {
+        const int64_t slot = task / plan.chunks, chunk = task % plan.chunks, pair = pair0 + slot;
+        const int64_t batch = pair / p.heads_k, kv_head = pair % p.heads_k;
+        const Sequence seq = sequence(p, batch);
+        Arena a{scratch + worker * scratch_bytes};
+        Scratch w = take_scratch(a, p, plan);
+        const Work work = {params,
+                           plan,
+                           seq,
+                           kv_head,
+                           band,
+                           inverses + batch * s.heads,
+                           slabs + task * slab,
+                           sums + slot * sum_floats(plan, p)};
+        fill(work.slab, 0, slab, 0.0f);
+        if (chunk == 0 && band == 0) zero_keys<T>(f, plan, seq, kv_head, w);
+        for (int64_t id = chunk; id * s.kv_block < seq.k_len; id += plan.chunks)
+          run_block<T>(work, id, w);
+      });
+      parallel_tasks(workers, slots * parts, [&](int64_t task, int64_t) {
+        const int64_t slot = task / parts, pair = pair0 + slot;
+        const int64_t i0 = band * plan.band + task % parts * rows;
+        const Sequence seq = sequence(p, pair / p.heads_k);
+        const int64_t end = min64(seq.q_len, (band + 1) * plan.band);
+        for (int64_t i = i0; i < min64(end, i0 + rows); ++i)
+          finish_row<T>(f, plan, seq, pair % p.heads_k, i, slabs + slot * plan.chunks * slab);
+      });
+    }
   }
 }
 
@@ -384,7 +483,7 @@ int64_t block_sparse_bwd_workspace(const BlockSparseBwdParams& params, int64_t n
   lists.take<Inverse>(p.batch * params.selection.heads);
   for (int64_t n = 0; n < p.batch * params.selection.heads; ++n) take_lists(lists, params, plan);
   return scratch.used * num_threads + lists.used +
-         plan.slots * plan.chunks * slab_floats(p, plan) * 4;
+         plan.slots * (plan.chunks * slab_floats(plan) + sum_floats(plan, p)) * 4;
 }
 
 void block_sparse_bwd(const BlockSparseBwdParams& params, const Workers& workers) {

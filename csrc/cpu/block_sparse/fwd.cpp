@@ -332,8 +332,15 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
   const FlashProblem& p = f.problem;
   const ScoreMap map = score_map(p);
   const SelectionRef& s = t.params.selection;
+  auto q_row = [&](int64_t r) __attribute__((always_inline)) {
+    return row_ptr<const T>(f.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+  };
+  auto out_row = [&](int64_t r) __attribute__((always_inline)) {
+    return row_ptr<T>(f.out, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+  };
   for (int64_t r = 0; r < t.rows(); ++r) {
-    const T* q = row_ptr<const T>(f.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+    if (r + kRowsAhead < t.rows()) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
+    const T* q = q_row(r);
     for (int64_t d = 0; d < p.head_dim; d += kLanes) {
       store_partial(tile.q + r * p.head_dim + d,
                     load_partial(q + d, p.head_dim - d) * splat(map.q_scale), p.head_dim - d);
@@ -352,12 +359,12 @@ AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& h
     run_blocks(t, tile, map, head, lists.blocks);
   }
   for (int64_t r = 0; r < t.rows(); ++r) {
+    if (r + kRowsAhead < t.rows()) prefetch_row(out_row(r + kRowsAhead), p.v_head_dim);
     const int64_t h = t.head(r), row = t.seq.q_row + t.query(r);
     const RowEnd end = finish_softmax(tile.m[r], tile.l[r], p.sinks ? p.sinks[h] : -kInf);
     *stat_ptr(f.lse, t.seq, h, t.query(r)) = end.lse;
     T* lo = f.out_lo.data ? row_ptr<T>(f.out_lo, t.seq.batch, row, h) : nullptr;
-    store_output(tile.o + r * t.plan.ldo, end.scale, p.v_head_dim,
-                 row_ptr<T>(f.out, t.seq.batch, row, h), lo);
+    store_output(tile.o + r * t.plan.ldo, end.scale, p.v_head_dim, out_row(r), lo);
   }
 }
 

@@ -9,7 +9,6 @@ top_k = 1 is attention inside the own block; some public code turns it into full
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -17,12 +16,14 @@ from torch import Tensor
 
 from attnforge.ops._checks import _shape, fail
 from attnforge.ops.block_sparse import block_sparse_attention
+from attnforge.ops.pooling import packed_blocks
 from attnforge.ops.selection import BlockSelection, top_blocks
 
 __all__ = ["moba_attention", "moba_select"]
 
 # Scores held at once: 2^22 fp32 elements, 16 MiB.
 _CHUNK_SCORES = 1 << 22
+_SLICE = 64  # keys of each block of packed sequences that are summed at once
 
 
 def _block_means(k: Tensor, block_size: int) -> Tensor:
@@ -38,33 +39,82 @@ def _block_means(k: Tensor, block_size: int) -> Tensor:
     return means
 
 
-def _select(
-    q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool, means: Tensor | None = None
+def _packed_means(k: Tensor, starts: Tensor, sizes: Tensor, block_size: int) -> Tensor:
+    """[T, H, D] -> fp32 [blocks, H, D] of blocks of sizes [blocks] <= block_size; 0 for a size of
+    0. A slice of each block at a time: the same sums on every device, and no second copy of k."""
+    total = k.new_zeros((starts.shape[0], *k.shape[1:]), dtype=torch.float32)
+    for lo in range(0, block_size, _SLICE):
+        at = torch.arange(lo, min(lo + _SLICE, block_size), device=k.device)
+        rows = k[(starts[:, None] + at).clamp_max(k.shape[0] - 1)].float()
+        total += torch.where((at < sizes[:, None])[..., None, None], rows, 0.0).sum(1)
+    return total / sizes.clamp_min(1)[:, None, None]
+
+
+def _best(
+    q: Tensor, means: Tensor, first: int | Tensor, last: int | Tensor, slots: int, causal: bool
 ) -> Tensor:
-    """One sequence: q [Sq, Hq, D], k [Sk, Hk, D] -> int32 ids [Hq, Sq, slots]."""
+    """int32 ids [Hq, rows, slots], counted from ``first``, of the best blocks in first .. last.
+
+    q [rows, Hq, D], means fp32 [blocks, Hk, D]; first and last: blocks, of all rows or int64
+    [rows, 1]. causal: the last one is the row's own.
+    """
     rows, heads, dim = q.shape
-    keys, heads_kv = k.shape[0], k.shape[1]
-    blocks = max(1, -(-keys // block_size))
-    slots = min(top_k, blocks)
-    ids = q.new_full((heads, rows, slots), -1, dtype=torch.int32)
-    if keys == 0 or rows == 0:
-        return ids
-    means = _block_means(k, block_size) if means is None else means.float()
+    blocks, heads_kv = means.shape[:2]
     means = means.permute(1, 2, 0)  # [Hk, D, blocks]
-    at = torch.arange(rows, device=q.device) + (keys - rows)  # key positions of the queries
-    own = at.div(block_size, rounding_mode="floor")
+    ids = q.new_empty((heads, rows, slots), dtype=torch.int32)
     column = torch.arange(blocks, device=q.device)
     step = max(1, _CHUNK_SCORES // (heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
+        low, high = (x[part] if isinstance(x, Tensor) else x for x in (first, last))
         x = q[part].float().reshape(-1, heads_kv, heads // heads_kv, dim).permute(1, 2, 0, 3)
         scores = (x.flatten(1, 2) @ means).view(heads, -1, blocks)
+        scores = scores.masked_fill((column < low) | (column > high), -torch.inf)
         if causal:
-            here = own[part, None]
-            scores = scores.masked_fill(column > here, -torch.inf)
-            scores = scores.masked_fill(column == here, torch.inf)
-        ids[:, part] = top_blocks(scores, slots)
+            scores = scores.masked_fill(column == high, torch.inf)
+        found = top_blocks(scores, slots)
+        ids[:, part] = torch.where(found < 0, found, found - low).int()
     return ids
+
+
+def _select(
+    q: Tensor, k: Tensor, block_size: int, top_k: int, causal: bool, means: Tensor | None = None
+) -> Tensor:
+    """One sequence: q [Sq, Hq, D], k [Sk, Hk, D] -> int32 ids [Hq, Sq, slots]."""
+    rows, heads, _ = q.shape
+    keys = k.shape[0]
+    blocks = max(1, -(-keys // block_size))
+    slots = min(top_k, blocks)
+    if keys == 0 or rows == 0:
+        return q.new_full((heads, rows, slots), -1, dtype=torch.int32)
+    means = _block_means(k, block_size) if means is None else means.float()
+    at = torch.arange(rows, device=q.device) + (keys - rows)  # key positions of the queries
+    own = at.div(block_size, rounding_mode="floor").unsqueeze(1)
+    return _best(q, means, 0, own if causal else blocks - 1, slots, causal)
+
+
+def _select_packed(
+    q: Tensor, k: Tensor, cu: Tensor, block_size: int, top_k: int, causal: bool
+) -> Tensor:
+    """Packed sequences: int32 ids [Hq, T, slots] with bounds of sizes alone: boundaries are not
+    read on the host, so a row is scored against the blocks of all sequences and hides the others.
+    """
+    tokens, heads, _ = q.shape
+    slots = min(top_k, max(1, -(-tokens // block_size)))
+    if tokens == 0 or cu.shape[0] < 2:
+        return q.new_full((heads, tokens, slots), -1, dtype=torch.int32)
+    room = tokens // block_size + cu.shape[0] - 1  # each sequence has one shorter block at most
+    starts, sizes, bounds = packed_blocks(cu, tokens, block_size, block_size, True, room)
+    row = torch.arange(tokens, device=q.device)
+    ends = cu[1:].long().contiguous()
+    sequence = torch.searchsorted(ends, row, right=True).clamp_max(ends.shape[0] - 1)
+    first = bounds[sequence].long()
+    if causal:
+        last = first + (row - cu[sequence]).div(block_size, rounding_mode="floor")
+    else:
+        last = bounds[sequence + 1].long() - 1
+    means = _packed_means(k, starts, sizes, block_size)
+    return _best(q, means, first.unsqueeze(1), last.unsqueeze(1), slots, causal)
 
 
 def moba_select(
@@ -83,9 +133,11 @@ def moba_select(
     means: [B, blocks, Hk, D] of the blocks of k, if the caller keeps them (a decode): k itself is
     not read then; batched calls only.
     Ties go to the later block. Without causal no block is forced. No gradient flows through the
-    choice. Work: 2 D per (query, block); scores are held a chunk at a time.
+    choice. Work: 2 D per (query, block), packed with the blocks of all sequences; scores are held a
+    chunk at a time. Nothing is read on the host.
 
-    Returns a BlockSelection with q_block 1 and lists [B, Hq, Sq, min(top_k, blocks)].
+    Returns a BlockSelection with q_block 1 and lists [B, Hq, Sq, min(top_k, blocks)], packed
+    [Hq, T, min(top_k, blocks of T tokens)].
     """
     op = "moba_select"
     for name, value in (("block_size", block_size), ("top_k", top_k)):
@@ -121,14 +173,7 @@ def moba_select(
     else:
         if means is not None:
             fail(op, "means is for batched calls; got cu_seqlens as well")
-        cu = cu_seqlens.tolist()
-        parts = [
-            _select(q[a:b], k[a:b], block_size, top_k, causal) for a, b in itertools.pairwise(cu)
-        ]
-        slots = max([x.shape[-1] for x in parts], default=1)
-        indices = torch.cat(
-            [torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=-1) for x in parts], 1
-        )
+        indices = _select_packed(q, k, cu_seqlens, block_size, top_k, causal)
     return BlockSelection(indices, 1, block_size)
 
 

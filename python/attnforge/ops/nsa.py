@@ -157,8 +157,9 @@ _FEW_ROWS = 8
 
 
 def _decodes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether the selected branch reads single blocks: few rows and no gradient."""
-    return cu_seqlens is None and q.shape[1] <= _FEW_ROWS and not needs_grad(q, k, v, None)
+    """Whether the selected branch reads single blocks: few rows of a cache and no gradient."""
+    few = cu_seqlens is None and q.shape[1] <= _FEW_ROWS and k.shape[1] > 0
+    return few and not needs_grad(q, k, v, None)
 
 
 def _nsa_requests(

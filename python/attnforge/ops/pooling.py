@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnforge.ops._checks import _name, _shape, fail, tensor
 
-__all__ = ["pool_blocks", "pooled_lengths"]
+__all__ = ["packed_blocks", "pool_blocks", "pooled_lengths"]
 
 _OP = "pool_blocks"
 _MODES = ("mean", "max", "min")
@@ -127,7 +127,7 @@ def _runs(x: Tensor, mode: str, most: int) -> tuple[Tensor, ...]:
     return tuple(runs)
 
 
-def _packed_blocks(
+def packed_blocks(
     ends: Tensor, tokens: int, block: int, stride: int, partial: bool, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(first token and tokens of each of ``total`` blocks, boundaries of blocks), read nowhere."""
@@ -191,7 +191,7 @@ def pool_blocks(
     if total_blocks is not None:
         if isinstance(total_blocks, bool) or not isinstance(total_blocks, int) or total_blocks < 0:
             fail(_OP, f"total_blocks is {total_blocks!r}; want an int >= 0")
-        starts, sizes, cu = _packed_blocks(
+        starts, sizes, cu = packed_blocks(
             cu_seqlens, x.shape[0], block, stride, partial, total_blocks
         )
         if x.shape[0] == 0:

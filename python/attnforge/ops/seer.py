@@ -44,25 +44,25 @@ def visible_blocks(
     return (first <= last.unsqueeze(-1)).unsqueeze(1)
 
 
-def _keep(
-    scores: Tensor,
-    visible: Tensor,
-    threshold: float | None,
-    top_k: int | None,
-    nz_ratio: float | None,
-) -> Tensor:
-    """bool like scores: blocks that the gate keeps."""
-    masked = scores.float().masked_fill(~visible, -torch.inf)
-    if threshold is not None:
-        return (masked.softmax(-1) > threshold) & visible
+def _budget(top_k: int | None, nz_ratio: float | None, blocks: int) -> int | None:
+    """Blocks that a gate may keep of each row; None: as many as are above a threshold."""
     if nz_ratio is not None:
         if not 0 < nz_ratio <= 1:
             fail(_SELECT, f"nz_ratio is {nz_ratio!r}; want 0 < nz_ratio <= 1")
-        top_k = max(1, int((1 - (1 - nz_ratio) ** 0.5) * scores.shape[-1]))
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        return max(1, int((1 - (1 - nz_ratio) ** 0.5) * blocks))
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         fail(_SELECT, f"top_k is {top_k!r}; want an int >= 1")
+    return top_k
+
+
+def _keep(scores: Tensor, visible: Tensor, threshold: float | None, budget: int | None) -> Tensor:
+    """bool like scores: blocks that the gate keeps, by exactly one of threshold and budget."""
+    masked = scores.float().masked_fill(~visible, -torch.inf)
+    if budget is None:
+        assert threshold is not None
+        return (masked.softmax(-1) > threshold) & visible
     masked = torch.where(masked.isnan(), -torch.inf, masked)
-    ids = top_blocks(masked, min(top_k, scores.shape[-1])).long()
+    ids = top_blocks(masked, min(budget, scores.shape[-1])).long()
     blocks = scores.shape[-1]
     mask = torch.zeros(*scores.shape[:-1], blocks + 1, dtype=torch.bool, device=scores.device)
     return mask.scatter_(-1, torch.where(ids >= 0, ids, blocks), True)[..., :blocks]
@@ -99,7 +99,8 @@ def seer_select(
         N block_size); queries are the last of the keys.
 
     Returns a BlockSelection with lists [B, H, R, slots], ascending. A row that keeps nothing gives
-    0 and an LSE of -inf. Reads the fullest row's size: on a GPU it waits for the device.
+    0 and an LSE of -inf. Where top_k bounds all rows (no dense ones) nothing is read on the host;
+    else the size of the fullest row is, and a GPU is waited for.
     """
     tensor(_SELECT, "gate_scores", gate_scores)
     if gate_scores.dim() != 4:
@@ -120,12 +121,18 @@ def seer_select(
     keys: int | Tensor = blocks * block_size if seqlen_k is None else seqlen_k
     at = keys - seqlen_q
     visible = visible_blocks(rows, blocks, q_block, block_size, at, scores.device)
-    keep = _keep(scores, visible, threshold, top_k, nz_ratio)
+    most = _budget(top_k, nz_ratio, blocks)
+    keep = _keep(scores, visible, threshold, most)
     column = torch.arange(blocks, device=scores.device)
     own = visible.sum(-1, keepdim=True) - 1
     keep |= (column < init) | ((column > own - local) & (column <= own))
     keep[..., max(0, rows - dense) :, :] |= dense > 0
-    return BlockSelection.from_mask(keep & visible, q_block=q_block, kv_block=block_size)
+    slots = None
+    if most is not None and dense == 0:
+        slots = max(1, min(blocks, most + init + local))
+    return BlockSelection.from_mask(
+        keep & visible, q_block=q_block, kv_block=block_size, slots=slots
+    )
 
 
 def seer_attention(

@@ -27,12 +27,18 @@ def _block(name: str, value: Any, most: int) -> int:
     return value
 
 
-def _pack(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [.., N] -> the ids of the true ones, ascending and first, -1 behind; their counts."""
+def _pack(mask: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
+    """bool [.., N] -> the ids of the true ones, ascending and first, -1 behind; their counts.
+
+    slots: room for them (the first so many are kept); None: read from the fullest row.
+    """
     counts = mask.sum(-1, dtype=torch.int32)
     ids = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
     ids = torch.where(mask, ids, mask.shape[-1]).sort(-1).values
-    slots = max(1, int(counts.max())) if counts.numel() else 1
+    if slots is None:
+        slots = max(1, int(counts.max())) if counts.numel() else 1
+    else:
+        counts = counts.clamp_max(slots)
     ids = ids[..., :slots]
     return torch.where(ids < mask.shape[-1], ids, -1).contiguous(), counts
 
@@ -97,15 +103,22 @@ class BlockSelection:
         return cls(indices, q_block, kv_block, counts)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, q_block: int, kv_block: int) -> BlockSelection:
+    def from_mask(
+        cls, mask: Tensor, *, q_block: int, kv_block: int, slots: int | None = None
+    ) -> BlockSelection:
         """Of a bool mask [B | 1, H, R, blocks] or [H, R, blocks]: true where a block is seen.
 
-        Reads how many blocks the fullest row has, so on a GPU it waits for the device.
+        slots: entries of a list; of a row with more the first so many are kept. Without it the
+        fullest row is read, for which a GPU is waited for.
         """
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             got = _name(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
             fail(_CLASS, f"mask is {got}; want a bool tensor; compare scores first", TypeError)
-        indices, counts = _pack(mask)
+        if slots is not None and (
+            isinstance(slots, bool) or not isinstance(slots, int) or slots < 1
+        ):
+            fail(_CLASS, f"slots is {slots!r}; want an int >= 1")
+        indices, counts = _pack(mask, slots)
         return cls(indices, q_block, kv_block, counts)
 
     @classmethod

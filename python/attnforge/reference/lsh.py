@@ -2,7 +2,8 @@
 
 Tables hold, for each sequence, KV head, segment of keys and table, the local ids of every bucket:
 ``ids[starts[code] : starts[code + 1]]``, ascending. Local ids are unsigned 16-bit numbers in an
-int16 tensor.
+int16 tensor. Of a code the low ``bits`` bits count: codes are data, and no value of them leads
+outside a table.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def insert(
     for b in range(ids.shape[0]):
         start = int(first[b])
         end = min(start + min(int(count[b]), codes.shape[2]), segments * size)
-        _insert_sequence(starts[b], ids[b], codes[b], start, end)
+        own = codes[b].long() & ((1 << bits) - 1)
+        _insert_sequence(starts[b], ids[b], own, start, end)
 
 
 def _insert_sequence(starts: Tensor, ids: Tensor, codes: Tensor, first: int, end: int) -> None:
@@ -86,7 +88,7 @@ def _insert_sequence(starts: Tensor, ids: Tensor, codes: Tensor, first: int, end
         for h in range(heads):
             for t in range(tables):
                 code = _codes_of(starts[h, s, t], ids[h, s, t])
-                code[lo - s * size : hi - s * size] = codes[h, lo - first : hi - first, t].long()
+                code[lo - s * size : hi - s * size] = codes[h, lo - first : hi - first, t]
                 _store(starts[h, s, t], ids[h, s, t], code)
 
 
@@ -130,7 +132,8 @@ def retrieve(
             hits = torch.zeros(segments * size, dtype=torch.int64, device=q.device)
             for s in range(segments):
                 for t in range(tables):
-                    own, code = starts[b, h // group, s, t], int(codes[b, h, t])
+                    own = starts[b, h // group, s, t]
+                    code = int(codes[b, h, t]) & ((1 << bits) - 1)
                     bucket = table_ids[b, h // group, s, t, int(own[code]) : int(own[code + 1])]
                     hits[s * size + (bucket.long() & 0xFFFF)] += 1
             hits[int(end[b]) :] = 0
