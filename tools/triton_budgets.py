@@ -337,6 +337,47 @@ def block_sparse(head_dim: int, q_block: int, kv_block: int) -> None:
     launchers.bwd(out, lse, FlashTape(q, k, v, out, lse, low), p, lists, grads)
 
 
+def indexed(head_dim: int, rows: int, per_query_head: bool) -> None:
+    """Attention to listed keys with biases: by pages in splits, and forward and backward."""
+    from attnforge._params import FlashTape, IndexedGrads, IndexedParams
+    from attnforge.backends.triton import retrieval as launchers
+
+    q, k = (torch.zeros(2, n, h, head_dim, dtype=torch.bfloat16) for n, h in ((rows, 8), (96, 2)))
+    ids = torch.zeros(2, 8 if per_query_head else 2, 1000, dtype=torch.int32)
+    used, bias = torch.zeros(2, dtype=torch.int32), ids.float()
+    p = IndexedParams(ids, ids[..., 0], bias, None, used, 0.1)
+    lse, low = torch.zeros(2, 8, rows), q.clone()
+    pages = p._replace(block_table=torch.zeros(2, 6, dtype=torch.int32))
+    launchers.indexed_fwd(q, *[k.view(12, 16, 2, head_dim)] * 2, pages, q, lse, q.new_empty(0))
+    launchers.indexed_fwd(q, k, k, p, q, lse, low)
+    tape, grads = FlashTape(q, k, k, q, lse, low), IndexedGrads(q, k, k.clone(), bias)
+    launchers.indexed_bwd(q, None, tape, p, grads)
+
+
+def choices(head_dim: int) -> None:
+    """Every kernel that scores or chooses keys, and those of LSH."""
+    from attnforge._params import SelectParams
+    from attnforge.backends.triton import retrieval as launchers
+
+    q, k = (torch.zeros(2, n, h, head_dim, dtype=torch.bfloat16) for n, h in ((1, 8), (96, 2)))
+    used, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8, 1, 96)
+    counts = torch.zeros(2, 2, 96, dtype=torch.int32)
+    launchers.key_scores(q, k, None, None, counts, 0.1, out)
+    launchers.page_scores(q, k, k, None, used, 0.1, out)
+    ids, lens = torch.zeros(16, 10, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
+    for kind in ("topk", "threshold", "topp"):
+        p = SelectParams(kind, 10, out[0, 0, 0, :1], 0.9, 1, 2)
+        launchers.select_columns(torch.zeros(16, 9000), None, p, ids, lens)
+    planes, codes = torch.zeros(head_dim, 90), torch.zeros(2, 2, 96, 10, dtype=torch.int16)
+    mean, norms = torch.zeros(2, 2, head_dim), torch.zeros(2, 2, 96)
+    launchers.lsh_encode(k, mean, planes, 9, codes)
+    starts = torch.zeros(2, 2, 1, 10, 513, dtype=torch.int32)
+    tables = torch.zeros(2, 2, 1, 10, 128, dtype=torch.int16)
+    found = torch.zeros(2, 8, 96, dtype=torch.int32)
+    launchers.lsh_retrieve(starts, tables, 9, codes[:, :, 0], q, k, mean, norms, used, used, 2, 0.0,
+                           found, found[..., 0], found.float())  # fmt: skip
+
+
 def linear(dtype: torch.dtype, head_dim: int, kind: str) -> None:
     """Every kernel of linear attention with gates of a kind, forward, backward and step."""
     from attnforge._params import LinearGrads, LinearOutputs, LinearParams, LinearTape

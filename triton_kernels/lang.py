@@ -389,8 +389,15 @@ def walk(
 
 @triton.jit
 def result(top, total, acc, scores, place):
-    """(O, natural LSE) of finished sums; a row that saw nothing has 0 and -inf."""
-    out = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
+    """``finished``, times the descale of the KV head's values if they have one."""
+    out, lse = finished(top, total, acc)
     if scores.mods.v_descale is not None:
         out = out * descale(scores.mods.v_descale, scores.mods, place)
+    return out, lse
+
+
+@triton.jit
+def finished(top, total, acc):
+    """(O, natural LSE) of finished sums; a row that saw nothing has 0 and -inf."""
+    out = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
     return out, (top + tl.log2(total)) * LN2

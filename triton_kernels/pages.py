@@ -56,13 +56,31 @@ def locate(table, b, start, n_keys, BLOCK: tl.constexpr):
     """
     keys = start + tl.arange(0, BLOCK)
     real = keys < n_keys
-    entries = table.ptr + tl.cast(b, tl.int64) * table.batch
     if table.size % BLOCK == 0:
+        entries = table.ptr + tl.cast(b, tl.int64) * table.batch
         page = tl.load(entries + start // table.size) + tl.zeros([BLOCK], tl.int32)
-        slot = start % table.size + tl.arange(0, BLOCK)
+        found = existing(table, page, start % table.size + tl.arange(0, BLOCK), real)
     else:
+        found = find(table, b, keys, real)
+    return found
+
+
+@triton.jit
+def find(table, b, keys, real):
+    """``locate`` of keys that may lie anywhere. table: None where each sequence is one page."""
+    if table is None:
+        page = tl.zeros(keys.shape, tl.int64) + b
+        found = (page, keys.to(tl.int64), real)
+    else:
+        entries = table.ptr + tl.cast(b, tl.int64) * table.batch
         page = tl.load(entries + keys // table.size, mask=real, other=-1)
-        slot = keys % table.size
+        found = existing(table, page, keys % table.size, real)
+    return found
+
+
+@triton.jit
+def existing(table, page, slot, real):
+    """(pages, slots, which are real) where pages may be numbers that no page has."""
     real = real & (page >= 0) & (page < table.pages)
     return tl.where(real, page, 0).to(tl.int64), slot.to(tl.int64), real
 

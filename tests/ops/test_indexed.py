@@ -18,10 +18,9 @@ from attnforge.testing.retrieval import IndexedCase
 
 def check(case: IndexedCase, target: Target) -> None:
     inputs = case.make()
-    if case.page_size:
-        compare(inputs.forward(target.backend), inputs.truth(gradients=False), str(case)).check()
-    else:
-        compare(inputs.run(target.backend), inputs.truth(), str(case)).check()
+    truth = inputs.truth(gradients=case.page_size == 0, rounded=target.rounded)
+    run = inputs.forward if case.page_size else inputs.run
+    compare(run(target.backend), truth, str(case)).check()
 
 
 @pytest.mark.parametrize("lists", ["one", "kv", "query"])

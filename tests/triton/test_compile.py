@@ -166,6 +166,40 @@ def test_block_sparse(arch: int, sizes: tuple[int, int]) -> None:
         assert name.endswith("delta") or "mma" in kernel.asm["ptx"], name
 
 
+INDEXED = ["indexed_fwd", "merge", "indexed_fwd", "delta", "dq", "entries", "keys"]
+
+
+@pytest.mark.parametrize(("head_dim", "per_query_head"), [(64, False), (128, True)])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_indexed(arch: int, head_dim: int, per_query_head: bool) -> None:
+    """Listed keys in pages and in one piece, with biases; tensor cores multiply."""
+    with budgets.compiling(arch) as found:
+        budgets.indexed(head_dim, 12, per_query_head)
+    assert [name.rpartition(".")[2] for name, _ in found] == INDEXED
+    for name, kernel in found:
+        used = budgets.resources(kernel)
+        assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
+        assert used["hot_spills"] == 0, name
+        plain = name.endswith(("delta", "merge", "keys"))
+        assert plain or "mma" in kernel.asm["ptx"], name
+
+
+CHOICES = ["key_scores", "shares", "page_scores", *["select_columns"] * 3, "lsh_encode",
+           "count_hits", "collect", "weigh"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [(80, 64), (90, 256)])
+def test_choices_of_keys(arch: int, head_dim: int) -> None:
+    with budgets.compiling(arch) as found:
+        budgets.choices(head_dim)
+    assert [name.rpartition(".")[2] for name, _ in found] == CHOICES
+    for name, kernel in found:
+        used = budgets.resources(kernel)
+        assert used["shared"] <= SHARED_LIMIT[f"sm_{arch}"], name
+        assert used["stack"] == 0, name
+        assert "key_scores" not in name or "mma" in kernel.asm["ptx"], name
+
+
 ADDITIVE = ["walk", "delta", "walk", "walk", "walk"]
 LINEAR = {
     "scalar": [*ADDITIVE, "over_time", "step"],

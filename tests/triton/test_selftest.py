@@ -31,6 +31,7 @@ from attnforge.backends.triton import (
     nsa,
     paged,
     reductions,
+    retrieval,
     scan,
 )
 from attnforge.registry import Request, list_kernels
@@ -86,6 +87,11 @@ def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) ->
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:
     assert _selftest.check(f"paged.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.parametrize("kind", ["indexed_fwd", "key_scores", "page_scores"])
+def test_right_retrieval_kernels_pass_in_pages(kind: str) -> None:
+    assert _selftest.check(f"retrieval.{kind}", "pages", torch.float16, CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -188,6 +194,11 @@ PLACES = {
     "delta.delta_chunk_fwd": ("delta_chunk_fwd", 4),
     "delta.delta_chunk_bwd": ("delta_chunk_bwd", 6),
     "delta.delta_step": ("delta_step", 6),
+    "retrieval.indexed_fwd": ("indexed_fwd", 4),
+    "retrieval.indexed_bwd": ("indexed_bwd", 4),
+    "retrieval.key_scores": ("key_scores", 6),
+    "retrieval.page_scores": ("page_scores", 6),
+    "retrieval.lsh_retrieve": ("lsh_retrieve", 14),
     "scan.diag_scan_fwd": ("diag_scan_fwd", 4),
     "scan.diag_scan_bwd": ("diag_scan_bwd", 6),
 }
@@ -200,6 +211,7 @@ MODULES = {
     "nsa": nsa,
     "paged": paged,
     "reductions": reductions,
+    "retrieval": retrieval,
     "scan": scan,
 }
 

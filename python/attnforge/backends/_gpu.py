@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "decode_splits", "on", "rows", "stream"]
+__all__ = ["contiguous", "decode_splits", "entry_splits", "on", "rows", "stream"]
 
 SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _TILE = 64  # keys: splits have at least so many
+ENTRIES = 512  # of a list's split: the states of splits are 1 % of what is gathered
+PARTS = 32  # of a list at most: longer ones have longer splits, and the merge stays short
+_FEW_ROWS = 64  # that share a list; more rows fill a GPU without splits
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -44,3 +47,8 @@ def decode_splits(keys: int, num_splits: int) -> int:
     """Splits of so many keys; num_splits: what the caller wants, or 0."""
     keys = max(1, keys)
     return min(num_splits, -(-keys // _TILE)) if num_splits > 0 else -(-keys // SPLIT)
+
+
+def entry_splits(slots: int, rows: int) -> int:
+    """Splits of lists of so many slots, each of which so many rows share."""
+    return max(1, min(PARTS, -(-slots // ENTRIES))) if rows <= _FEW_ROWS else 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge.testing import oracle
+from attnforge.testing import cases, oracle
 from attnforge.testing.oracle import Truth
 
 __all__ = ["IndexedCase", "IndexedInputs"]
@@ -87,6 +87,8 @@ class IndexedCase:
             options["cache_seqlens"] = torch.tensor(used).int()
         dout = torch.randn(b, self.rows, self.heads_q, dv, generator=g).to(self.dtype)
         dlse = torch.randn(b, self.heads_q, self.rows, generator=g)
+        q, k, v, valid, dout, dlse = (x.to(cases.DEVICE) for x in (q, k, v, valid, dout, dlse))
+        options = {name: x.to(cases.DEVICE) for name, x in options.items()}
         return IndexedInputs(self, q, k, v, valid, dout, dlse, options)
 
 
@@ -114,6 +116,7 @@ class IndexedInputs:
         size, b = self.case.page_size, self.case.batch
         pages = -(-self.case.keys // size)
         order = torch.randperm(b * pages, generator=torch.Generator().manual_seed(1))
+        order = order.to(self.k.device)
         found = []
         for x in (self.k, self.v):
             room = x.new_full((b, pages * size, *x.shape[2:]), float("nan"))
@@ -152,14 +155,16 @@ class IndexedInputs:
         grads = torch.autograd.grad([out, lse], inputs, [self.dout, self.dlse])
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
 
-    def truth(self, gradients: bool = True) -> Truth:
-        """Values and bounds of everything that ``run`` gives."""
-        c, o = self.case, self.options
+    def truth(self, gradients: bool = True, rounded: bool = False) -> Truth:
+        """Values and bounds of everything that ``run`` gives; rounded: see ``oracle.truth``."""
+        c, o, device = self.case, self.options, self.q.device
         heads, group = o["ids"].shape[1], c.heads_q // c.heads_k
         shapes = {"out": self.dout.shape, "lse": self.dlse.shape, "dq": self.q.shape,
                   "dk": self.k.shape, "dv": self.v.shape, "dlog_bias": o["ids"].shape}  # fmt: skip
-        values = {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()}
-        bounds = {n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items()}
+        values, bounds = (
+            {n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()}
+            for _ in range(2)
+        )
         for b in range(c.batch):
             for h in range(c.heads_q):
                 own, kv = h * heads // c.heads_q, h // group
@@ -175,7 +180,7 @@ class IndexedInputs:
                     self.q[b : b + 1, :, one], self.k[b, at, kv][None, :, None],
                     self.v[b, at, kv][None, :, None], options,
                     self.dout[b : b + 1, :, one] if gradients else None,
-                    self.dlse[b : b + 1, one] if gradients else None,
+                    self.dlse[b : b + 1, one] if gradients else None, rounded,
                 )  # fmt: skip
                 for kept, new in ((values, found.values), (bounds, found.bounds)):
                     kept["out"][b, :, h], kept["lse"][b, h] = new["out"][0, :, 0], new["lse"][0, 0]

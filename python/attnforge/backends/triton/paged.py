@@ -103,16 +103,23 @@ def _stored(x: Tensor, scale: Tensor | None, zero: Tensor | None, of_k: bool = F
     )
 
 
+def _table(table: Tensor, k: Tensor) -> Any:
+    """A Table of pages k [P, page_size, Hk, X]."""
+    table = _unit(table)
+    pages, size = k.shape[:2]
+    return _pages().Table(table, table.stride(0), table.shape[1], pages, _constant(size))
+
+
 def _store(c: PagedCache, dims: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """K, V, the table and the lengths of a cache; dims: of K and V."""
-    k, v, table = c.k_pages, c.v_pages, _unit(c.block_table)
+    k, v = c.k_pages, c.v_pages
     of_k = c.latent and padded(dims[0]) == padded(dims[1])
     lengths = c.cache_seqlens.contiguous()
     batch, head = lengths.stride() if lengths.dim() == 2 else (1, 0)
     return (
         _stored(k, c.k_scale, c.k_zero),
         _stored(v, c.v_scale, c.v_zero, of_k),
-        _pages().Table(table, table.stride(0), table.shape[1], k.shape[0], _constant(c.page_size)),
+        _table(c.block_table, k),
         _tensors().Stat(lengths, batch, head),
     )
 

@@ -1,0 +1,365 @@
+"""``triton.retrieval.*``: the Triton kernels of ``triton_kernels/retrieval``.
+
+Tiles of a forward are those of pages, whose keys have pointers of their own too. Nothing here waits
+for the device: sizes of grids follow from shapes, lengths are read by the programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnforge import _settings
+from attnforge._params import FlashTape, IndexedGrads, IndexedParams, SelectParams
+from attnforge.backends import _gpu
+from attnforge.backends._block_lists import Ascending
+from attnforge.backends.triton import _interpreter
+from attnforge.backends.triton._flash_tiles import padded
+from attnforge.backends.triton._flash_tiles import sizes as sizes_of
+from attnforge.backends.triton._selftest import SelfTest
+from attnforge.backends.triton.block_sparse import _inverse
+from attnforge.backends.triton.flash import (
+    _COMMON,
+    _LOG2E,
+    _contiguous,
+    _DecodeDims,
+    _delta,
+    _merge,
+    _on,
+    _stat,
+    _tiles,
+    _unit,
+    _view,
+)
+from attnforge.backends.triton.paged import _stored, _table
+from attnforge.registry.predicates import Dim, Features
+from attnforge.registry.spec import KernelSpec
+from attnforge.triton_kernels.paged import config as paged_tiles
+
+__all__ = ["SPECS"]
+
+_KEYS = 64  # of a tile of scores
+_KINDS = ("topk", "threshold", "topp")  # as the kernel numbers them
+_SIGNS = 64  # of a row in a tile of products
+_TABLES = 8  # whose buckets a program goes over
+_HITS = 32  # that a program weighs: a tile of 256 channels is 64 registers of a thread
+
+
+@cache  # kernels of a process never change
+def _kernel(module: str, name: str) -> Any:
+    """A kernel by name; importing Triton waits for the first launch."""
+    if _settings.triton_interpreted():
+        _interpreter.repair()
+    return getattr(importlib.import_module(f"attnforge.triton_kernels.retrieval.{module}"), name)
+
+
+# ---- attention to listed keys ----
+
+
+def _pack(q: Tensor, k: Tensor, p: IndexedParams) -> int:
+    """Query heads that share a list and a KV head."""
+    return 1 if p.ids.shape[1] == q.shape[2] else q.shape[2] // k.shape[2]
+
+
+def _lists(q: Tensor, k: Tensor, p: IndexedParams) -> Any:
+    batch, heads, slots = p.ids.shape
+    room = k.shape[1] if p.block_table is None else p.block_table.shape[1] * k.shape[1]
+    return _kernel("lists", "KeyLists")(
+        ids=p.ids.contiguous(),
+        lens=_contiguous(p.lens),
+        bias=_contiguous(p.log_bias),
+        batch=heads if batch > 1 else 0,
+        head=1 if heads > 1 else 0,
+        slots=slots,
+        used=_contiguous(p.cache_seqlens),
+        room=room,
+        rows=q.shape[1],
+        pack=_pack(q, k, p),
+        group=q.shape[2] // k.shape[2],
+    )
+
+
+def _rows_tile(sizes: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A tile cut down to so many rows. Rows and keys have pointers of their own: wide tiles
+    spill."""
+    sizes["BLOCK_M"] = min(sizes["BLOCK_M"], max(16, 1 << (rows - 1).bit_length()))
+    if max(sizes["BLOCK_D"], sizes["BLOCK_DV"]) > 128:
+        sizes |= {"BLOCK_M": min(sizes["BLOCK_M"], 64), "BLOCK_N": min(sizes["BLOCK_N"], 32)}
+    return sizes
+
+
+def indexed_fwd(
+    q: Tensor, k: Tensor, v: Tensor, p: IndexedParams, out: Tensor, lse: Tensor, out_lo: Tensor
+) -> None:
+    """Launcher of ``indexed_fwd``. A forward of a backward, which wants out_lo, has no splits."""
+    if out.numel() == 0:
+        return
+    low = out_lo if out_lo.dim() > 1 else None
+    q, pack = _unit(q), _pack(q, k, p)
+    heads, rows = q.shape[2] // pack, q.shape[1] * pack
+    few = rows <= paged_tiles.FEW
+    sizes = _rows_tile(sizes_of("few" if few else "many", q, v, tables=paged_tiles), rows)
+    tiles = _tiles(rows, sizes["BLOCK_M"])
+    splits = _gpu.entry_splits(p.ids.shape[2], rows) if low is None else 1
+    values, stats = out, lse
+    if splits > 1:
+        values = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        stats = lse.new_empty((splits, *lse.shape))
+    first = (values, stats) if splits == 1 else (values[0], stats[0])
+    with _on(q.device):
+        _kernel("indexed_fwd", "indexed_fwd")[(splits * tiles * heads * q.shape[0],)](
+            _view(q), _stored(_unit(k), None, None), _stored(_unit(v), None, None),
+            None if p.block_table is None else _table(p.block_table, k),
+            _view(first[0]), None if low is None else _view(low), _stat(first[1]),
+            None if splits == 1 else values.stride(0), None if splits == 1 else stats.stride(0),
+            _lists(q, k, p), p.softmax_scale * _LOG2E, heads, splits, _gpu.ENTRIES, tiles,
+            **sizes,
+        )  # fmt: skip
+        if splits > 1:
+            _merge(values, stats, out, lse)
+
+
+def _named(k: Tensor, p: IndexedParams, heads: int) -> Tensor:
+    """int32 [B, 1 | Hk, E, 1]: keys that the entries of a KV head name, Sk for none.
+
+    The lists of its query heads stand one behind the other.
+    """
+    keys, ids = k.shape[1], p.ids
+    room = ids.new_full((1, 1, 1), keys)
+    if p.cache_seqlens is not None:
+        room = p.cache_seqlens.view(-1, 1, 1).clamp(0, keys)
+    real = (ids >= 0) & (ids < room)
+    if p.lens is not None:
+        real &= torch.arange(ids.shape[2], device=ids.device) < p.lens.unsqueeze(-1)
+    if p.log_bias is not None:
+        real &= ~p.log_bias.isneginf()
+    return ids.masked_fill(~real, keys).reshape(ids.shape[0], min(heads, ids.shape[1]), -1, 1)
+
+
+def indexed_bwd(
+    dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: IndexedParams, grads: IndexedGrads
+) -> None:
+    """Launcher of ``indexed_bwd``; a list that all KV heads share gets the sum of its parts."""
+    q, k, v, out, dout = map(_unit, (tape.q, tape.k, tape.v, tape.out, dout))
+    if q.numel() == 0 or k.numel() == 0 or p.ids.numel() == 0:
+        for x in grads:
+            x.zero_()
+        return
+    lse = tape.lse.contiguous()
+    low = _unit(tape.out_lo) if tape.out_lo.dim() > 1 else None
+    (batch, keys, heads_kv, _), slots, pack = k.shape, p.ids.shape[2], _pack(q, k, p)
+    heads, rows = q.shape[2] // pack, q.shape[1] * pack
+    dbias = None
+    if p.log_bias is not None:  # nothing is written behind the end of a list
+        dbias = p.log_bias.new_zeros((batch, heads, slots))
+    room = [x.new_empty((batch, heads, slots, x.shape[-1]), dtype=torch.float32) for x in (k, v)]
+    by_head, by_key = (
+        [_view(x.view(batch, h, -1, x.shape[-1]).transpose(1, 2)) for x in room]
+        for h in (heads, heads_kv)
+    )
+    stored = (_stored(k, None, None), _stored(v, None, None))
+    scales = (p.softmax_scale * _LOG2E, p.softmax_scale)
+    with _on(q.device):
+        delta = torch.empty_like(lse)
+        _delta(dout, out, low, dlse, lse, delta)
+        stats = (_stat(lse), _stat(delta), _lists(q, k, p), *scales, heads)
+        sizes = _rows_tile(sizes_of("dq", q, v), rows)
+        tiles = _tiles(rows, sizes["BLOCK_M"])
+        _kernel("indexed_bwd", "dq")[(tiles * heads * batch,)](
+            _view(q), *stored, _view(dout), _view(grads.dq), *stats, tiles, **sizes
+        )
+        sizes = {**sizes_of("dkdv", q, v), "BLOCK_M": 16}  # rows stream; more of them spill
+        tiles = _tiles(slots, sizes["BLOCK_N"])
+        _kernel("indexed_bwd", "entries")[(tiles * heads * batch,)](
+            _view(q), *stored, _view(dout), *by_head, dbias, *stats, tiles, **sizes
+        )
+        named = _named(k, p, heads_kv)
+        inverse = _inverse(Ascending(named, named, None), keys, batch)
+        sizes = _of_keys(sizes)
+        tiles = _tiles(keys, sizes["BLOCK_N"])
+        _kernel("indexed_bwd", "keys")[(tiles * heads_kv * batch,)](
+            *by_key, _view(grads.dk), _view(grads.dv), inverse, keys, heads_kv, tiles, **sizes
+        )
+    if dbias is not None:
+        shared = p.ids.shape[1] == 1
+        grads.dlog_bias.copy_(dbias.sum(1, keepdim=True) if shared else dbias)
+
+
+def _of_keys(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The constants of the sums over entries: 4096 elements of the wider of K and V."""
+    names = ("D", "DV", "BLOCK_D", "BLOCK_DV")
+    width = max(sizes["BLOCK_D"], sizes["BLOCK_DV"])
+    return {**{n: sizes[n] for n in names}, "BLOCK_N": 4096 // width, "num_warps": 4}
+
+
+# ---- scores ----
+
+
+def key_scores(
+    q: Tensor, k: Tensor, block_table: Tensor | None, cache_seqlens: Tensor | None,
+    counts: Tensor | None, scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """Launcher of ``key_scores``; counts make a second launch."""
+    if out.numel() == 0:
+        return
+    batch, rows, heads_q, dim = q.shape
+    heads, columns = k.shape[2], out.shape[3]
+    group = heads_q // heads
+    table = None if block_table is None else _table(block_table, k)
+    # Rows of one tile share what is read: as many as there are, up to what a tensor core likes.
+    block_m = max(16, min(64, 1 << (rows * group - 1).bit_length()))
+    block_d = min(128, padded(dim))
+    tiles, row_tiles = _tiles(columns, _KEYS), _tiles(rows * group, block_m)
+    with _on(q.device):
+        _kernel("scores", "key_scores")[(tiles * row_tiles * heads * batch,)](
+            _view(_unit(q)), _stored(_unit(k), None, None), table, out, _contiguous(cache_seqlens),
+            columns, scale, rows, heads, group, tiles, row_tiles,
+            D=dim, BLOCK_M=block_m, BLOCK_N=_KEYS, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+        if counts is not None:
+            _kernel("scores", "shares")[(batch * heads_q * rows,)](
+                out, counts.contiguous(), columns, group * rows, BLOCK=_columns(columns),
+                num_warps=4,
+            )  # fmt: skip
+
+
+def page_scores(
+    q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, used: Tensor | None,
+    scale: float, out: Tensor,
+) -> None:  # fmt: skip
+    """Launcher of ``page_scores``."""
+    if out.numel() == 0:
+        return
+    batch, rows, heads_q, dim = q.shape
+    heads, columns = low.shape[-2], out.shape[3]
+    width = padded(dim) if dim <= 512 else 1024
+    block = 4096 // width  # the two bounds of a page: 64 registers of a thread
+    tiles = _tiles(columns, block)
+    table = None if block_table is None else _unit(block_table)
+    with _on(q.device):
+        _kernel("scores", "page_scores")[(tiles * heads * batch,)](
+            _view(_unit(q)), _view(_unit(low)), _view(_unit(high)), table,
+            0 if table is None else table.stride(0), low.shape[0], out, _contiguous(used), columns,
+            scale, rows, heads, heads_q // heads, tiles,
+            D=dim, BLOCK_N=block, BLOCK_D=width, num_warps=4,
+        )  # fmt: skip
+
+
+# ---- selections ----
+
+
+def _columns(columns: int) -> int:
+    """Columns of a row that a program takes at a time."""
+    return min(4096, max(128, 1 << (columns - 1).bit_length()))
+
+
+def select_columns(
+    scores: Tensor, used: Tensor | None, p: SelectParams, ids: Tensor, lens: Tensor
+) -> None:
+    """Launcher of ``select_columns``; all of the softmax is every column that has a rank."""
+    rows, columns = scores.shape
+    if rows == 0:
+        return
+    kind, threshold = p.kind, p.threshold
+    if kind == "topp" and p.mass >= 1.0:
+        kind, threshold = "threshold", scores.new_full((1,), -torch.inf)
+    each = 0 if threshold is None or threshold.numel() == 1 else 1
+    block = _columns(columns)
+    with _on(scores.device):
+        _kernel("select", "select_columns")[(rows,)](
+            scores.contiguous(), _contiguous(used), _contiguous(threshold), each, ids, lens,
+            columns, ids.shape[1], p.k, round(min(p.mass, 1.0) * 2**53), p.first, p.last,
+            KIND=_KINDS.index(kind), BLOCK=block, num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
+
+
+# ---- LSH ----
+
+
+def lsh_encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes: Tensor) -> None:
+    """Launcher of ``lsh_encode``."""
+    if bits == 0:  # one bucket
+        codes.zero_()
+    if codes.numel() == 0 or bits == 0:
+        return
+    batch, rows, heads, dim = x.shape
+    wide = 1 << (bits - 1).bit_length()
+    block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
+    tables = codes.shape[3]
+    tiles, table_tiles = _tiles(rows, block_m), _tiles(tables, _SIGNS // wide)
+    with _on(x.device):
+        _kernel("lsh", "lsh_encode")[(table_tiles * tiles * heads * batch,)](
+            _view(_unit(x)), _contiguous(mean), planes.contiguous(), codes, rows, heads, bits,
+            tables, tiles, table_tiles, D=dim, BITS=wide, TABLES=_SIGNS // wide, BLOCK_M=block_m,
+            BLOCK_D=min(64, padded(dim)), num_warps=4,
+        )  # fmt: skip
+
+
+def lsh_retrieve(
+    starts: Tensor, table_ids: Tensor, bits: int, codes: Tensor, q: Tensor, k: Tensor,
+    mean: Tensor | None, norms: Tensor, begin: Tensor, end: Tensor, min_hits: int, clip: float,
+    ids: Tensor, lens: Tensor, log_bias: Tensor,
+) -> None:  # fmt: skip
+    """Launcher of ``lsh_retrieve``: hits are counted, collected, weighed."""
+    lens.zero_()
+    if ids.numel() == 0:
+        return
+    batch, heads, segments, tables, segment = table_ids.shape
+    heads_q, keys = ids.shape[1:]
+    lsh = _kernel("lsh", "Tables"), _kernel("lsh", "Query")
+    stored = lsh[0](starts, table_ids, heads, segments, tables, segment, 1 << bits)
+    query = lsh[1](*map(_contiguous, (begin, end)), keys, heads_q, heads_q // heads)
+    counts = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
+    chunks, tiles = _tiles(tables, _TABLES), _tiles(keys, _HITS)
+    with _on(q.device):
+        _kernel("lsh", "count_hits")[(chunks * segments * heads_q * batch,)](
+            stored, codes.contiguous(), query, counts, chunks, CHUNK=_TABLES, BLOCK=128, num_warps=4
+        )
+        block = _columns(keys)
+        _kernel("lsh", "collect")[(heads_q * batch,)](
+            counts, query, ids, lens, min_hits, BLOCK=block, num_warps=8 if block > 1024 else 4
+        )
+        _kernel("lsh", "weigh")[(tiles * heads_q * batch,)](
+            _view(_unit(q)), _view(_unit(k)), _contiguous(mean), norms.contiguous(),
+            norms.shape[2], query, ids, lens, log_bias, bits, tables, min_hits, clip, tiles,
+            D=k.shape[3], BLOCK_N=_HITS, BLOCK_D=padded(k.shape[3]), num_warps=4,
+        )  # fmt: skip
+
+
+def _spec(kind: str, requires: tuple[Any, ...], notes: str) -> KernelSpec:
+    return KernelSpec(
+        id=f"triton.retrieval.{kind}",
+        op=kind,
+        backend="triton",
+        launch=f"{__name__}:{kind}",
+        requires=(*_COMMON[:2], *requires, _COMMON[-1], SelfTest(f"retrieval.{kind}")),
+        score=50.0,
+        notes=notes,
+    )
+
+
+_WIDE = Dim("head_dim", 8, 576, 8)
+_HASHED = Dim("head_dim", 8, 256, 8)
+_KEPT = Features("paged", "seqused_k")
+
+SPECS = (
+    _spec(
+        "indexed_fwd",
+        (_DecodeDims(), _KEPT),
+        "rows that share a list in a tile, fixed splits over its entries",
+    ),
+    _spec(
+        "indexed_bwd",
+        (*_COMMON[2:4], Features("seqused_k")),
+        "dQ over lists, dK and dV summed over the entries of each key; no atomics",
+    ),
+    _spec("key_scores", (_WIDE, _KEPT), "a product of tiles, keys read once per group"),
+    _spec("page_scores", (_WIDE, _KEPT), "bounds in registers, one row after the other"),
+    _spec("select_columns", (), "bisection of the scores' bits, no sort; a program per row"),
+    _spec("lsh_encode", (_HASHED,), "signs taken from the tiles of a product"),
+    _spec("lsh_retrieve", (_HASHED,), "a counter per key, a scan, probabilities of the hits"),
+)
