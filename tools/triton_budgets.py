@@ -33,7 +33,7 @@ class Variant(NamedTuple):
     """One specialisation of every kernel. features: window, softcap, ALiBi, sinks, used keys.
 
     mods: a group of features of single scores, see ``score_features``, or "cope" for the kernels
-    of that family, or a key of PAGED. fp8 has no backward.
+    of that family, or a key of PAGED or LINEAR. fp8 has no backward.
     """
 
     dtype: torch.dtype
@@ -47,6 +47,10 @@ class Variant(NamedTuple):
         words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
         words += ["causal"] * self.causal + ["features"] * self.features
         return "-".join(words + [self.mods] * bool(self.mods))
+
+    @property
+    def archs(self) -> tuple[int, ...]:
+        return (80, 90) if self.mods in LINEAR else ARCHS
 
 
 class Paged(NamedTuple):
@@ -66,6 +70,9 @@ PAGED = {
     "int4-pages": Paged(rows=1, code=torch.uint8, writes=True),
 }
 
+# Gates of what problems of the linear family have: their number decides which code is built.
+LINEAR = {"linear-scalar": "scalar", "linear-key": "key", "delta-key": "key"}
+
 # Every tile that ships (three widths, two sizes of elements), and masks and features once.
 VARIANTS = (
     *(Variant(torch.bfloat16, d) for d in (64, 128, 256)),
@@ -78,6 +85,7 @@ VARIANTS = (
     Variant(torch.float32, 64, causal=True, mods="cope"),
     *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in PAGED),
     Variant(torch.bfloat16, 256, causal=True, mods="many-rows"),
+    *(Variant(torch.bfloat16, 128, causal=True, mods=mods) for mods in LINEAR),
 )
 
 
@@ -268,13 +276,17 @@ def launch_paged(variant: Variant, problem: Paged, v_dim: int = 0) -> None:
 
 
 def launch(variant: Variant) -> None:
-    """Every kernel of the flash family on one problem, through its launcher."""
+    """Every kernel of a variant's family on one problem, through its launcher."""
     from attnforge._params import FlashGrads, FlashTape
     from attnforge.backends.triton import flash
     from attnforge.ops._flash_ops import GRAD_MODS
 
     if variant.mods in PAGED:
         launch_paged(variant, PAGED[variant.mods])
+        return
+    if variant.mods in LINEAR:
+        family = delta if variant.mods.startswith("delta") else linear
+        family(variant.dtype, variant.head_dim, LINEAR[variant.mods])
         return
     q, k, v, out, low, lse, p = _problem(variant)
     if variant.mods == "cope":
@@ -441,10 +453,19 @@ def nsa(head_dim: int, top_n: int) -> None:
 
 
 def measure(arch: int, variant: Variant) -> dict[str, tuple[dict[str, int], Any]]:
-    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``."""
+    """kernel name -> (resources, compiled kernel) of one variant for ``sm_<arch>``.
+
+    The second launch of a kernel of the linear family is named ``walk-2``: its roles are others.
+    """
     with compiling(arch) as found:
         launch(variant)
-    return {name.rpartition(".")[2]: (resources(kernel), kernel) for name, kernel in found}
+    rows: dict[str, tuple[dict[str, int], Any]] = {}
+    for full_name, kernel in found:
+        name = full_name.rpartition(".")[2]
+        if variant.mods in LINEAR and name in rows:
+            name += f"-{2 + sum(row.startswith(f'{name}-') for row in rows)}"
+        rows[name] = resources(kernel), kernel
+    return rows
 
 
 def row_name(arch: int, variant: Variant, kernel: str) -> str:
@@ -461,7 +482,7 @@ def main() -> None:
 
     rows = {}
     for arch in ARCHS:
-        for variant in VARIANTS:
+        for variant in (variant for variant in VARIANTS if arch in variant.archs):
             mine = row_name(arch, variant, "")
             if not re.search(options.only, mine):
                 old = json.loads(TABLE.read_text())["kernels"]

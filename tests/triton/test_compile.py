@@ -36,6 +36,14 @@ TENSOR_COLUMNS = 512  # of tensor memory; more compiles to an empty kernel
 # What multiplies 16-bit tiles in the forward: anything else would be many times slower.
 TENSOR_CORE = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 KERNELS = ("fwd", "delta", "dkdv", "dq", "decode", "merge")
+PRODUCTS = ("fwd", "dkdv", "dq", "rows", "keys", "delta_fwd", "delta_bwd")
+# Forward, dq, dk and dv are one kernel; a denominator needs delta, a scalar gate over_time.
+WALKS = ["walk", "walk-2", "walk-3", "walk-4"]
+LINEAR = {
+    "linear-scalar": ["delta", "over_time", "step", *WALKS],
+    "linear-key": ["delta", "step", *WALKS],
+    "delta-key": ["delta_bwd", "delta_fwd", "step"],
+}
 
 
 def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined]
@@ -46,17 +54,19 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
         problem = budgets.PAGED[variant.mods]
         several = ["merge"] if problem.keys > 2048 else []
         return sorted(["fwd", *several, *["append", "bounds"] * problem.writes])
+    if variant.mods in budgets.LINEAR:
+        return LINEAR[variant.mods]
     if variant.dtype.itemsize == 1:
         return ["decode", "fwd", "merge"]
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
 
 
 def points(axis: Iterable[Any], often: set[tuple[int, Any]]) -> list[Any]:
-    """(architecture, value) for all four: those of ``often`` and all of sm_90 in every run."""
+    """(architecture, value), for all four or a variant's own: ``often`` and sm_90 in every run."""
     return [
         pytest.param(arch, value, id=f"{arch}-{getattr(value, 'name', value)}",
                      marks=() if arch == 90 or (arch, value) in often else pytest.mark.exhaustive)
-        for arch in budgets.ARCHS for value in axis
+        for value in axis for arch in getattr(value, "archs", budgets.ARCHS)
     ]  # fmt: skip
 
 
@@ -91,7 +101,7 @@ def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ig
             wrong.append(f"{name}: {used['shared']} bytes of shared memory")
         if used["tensor_columns"] > TENSOR_COLUMNS:
             wrong.append(f"{name}: {used['tensor_columns']} columns of tensor memory")
-        if kernel in ("fwd", "dkdv", "dq", "rows", "keys") and variant.dtype.itemsize < 4:
+        if kernel in (*PRODUCTS, *WALKS) and variant.dtype.itemsize < 4:
             # Tiles of cope and of fp8 may be too short for wgmma and tcgen05.
             small = {"cope", "descales", *budgets.PAGED.keys() - {"many-rows"}}
             large = kernel == "fwd" and variant.mods not in small
@@ -200,28 +210,16 @@ def test_choices_of_keys(arch: int, head_dim: int) -> None:
         assert "key_scores" not in name or "mma" in kernel.asm["ptx"], name
 
 
-ADDITIVE = ["walk", "delta", "walk", "walk", "walk"]
-LINEAR = {
-    "scalar": [*ADDITIVE, "over_time", "step"],
-    "key": [*ADDITIVE, "step"],
-    "delta-key": ["delta_fwd", "delta_bwd", "step"],
-}
-
-
-@pytest.mark.parametrize(("arch", "kind"), points(LINEAR, {(80, "scalar"), (100, "delta-key")}))
-def test_linear(arch: int, kind: str) -> None:
-    """Gates per token and per channel with a denominator, and KDA: tensor cores multiply."""
-    with budgets.compiling(arch) as found:
-        if kind in ("scalar", "key"):
-            budgets.linear(torch.bfloat16, 128, kind)
-        else:
-            budgets.delta(torch.bfloat16, 128, "key")
-    assert [name.rpartition(".")[2] for name, _ in found] == LINEAR[kind]
-    for name, kernel in found:
-        assert kernel.metadata.shared <= SHARED_LIMIT[f"sm_{arch}"], name
-        assert (getattr(kernel.metadata, "tmem_size", 0) or 0) <= TENSOR_COLUMNS, name
-        plain = name.endswith(("delta", "over_time", "step"))
-        assert plain or "mma" in kernel.asm["ptx"], name
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("mods", LINEAR)
+def test_linear_fits_blackwell(mods: str) -> None:
+    variant = budgets.Variant(torch.bfloat16, 128, causal=True, mods=mods)
+    found = budgets.measure(100, variant)
+    assert sorted(found) == LINEAR[mods]
+    for kernel, (used, compiled) in found.items():
+        assert used["shared"] <= SHARED_LIMIT["sm_100"], kernel
+        assert used["tensor_columns"] <= TENSOR_COLUMNS, kernel
+        assert kernel not in (*PRODUCTS, *WALKS) or "mma." in compiled.asm["ptx"], kernel
 
 
 @pytest.mark.parametrize(("head_dim", "top_n"), [(64, 64), (128, 16), (256, 16)])
@@ -240,8 +238,8 @@ def test_nsa(arch: int, head_dim: int, top_n: int) -> None:
 def test_table_has_no_rows_of_the_past() -> None:
     known = {
         budgets.row_name(arch, variant, kernel)
-        for arch in budgets.ARCHS
         for variant in budgets.VARIANTS
+        for arch in variant.archs
         for kernel in kernels(variant)
     }
     assert TABLE["kernels"].keys() == known
