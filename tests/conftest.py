@@ -28,7 +28,9 @@ from attnforge.testing.cases import Target, use_isa  # noqa: E402
 from attnforge.testing.poison import poisoned_memory  # noqa: E402
 
 THREADS = 2
-ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_soft")
+# Levels of matrix tiles have kernels of their own in these families alone.
+TILE_FAMILIES = ("flash", "paged", "cascade")
+ISA_LEVELS = ("baseline", "avx2", "avx512", "amx", "avx512_soft", "amx_soft")
 
 hypothesis.settings.register_profile(
     "default",
@@ -69,8 +71,10 @@ def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def _on(target: Target) -> Iterator[Target]:
+def _on(target: Target, file: str) -> Iterator[Target]:
     if target.backend == "cpu":
+        if target.isa in _native.TILE_LEVELS and not any(name in file for name in TILE_FAMILIES):
+            pytest.skip("these kernels are those of the level below")
         if reason := _native.unavailable():
             pytest.skip(reason)
         if target.isa and target.isa not in _native.isa_levels():
@@ -85,25 +89,26 @@ def _on(target: Target) -> Iterator[Target]:
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """The reference, and the CPU kernels on every ISA level that runs here."""
     name = request.param
-    yield from _on(Target(name) if name == "reference" else Target("cpu", name))
+    target = Target(name) if name == "reference" else Target("cpu", name)
+    yield from _on(target, request.path.name)
 
 
 @pytest.fixture(params=ISA_LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[Target]:
     """The CPU kernels on every ISA level that runs here."""
-    yield from _on(Target("cpu", request.param))
+    yield from _on(Target("cpu", request.param), request.path.name)
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends; the CPU kernels on the level that was chosen for this machine."""
-    yield from (target.backend for target in _on(Target(request.param)))
+    yield from (target.backend for target in _on(Target(request.param), request.path.name))
 
 
 @pytest.fixture
 def cpu() -> Iterator[str]:
     """The CPU kernels alone."""
-    yield from (target.backend for target in _on(Target("cpu")))
+    yield from (target.backend for target in _on(Target("cpu"), ""))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

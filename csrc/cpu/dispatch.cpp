@@ -1,53 +1,81 @@
 // Chooses the ISA level: one function table per level, the best that this CPU runs unless told
 // otherwise.
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 
-#include "cpu/kernels.h"
+#include "cpu/tile_kernels.h"
 
 namespace attnforge::cpu {
 
-// The build defines ATTNFORGE_ISA_LIST as X(<level>) X(<level>) ... for what it compiled, in order
-// of preference, worst first.
-#define X(ISA) ATTNFORGE_DECLARE_ISA(ISA)
+// The build defines ATTNFORGE_ISA_LIST for what it compiled, in order of preference, worst first:
+// WHOLE(<level>), and TILES(<level>, <level below>) for one with few kernels of its own.
+#define WHOLE(ISA) ATTNFORGE_DECLARE_ISA(ISA)
+#define TILES(ISA, BELOW) ATTNFORGE_DECLARE_TILES(ISA, BELOW)
 ATTNFORGE_ISA_LIST
-#undef X
+#undef WHOLE
+#undef TILES
 
 // The table of each level, in the order of its fields.
 #define ATTNFORGE_SIZED_ENTRY(NAME, PARAMS) NAME##_workspace, NAME,
 #define ATTNFORGE_PLAIN_ENTRY(NAME, PARAMS) NAME,
-#define X(ISA)                                                                             \
+#define WHOLE(ISA)                                                                         \
   namespace ISA {                                                                          \
   const KernelTable table = {#ISA,                                                         \
                              ATTNFORGE_SIZED_KERNELS(ATTNFORGE_SIZED_ENTRY)                \
                                  ATTNFORGE_PLAIN_KERNELS(ATTNFORGE_PLAIN_ENTRY) probe_fma, \
                              probe_read};                                                  \
   }
+#define TILES(ISA, BELOW) WHOLE(ISA)
 ATTNFORGE_ISA_LIST
-#undef X
+#undef WHOLE
 
 namespace {
+
+// Whether the CPU has tiles of bf16 and the system lets this process use them: Linux keeps their
+// 8 KiB per thread for those that have asked. The answer holds for all threads.
+bool tiles_run_here() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & 1u << 5) == 0) return false;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
 
 bool runs_here(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  if (!std::strcmp(isa, "avx2") || !std::strcmp(isa, "avx512_soft")) return avx2;
-  if (!std::strcmp(isa, "avx512")) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512cd");
-  }
-  return __builtin_cpu_supports("sse4.2");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512cd");
+  if (!std::strcmp(isa, "amx")) return avx512 && tiles_run_here();
+  if (!std::strcmp(isa, "avx512")) return avx512;
+  return std::strcmp(isa, "baseline") ? avx2 : __builtin_cpu_supports("sse4.2");
 #else
   return !std::strcmp(isa, "baseline");
 #endif
 }
 
 const KernelTable* const kTables[] = {
-#define X(ISA) &ISA::table,
+#define WHOLE(ISA) &ISA::table,
     ATTNFORGE_ISA_LIST
-#undef X
+#undef WHOLE
+#undef TILES
 };
 
 const KernelTable* best() {

@@ -16,6 +16,7 @@ import torch
 from attnforge import _settings
 
 __all__ = [
+    "TILE_LEVELS",
     "build_info",
     "isa",
     "isa_levels",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 _LIBRARY = "libattnforge_cpu.so"
-_LEVELS = ("auto", "baseline", "avx2", "avx512", "avx512_soft")
+_LEVELS = ("auto", "baseline", "avx2", "avx512", "amx", "avx512_soft", "amx_soft")
+TILE_LEVELS = ("amx", "amx_soft")  # bf16 on matrix tiles, with P in bf16 too
 _lock = threading.Lock()
 _loaded = False
 _reason: str | None = None

@@ -3,7 +3,7 @@
 | variable | values | meaning |
 | --- | --- | --- |
 | ``ATTNFORGE_BACKEND`` | ``cpu`` or ``flash_fwd=reference,*=cpu`` | choice of kernels |
-| ``ATTNFORGE_CPU_ISA`` | ``auto baseline avx2 avx512 avx512_soft`` | level of CPU kernels |
+| ``ATTNFORGE_CPU_ISA`` | ``auto baseline avx2 avx512 amx`` ... | level of CPU kernels |
 | ``ATTNFORGE_CACHE_DIR`` | a directory | where tuning results and jit cubins are kept |
 | ``ATTNFORGE_DEBUG`` | ``0`` or ``1`` | start with ``attnforge.debug(checks=True)`` |
 | ``TRITON_INTERPRET`` | ``0`` or ``1`` | Triton's own: run its kernels in numpy, on the CPU too |

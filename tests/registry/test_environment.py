@@ -91,7 +91,9 @@ def test_kernel_id_as_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bwd.source == "score"
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_soft", "auto"])
+@pytest.mark.parametrize(
+    "level", ["baseline", "avx2", "avx512", "amx", "avx512_soft", "amx_soft", "auto"]
+)
 def test_isa_variable(level: str) -> None:
     code = "from attnforge import _native; print(_native.isa())"
     if reason := _native.unavailable():

@@ -1,24 +1,25 @@
 // Flash attention, forward, for sequences with many query rows.
 //
 // Algorithm (FlashAttention-2 order, Dao 2023, on CPU tiles): K and V of each (batch, kv head) are
-// widened and packed once into panels, shared by all query tiles of all heads of the group. A task
-// is one tile of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q
-// times packed K), online softmax in base 2, O += P V, everything fp32 and resident in L1/L2.
+// packed once into panels, shared by all query tiles of all heads of the group. A task is one tile
+// of up to kBlockM query rows: for each block of kBlockN keys, S = Q K^T (packed Q times packed K),
+// online softmax in base 2, O += P V. What is multiplied is the level's Operands (operands.h): fp32
+// throughout, or bf16 with S, O and the sums in fp32. All of it is resident in L1/L2.
 //
 //   tile       48 rows x 256 keys: S 51 KiB + Q 12 KiB + O 12 KiB at D 64 beside a K and V block of
 //              128 KiB, inside a 512 KiB L2. Long rows pay for the maximum, the sum and the
 //              rescaling once per 256 keys: 3% over 96 x 128 on Zen 4. 48 is a multiple of every
-//              kMR (4, 6, 12)
+//              kMR (4, 6, 12). In bf16 128 x 256, for CPUs with 2 MiB of L2
 //   tuning     FlashTiles may choose other tiles: query rows up to kMaxBlockM, keys up to kBlockN
 //   heads      short sequences put the rows of several heads of a group into one tile
 //   masks      what a row may see is one interval of keys, of which segments and a mask may hide
 //              single ones. Blocks that all rows see whole take the unmasked path; others, and the
-//              last kMaxSpan keys of a tile at once, go kMR rows at a time, over the columns those
-//              rows see
+//              last kMaxSpan keys of a tile at once, go kRowGroup rows at a time, over the columns
+//              those rows see
 //   flops      4 D per visible (query, key) pair (2 D + 2 Dv when they differ)
-//   bytes      Q, O once; K, V read once, then packed fp32 copies once per query tile, from cache
+//   bytes      Q, O once; K, V read once, then packed copies once per query tile, from cache
 //   order      (batch, kv head) in waves whose packed copies stay inside kWaveBytes; heavy tiles
-//   first
+//              first, those of all heads in turn, or with matrix tiles head after head
 //
 // A row's result depends on its own Q and its own keys only: not on the tile it shares, the batch,
 // or the number of threads. NaN or infinity in a key that a row does not see never reaches the row.
@@ -27,35 +28,32 @@
 #pragma once
 
 #include "cpu/flash/keys.h"
+#include "cpu/flash/operands.h"
 #include "cpu/flash/output.h"
 #include "cpu/flash/score_row.h"
-#include "cpu/micro/pack.h"
 #include "cpu/micro/parallel.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-constexpr int64_t kBlockM = 48;
+using Element = Operands::Element;
 constexpr int64_t kMaxBlockM = 192;
-constexpr int64_t kRowStep = 12;            // a multiple of every kMR
-constexpr int64_t kBlockN = 256;            // also the most: S has room for it
-constexpr int64_t kMaxSpan = kBlockN + 96;  // a window of kBlockN keys, as a whole tile sees it
-constexpr int64_t kLds = kMaxSpan + 16;     // off the power of two: rows do not share L1 sets
-constexpr int64_t kWaveBytes = 8 << 20;     // a quarter of a 32 MiB L3: packed K and V stay cached
+constexpr int64_t kRowGroup = Operands::kRowGroup;
 
 // The packed K and V of one (batch, kv head), block after block.
 struct PackedHead {
   int64_t first;    // block that stands at the beginning
-  float* k;         // [blocks][block_n / kNR][D][kNR]
-  float* v;         // [blocks][Dv / kNR][block_n][kNR]
+  Element* k;       // [blocks][block_n / kNR][depth][kNR], a panel as Operands has it
+  Element* v;       // [blocks][Dv / kNR][block_n][kNR]
   uint8_t* finite;  // [blocks]: every V element of the block is finite
 };
 
 // One worker's tile.
 struct Tile {
-  float* q;  // row groups, scaled
-  float* s;  // [block_m][kLds]
-  float* o;  // [block_m][ldo]
+  Element* q;    // [block_m][depth] as Operands has it
+  float* scale;  // with tiles: of the scores of each row
+  float* s;      // [block_m][kLds]
+  float* o;      // [block_m][ldo]
   float* m;
   float* l;
   Interval* keys;  // what each row sees
@@ -68,25 +66,31 @@ struct Plan {
   int64_t blocks;     // key blocks of the longest sequence
   int64_t max_tiles;  // query tiles of the longest sequence, per (batch, kv head)
   int64_t slots;      // (batch, kv head) pairs per wave
+  int64_t depth;      // channels of packed Q and K
   int64_t ldo;
-  int64_t k_floats, v_floats;  // packed floats per key block
+  int64_t k_size, v_size;  // packed elements per key block
 };
+
+AF_INLINE int64_t block_bytes(const Plan& plan) {
+  return (plan.k_size + plan.v_size) * static_cast<int64_t>(sizeof(Element));
+}
 
 AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
   const FlashProblem& p = params.problem;
   const FlashTiles& tiles = params.tiles;
   Plan plan;
-  plan.block_m = chosen(tiles.block_m, kBlockM, kRowStep, kMaxBlockM);
+  plan.block_m = chosen(tiles.block_m, Operands::kBlockM, Operands::kRowStep, kMaxBlockM);
   plan.block_n = chosen(tiles.block_n, kBlockN, kNR, kBlockN);
-  const int64_t wave_bytes = tiles.wave_bytes > 0 ? tiles.wave_bytes : kWaveBytes;
+  const int64_t wave_bytes = tiles.wave_bytes > 0 ? tiles.wave_bytes : Operands::kWaveBytes;
   plan.blocks = max64(1, ceil_div(p.seqlen_k, plan.block_n));
   int64_t group = group_size(p);
   plan.max_tiles = max_tiles(p.seqlen_q, group, plan.block_m);
   plan.ldo = padded_columns(p.v_head_dim);
-  plan.k_floats = plan.block_n * p.head_dim;
-  plan.v_floats = plan.block_n * plan.ldo;
+  plan.depth = Operands::depth(p.head_dim);
+  plan.k_size = plan.block_n * plan.depth;
+  plan.v_size = plan.block_n * plan.ldo;
   int64_t pairs = p.batch * p.heads_k;
-  int64_t bytes = plan.blocks * (plan.k_floats + plan.v_floats) * 4;
+  int64_t bytes = plan.blocks * block_bytes(plan);
   int64_t enough = ceil_div(4 * threads, max64(1, plan.max_tiles));
   plan.slots = max64(1, min64(pairs, max64(enough, wave_bytes / bytes)));
   return plan;
@@ -95,15 +99,16 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t threads) {
 AF_INLINE PackedHead take_head(Arena& arena, const Plan& plan) {
   PackedHead head;
   head.first = 0;
-  head.k = arena.take<float>(plan.blocks * plan.k_floats);
-  head.v = arena.take<float>(plan.blocks * plan.v_floats);
+  head.k = arena.take<Element>(plan.blocks * plan.k_size);
+  head.v = arena.take<Element>(plan.blocks * plan.v_size);
   head.finite = arena.take<uint8_t>(plan.blocks);
   return head;
 }
 
 AF_INLINE Tile take_tile(Arena& arena, const FlashProblem& p, const Plan& plan) {
   Tile tile;
-  tile.q = arena.take<float>(plan.block_m * p.head_dim);
+  tile.q = arena.take<Element>(plan.block_m * plan.depth);
+  tile.scale = arena.take<float>(Operands::kTiles ? plan.block_m : 0);
   tile.s = arena.take<float>(plan.block_m * kLds);
   tile.o = arena.take<float>(plan.block_m * plan.ldo);
   tile.m = arena.take<float>(plan.block_m);
@@ -122,8 +127,8 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
   int64_t key0 = block * plan.block_n;
   int64_t n = min64(plan.block_n, seq.k_len - key0);
   const int64_t place = block - head.first;
-  float* k_block = head.k + place * plan.k_floats;
-  float* v_block = head.v + place * plan.v_floats;
+  Element* k_block = head.k + place * plan.k_size;
+  Element* v_block = head.v + place * plan.v_size;
   if constexpr (Store::Keys::kPages) {
     // A panel ahead of itself: its rows lie wherever their page does, each a token apart.
     typename Store::Places places[2];
@@ -137,25 +142,32 @@ AF_INLINE void pack_block(const FlashFwdParams& params, const Plan& plan, const 
       const auto keys = kv.keys(seq, key0 + c, kv_head, here);
       const auto next = kv.keys(seq, key0 + c + kNR, kv_head, there);
       for (int64_t j = 0; j < ahead; ++j) prefetch_row(next.k_row(j), p.head_dim);
-      float* panel = k_block + c * p.head_dim;
-      pack_key_rows([&](int64_t j) { return keys.k_row(j); }, rows, p.head_dim, panel);
-      keys.decode_panel(rows, p.head_dim, panel);
+      Element* panel = k_block + c * plan.depth;
+      Operands::pack_keys([&](int64_t j) { return keys.k_row(j); }, rows, p.head_dim, panel);
+      if constexpr (Store::Keys::kCodes) keys.decode_panel(rows, p.head_dim, panel);
       for (int64_t j = 0; j < ahead; ++j) prefetch_row(next.v_row(j), p.v_head_dim);
-      finite &= pack_value_rows([&](int64_t j) { return keys.v_row(j); },
-                                [&](int64_t j, VecF x) { return keys.decode_value(j, x); }, rows,
-                                p.v_head_dim, v_block + c * kNR, plan.block_n * kNR);
+      finite &= Operands::pack_values([&](int64_t j) { return keys.v_row(j); },
+                                      [&](int64_t j, VecF x) { return keys.decode_value(j, x); },
+                                      rows, p.v_head_dim, v_block + c * kNR, plan.block_n * kNR);
     }
     head.finite[place] = finite;
   } else {
     const auto keys = kv.keys(seq, key0, kv_head, {});
     for (int64_t c = 0; c < n; c += kNR) {
-      with_keys(p, seq, kv_head, {key0 + c, min64(key0 + n, key0 + c + kNR)}, keys.k_row(c),
-                keys.k_stride, rotated, [&](auto* rows, int64_t stride) {
-                  pack_key_panel(rows, stride, n - c, p.head_dim, k_block + c * p.head_dim);
-                });
+      auto pack = [&](auto* rows, int64_t stride) {
+        Operands::pack_keys([=](int64_t j) { return rows + j * stride; }, n - c, p.head_dim,
+                            k_block + c * plan.depth);
+      };
+      if constexpr (Operands::kTiles) {
+        pack(keys.k_row(c), keys.k_stride);
+      } else {
+        with_keys(p, seq, kv_head, {key0 + c, min64(key0 + n, key0 + c + kNR)}, keys.k_row(c),
+                  keys.k_stride, rotated, pack);
+      }
     }
-    head.finite[place] = pack_column_panels(keys.v, keys.v_stride, n, p.v_head_dim, 1.0f, v_block,
-                                            plan.block_n * kNR);
+    head.finite[place] = Operands::pack_values([&](int64_t j) { return keys.v_row(j); },
+                                               [](int64_t, VecF x) { return x; }, n, p.v_head_dim,
+                                               v_block, plan.block_n * kNR);
   }
 }
 
@@ -178,7 +190,17 @@ struct TileRows {
                                          int64_t key0, int64_t r, int64_t c0, int64_t n,
                                          bool masked) {
   const FlashProblem& p = t.params.problem;
-  float* s = tile.s + r * kLds + c0;
+  float* row = tile.s + r * kLds;
+  float* s = row + c0;
+  float scale = 1.0f;
+#ifdef ATTNFORGE_BELOW
+  scale = tile.scale[r];
+  // A positive scale is part of softmax; where there is more to do, it is done first.
+  if (map.cap2 > 0.0f || p.alibi_slopes || p.mods.any || !(scale > 0.0f)) {
+    scale_row(s, n, scale);
+    scale = 1.0f;
+  }
+#endif
   if (map.cap2 > 0.0f) apply_softcap(s, n, map.cap2);
   if (p.alibi_slopes) {
     add_alibi(s, n, alibi_slope2(p, t.seq.batch, t.head(r)),
@@ -190,16 +212,18 @@ struct TileRows {
     seen.hi = max64(seen.lo, min64(n, tile.keys[r].hi - key0 - c0));
     if (seen.lo == seen.hi) {
       fill(s, 0, n, 0.0f);
+      Operands::round_weights(row, c0, n);
       return;
     }
   }
   float alpha;
   if (p.mods.any) {
-    const ScoreRow row = {s, n, key0 + c0, seen, tile.drop};
-    alpha = weigh_score_row(p, t.seq, t.head(r), t.query(r), row, tile.m[r], tile.l[r]);
+    const ScoreRow scores = {s, n, key0 + c0, seen, tile.drop};
+    alpha = weigh_score_row(p, t.seq, t.head(r), t.query(r), scores, tile.m[r], tile.l[r]);
+    Operands::round_weights(row, c0, n);
   } else {
     if (masked) mask_row(s, n, seen.lo, seen.hi, -kInf);
-    alpha = softmax_row(s, n, tile.m[r], tile.l[r]);
+    alpha = Operands::softmax(row, c0, n, scale, tile.m[r], tile.l[r]);
   }
   if (alpha != 1.0f) {
     float* o = tile.o + r * t.plan.ldo;
@@ -215,7 +239,7 @@ AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0
   for (int64_t c = span.lo; c < span.hi;) {
     const int64_t block = (key0 + c) / plan.block_n, first = (key0 + c) % plan.block_n;
     const int64_t n = min64(span.hi - c, plan.block_n - first);
-    f(head.v + (block - head.first) * plan.v_floats + first * kNR, c, n);
+    f(head.v + (block - head.first) * plan.v_size + first * kNR, c, n);
     c += n;
   }
 }
@@ -223,27 +247,22 @@ AF_INLINE void for_blocks(const Plan& plan, const PackedHead& head, int64_t key0
 // O += P V of one row over exactly the keys it sees: for spans whose V is not finite everywhere.
 AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedHead& head,
                               int64_t key0, int64_t width, int64_t r) {
-  const Interval span = {max64(0, tile.keys[r].lo - key0), min64(width, tile.keys[r].hi - key0)};
+  const Interval own = {tile.keys[r].lo - key0, tile.keys[r].hi - key0};
+  const Interval span = {max64(0, own.lo) / kNR * kNR, min64(width, own.hi)};
   const FlashProblem& p = t.params.problem;
   const RowMods mods = row_mods(p, t.seq, t.head(r), t.query(r));
-  for_blocks(t.plan, head, key0, span, [&](const float* panel, int64_t c0, int64_t n) {
-    for (int64_t c = 0; c < n; ++c) {
-      if (!sees(mods, key0 + c0 + c)) continue;
-      VecF weight = splat(tile.s[r * kLds + c0 + c]);
-      for (int64_t d = 0; d < t.plan.ldo; d += kLanes) {
-        const float* v = panel + d / kNR * (t.plan.block_n * kNR) + c * kNR + d % kNR;
-        float* o = tile.o + r * t.plan.ldo + d;
-        store(o, fma(weight, load(v), load(o)));
-      }
-    }
+  auto seen = [&](int64_t c) { return c >= own.lo && sees(mods, key0 + c); };
+  for_blocks(t.plan, head, key0, span, [&](const Element* panel, int64_t c, int64_t n) {
+    Operands::add_seen_values(seen, tile.s + r * kLds, c, n, panel, t.plan.block_n * kNR,
+                              vectors_of(p.v_head_dim), tile.o + r * t.plan.ldo);
   });
 }
 
-// Columns [lo, hi) of a span that some row of a kMR group sees; lo is the start of a panel.
+// Columns [lo, hi) of a span that some row of a group sees; lo is the start of a panel.
 AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key0, int64_t width,
                                 int64_t r0) {
   int64_t lo = width, hi = 0;
-  for (int64_t r = r0; r < min64(r0 + kMR, t.rows); ++r) {
+  for (int64_t r = r0; r < min64(r0 + kRowGroup, t.rows); ++r) {
     if (tile.keys[r].lo == tile.keys[r].hi) continue;
     lo = min64(lo, tile.keys[r].lo - key0);
     hi = max64(hi, tile.keys[r].hi - key0);
@@ -252,44 +271,45 @@ AF_INLINE Interval seen_columns(const TileRows& t, const Tile& tile, int64_t key
   return {lo, max64(lo, min64(width, hi))};
 }
 
-// A span of at most kMaxSpan keys that some row sees in part: each kMR rows compute the columns
-// that they see. Panels are the outer loop, as in gemm(): one is read from L2 once and serves all
-// row groups from L1. key0 is the start of a panel.
+// A span of at most kMaxSpan keys that some row sees in part: each group of rows computes the
+// columns that it sees. Panels are the outer loop, as in gemm(): one is read from L2 once and
+// serves all row groups from L1. key0 is the start of a panel.
 AF_INLINE void partial_span(const TileRows& t, const Tile& tile, const ScoreMap& map,
                             const PackedHead& head, int64_t key0, int64_t width) {
   const FlashProblem& p = t.params.problem;
   // Panels of all blocks follow each other.
-  const float* k_panels = head.k + (key0 - head.first * t.plan.block_n) * p.head_dim;
+  const Element* k_panels = head.k + (key0 - head.first * t.plan.block_n) * t.plan.depth;
   bool finite = true;
   for (int64_t b = key0 / t.plan.block_n; b <= (key0 + width - 1) / t.plan.block_n; ++b)
     finite &= head.finite[b - head.first];
-  Interval columns[kMaxBlockM / kMR];
+  Interval columns[kMaxBlockM / kRowGroup];
   int64_t first = width, last = 0;
-  for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-    const Interval seen = columns[r0 / kMR] = seen_columns(t, tile, key0, width, r0);
+  for (int64_t r0 = 0; r0 < t.rows; r0 += kRowGroup) {
+    const Interval seen = columns[r0 / kRowGroup] = seen_columns(t, tile, key0, width, r0);
     if (seen.lo == seen.hi) continue;
     first = min64(first, seen.lo);
     last = max64(last, seen.hi);
   }
   for (int64_t c = first; c < last; c += kNR) {
-    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-      if (c < columns[r0 / kMR].lo || c >= columns[r0 / kMR].hi) continue;
-      gemm<1, kMR>(min64(kMR, t.rows - r0), 2, p.head_dim, tile.q + r0 * p.head_dim, p.head_dim,
-                   k_panels + c * p.head_dim, 0, tile.s + r0 * kLds + c, kLds, false);
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kRowGroup) {
+      if (c < columns[r0 / kRowGroup].lo || c >= columns[r0 / kRowGroup].hi) continue;
+      Operands::scores(min64(kRowGroup, t.rows - r0), 2, t.plan.depth, tile.q + r0 * t.plan.depth,
+                       k_panels + c * t.plan.depth, tile.s + r0 * kLds + c);
     }
   }
   for (int64_t r = 0; r < t.rows; ++r) {
-    const Interval seen = columns[r / kMR];
+    const Interval seen = columns[r / kRowGroup];
     const int64_t n = round_up(seen.hi - seen.lo, kNR);
     if (n > 0) update_row(t, tile, map, key0, r, seen.lo, n, true);
     if (n > 0 && !finite) accumulate_row(t, tile, head, key0, width, r);
   }
   for (int64_t d = 0; d < p.v_head_dim && finite; d += kNR) {
-    for (int64_t r0 = 0; r0 < t.rows; r0 += kMR) {
-      for_blocks(t.plan, head, key0, columns[r0 / kMR], [&](const float* v, int64_t c, int64_t n) {
-        gemm<kLds, 1>(min64(kMR, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)), n,
-                      tile.s + r0 * kLds + c, kLds, v + d * t.plan.block_n, 0,
-                      tile.o + r0 * t.plan.ldo + d, t.plan.ldo, true);
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kRowGroup) {
+      const Interval seen = columns[r0 / kRowGroup];
+      for_blocks(t.plan, head, key0, seen, [&](const Element* v, int64_t c, int64_t n) {
+        Operands::add_values(min64(kRowGroup, t.rows - r0), min64(2, vectors_of(p.v_head_dim - d)),
+                             tile.s + r0 * kLds, c, n, v + d * t.plan.block_n, 0,
+                             tile.o + r0 * t.plan.ldo + d, t.plan.ldo);
       });
     }
   }
@@ -305,35 +325,55 @@ AF_INLINE void finish_tile_row(const TileRows& t, const Tile& tile, int64_t r) {
             end.scale * value_scale(p, t.seq, t.kv_head));
 }
 
+AF_INLINE float query_scale(const TileRows& t, int64_t r, float q_scale) {
+  return q_scale * row_scale(t.params.problem, t.seq, t.head(r), t.query(r));
+}
+template <class T>
+AF_INLINE const T* query_row(const TileRows& t, int64_t r) {
+  return row_ptr<const T>(t.params.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
+}
+
+#ifdef ATTNFORGE_BELOW
+// Copies the rows of Q, and keeps their scales.
+AF_INLINE void load_queries(const TileRows& t, const Tile& tile, float q_scale) {
+  const int64_t dim = t.params.problem.head_dim, depth = t.plan.depth;
+  __builtin_memset(tile.q, 0, round_up(t.rows, Operands::kRowStep) * depth * sizeof(Element));
+  for (int64_t r = 0; r < t.rows; ++r) {
+    if (r + kRowsAhead < t.rows) prefetch_row(query_row<Element>(t, r + kRowsAhead), dim);
+    __builtin_memcpy(tile.q + r * depth, query_row<Element>(t, r), dim * sizeof(Element));
+    tile.scale[r] = query_scale(t, r, q_scale);
+  }
+}
+#else
 // Packs the rows of Q, scaled.
 template <class T>
-[[gnu::noinline]] static void load_queries(const TileRows& t, const Tile& tile, float q_scale) {
+[[gnu::noinline]] static void pack_queries(const TileRows& t, const Tile& tile, float q_scale) {
   const FlashProblem& p = t.params.problem;
-  auto q_row = [&](int64_t r) {
-    return row_ptr<const T>(t.params.q, t.seq.batch, t.seq.q_row + t.query(r), t.head(r));
-  };
   for (int64_t r = 0; r < t.rows; ++r) {
-    if (r + kRowsAhead < t.rows) prefetch_row(q_row(r + kRowsAhead), p.head_dim);
-    const float scale = q_scale * row_scale(p, t.seq, t.head(r), t.query(r));
-    with_query(p, t.seq, t.head(r), t.query(r), q_row(r), tile.rotated,
+    if (r + kRowsAhead < t.rows) prefetch_row(query_row<T>(t, r + kRowsAhead), p.head_dim);
+    const float scale = query_scale(t, r, q_scale);
+    with_query(p, t.seq, t.head(r), t.query(r), query_row<T>(t, r), tile.rotated,
                [&](auto* row) { pack_row(row, p.head_dim, scale, r, tile.q); });
   }
 }
+AF_INLINE void load_queries(const TileRows& t, const Tile& tile, float q_scale) {
+  const FlashProblem& p = t.params.problem;
+  dispatch_input(p.q_dtype,
+                 [&](auto element) { pack_queries<decltype(element)>(t, tile, q_scale); });
+  zero_rows(t.rows, round_up(t.rows, kMR), p.head_dim, tile.q);
+}
+#endif
 
 // Q, what each row sees, and nothing seen yet.
 AF_INLINE void prepare_tile(const TileRows& t, const Tile& tile) {
   const FlashProblem& p = t.params.problem;
-  dispatch_input(p.q_dtype, [&](auto element) {
-    load_queries<decltype(element)>(t, tile, score_map(p).q_scale);
-  });
+  load_queries(t, tile, score_map(p).q_scale);
   for (int64_t r = 0; r < t.rows; ++r) {
     tile.keys[r] = visible_keys(p, t.seq, t.head(r), t.query(r));
     tile.m[r] = -kInf;
     tile.l[r] = 0.0f;
   }
-  int64_t padded_rows = round_up(t.rows, kMR);
-  zero_rows(t.rows, padded_rows, p.head_dim, tile.q);
-  fill(tile.o, 0, padded_rows * t.plan.ldo, 0.0f);
+  fill(tile.o, 0, round_up(t.rows, Operands::kRowStep) * t.plan.ldo, 0.0f);
 }
 
 // The tile over keys `span`, whose blocks are packed; it begins at a block.
@@ -365,19 +405,26 @@ AF_INLINE void attend_tile(const TileRows& t, const Tile& tile, const PackedHead
       key0 = end;
       continue;
     }
-    const float* v_block = head.v + (block - head.first) * t.plan.v_floats;
-    gemm<1, kMR>(t.rows, vectors_of(t.plan.block_n), p.head_dim, tile.q, p.head_dim,
-                 head.k + (block - head.first) * t.plan.k_floats, p.head_dim * kNR, tile.s, kLds,
-                 false);
-    for (int64_t r = 0; r < t.rows; ++r)
-      update_row(t, tile, map, key0, r, 0, t.plan.block_n, false);
-    gemm<kLds, 1>(t.rows, vectors_of(p.v_head_dim), t.plan.block_n, tile.s, kLds, v_block,
-                  t.plan.block_n * kNR, tile.o, t.plan.ldo, true);
+    const int64_t place = block - head.first;
+    for (int64_t r0 = 0; r0 < t.rows; r0 += Operands::kRowsAtOnce) {
+      const int64_t rows = min64(Operands::kRowsAtOnce, t.rows - r0);
+      Tile part = tile;
+      part.s -= r0 * kLds;  // the same memory for all of them
+      Operands::scores(rows, vectors_of(t.plan.block_n), t.plan.depth, tile.q + r0 * t.plan.depth,
+                       head.k + place * t.plan.k_size, tile.s);
+      for (int64_t r = r0; r < r0 + rows; ++r) {
+        update_row(t, part, map, key0, r, 0, t.plan.block_n, false);
+      }
+      Operands::add_values(rows, vectors_of(p.v_head_dim), tile.s, 0, t.plan.block_n,
+                           head.v + place * t.plan.v_size, t.plan.block_n * kNR,
+                           tile.o + r0 * t.plan.ldo, t.plan.ldo);
+    }
     key0 = block_end;
   }
 }
 
 AF_INLINE void run_tile(const TileRows& t, const Tile& tile, const PackedHead& head) {
+  const Operands::Scope scope;
   prepare_tile(t, tile);
   attend_tile(t, tile, head, {0, t.seq.k_len});
   for (int64_t r = 0; r < t.rows; ++r) finish_tile_row(t, tile, r);
@@ -417,7 +464,11 @@ AF_INLINE void run_fwd(const FlashFwdParams& params, const Store& kv, const Work
     });
     parallel_tasks(workers, slots * plan.max_tiles, [&](int64_t task, int64_t worker) {
       // Late tiles see the most keys under a causal mask: they go first.
-      int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots, pair = pair0 + slot;
+      int64_t slot = task % slots, index = plan.max_tiles - 1 - task / slots;
+      if constexpr (Operands::kTiles) {  // a head after another: its K and V stay in L2
+        slot = task / plan.max_tiles, index = plan.max_tiles - 1 - task % plan.max_tiles;
+      }
+      const int64_t pair = pair0 + slot;
       Sequence seq = sequence(p, pair / p.heads_k, pair % p.heads_k);
       RowTiling tiling = row_tiling(seq.q_len, group_size(p), plan.block_m);
       if (!served_here(params, seq) || seq.q_len == 0 || index >= tiling.tiles()) return;

@@ -31,8 +31,7 @@ AF_INLINE SplitPlan make_split_plan(const FlashFwdParams& params) {
                 queries = max64(1, min64(p.seqlen_q, params.most_rows / group));
   SplitPlan plan;
   plan.tiles = make_plan(params, 1);
-  const int64_t block_bytes = (plan.tiles.k_floats + plan.tiles.v_floats) * 4;
-  plan.pack_blocks = max64(1, min64(2, kPackBytes / block_bytes));
+  plan.pack_blocks = max64(1, min64(2, kPackBytes / block_bytes(plan.tiles)));
   plan.tiles.blocks = plan.pack_blocks;
   plan.tiles.max_tiles = max_tiles(queries, group, plan.tiles.block_m);
   plan.rows = round_up(queries * group, kLanes);
@@ -90,6 +89,7 @@ AF_INLINE void run_split_tiles(const FlashFwdParams& params, const SplitPlan& pl
   const int64_t step = plan.pack_blocks * plan.tiles.block_n;
   const Interval seen = seen_keys(p, seq);
   const int64_t end = min64(split.hi, seen.hi);
+  const Operands::Scope scope;
   for (int64_t key0 = max64(split.lo, seen.lo / plan.tiles.block_n * plan.tiles.block_n);
        key0 < end; key0 = (key0 / step + 1) * step) {
     const Interval span = {key0, min64(end, (key0 / step + 1) * step)};

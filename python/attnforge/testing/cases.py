@@ -50,9 +50,9 @@ class Target(NamedTuple):
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
 
     @property
-    def rounded(self) -> bool:
-        """Whether tensor cores multiply, which take P in 16 bits (``oracle.truth``)."""
-        return self.backend not in ("reference", "cpu")
+    def rounded(self) -> bool | None:
+        """Whether P is in 16 bits, as ``oracle.truth`` takes it: tensor cores multiply."""
+        return None if self.backend in ("reference", "cpu") else True
 
     @property
     def exact(self) -> bool:
@@ -180,7 +180,7 @@ class FlashInputs:
         names = ("out", "lse", "dq", "dk", "dv", *("d" + name for name in learned))
         return dict(zip(names, results, strict=True))
 
-    def truth(self, grad: bool = True, rounded: bool = False) -> oracle.Truth:
+    def truth(self, grad: bool = True, rounded: bool | None = None) -> oracle.Truth:
         """The float64 truth of ``run`` (or of ``forward``); rounded: see ``oracle.truth``."""
         dout, dlse = (self.dout, self.dlse) if grad else (None, None)
         return oracle.truth(self.q, self.k, self.v, self.options, dout, dlse, rounded)

@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnforge import _native
 from attnforge._params import FLOAT8
 from attnforge.testing import oracle_mods as om
 
-__all__ = ["Truth", "merged_truth", "truth", "unit_roundoff", "visible"]
+__all__ = ["Truth", "merged_truth", "rounds_weights", "truth", "unit_roundoff", "visible"]
 
 _UNIT = {
     torch.float64: 2.0**-53,
@@ -47,6 +48,13 @@ _HALF = (torch.float16, torch.bfloat16)
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Half the distance of 1 to the next number of ``dtype``."""
     return _UNIT[dtype]
+
+
+def rounds_weights(q: Tensor, k: Tensor) -> bool:
+    """Whether the CPU level in force has P in 16 bits for these: bf16 on matrix tiles."""
+    if not q.dtype == k.dtype == torch.bfloat16 or _native.unavailable() is not None:
+        return False
+    return _native.isa() in _native.TILE_LEVELS
 
 
 @dataclass
@@ -134,19 +142,21 @@ def truth(
     options: Mapping[str, Any],
     dout: Tensor | None = None,
     dlse: Tensor | None = None,
-    rounded: bool = False,
+    rounded: bool | None = None,
     sizes: tuple[Tensor, Tensor] | None = None,
 ) -> Truth:
     """What ``flash_attention(_varlen)`` or ``flash_decode`` should give for these arguments.
 
     rounded: P goes to the inputs' dtype before P V, as tensor cores take it: u16 M more for O, and
-    what follows from it for delta.
+    what follows from it for delta. None: as the CPU level in force does (``rounds_weights``).
     sizes: like k and v, what stands for |k| and |v| in S_max and K M: where a kernel adds up
     larger terms than those of k and v (codes, and their zeros apart).
 
     options: the keywords of the call. Gradients are those of <out, dout> + <lse, dlse>; they
     are left out if both are None. Needs O(Hq Sq Sk) memory in float64, one sequence at a time.
     """
+    if rounded is None:
+        rounded = rounds_weights(q, k)
     acc = torch.float64 if q.dtype is torch.float64 else torch.float32
     # fp8 is multiplied as bf16, which holds it exactly.
     product = torch.bfloat16 if q.dtype is FLOAT8 else q.dtype

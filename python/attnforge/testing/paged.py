@@ -239,8 +239,10 @@ class PagedInputs:
         own = wide[page if wide.shape[0] > 1 else 0, slot if wide.shape[1] > 1 else 0, head]
         return own.reshape(-1, 1) if own.dim() else own.expand(page.shape[0], 1)
 
-    def truth(self, rounded: bool = False) -> Truth:
+    def truth(self, rounded: bool | None = None) -> Truth:
         """Values and bounds of ``out`` and ``lse``; rounded: see ``oracle.truth``."""
+        if rounded is None:
+            rounded = oracle.rounds_weights(self.q, self.k_pages)
         c, o, q = self.case, self.options, self.q
         dv = c.v_head_dim or c.head_dim
         packed = q.dim() == 3

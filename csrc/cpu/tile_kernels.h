@@ -1,0 +1,27 @@
+// The levels of matrix tiles (micro/tiles.h): few kernels of their own, the rest of the level
+// below.
+#pragma once
+
+#include "cpu/kernels.h"
+
+// As CMakeLists.txt compiles them: X(name, params struct).
+#define ATTNFORGE_TILE_KERNELS(X) \
+  X(flash_fwd, FlashFwdParams)    \
+  X(paged_middle, PagedFwdParams) \
+  X(paged_prefill, PagedFwdParams)
+
+// Declares what such a level defines; what it lacks is found in the level below.
+#define ATTNFORGE_DECLARE_TILES(ISA, BELOW)       \
+  namespace ISA {                                 \
+  using namespace BELOW;                          \
+  ATTNFORGE_TILE_KERNELS(ATTNFORGE_DECLARE_SIZED) \
+  }
+
+// What the file of such a kernel sees: its own level, and with tiles the one below.
+#ifdef ATTNFORGE_BELOW
+#define ATTNFORGE_DECLARE_HERE           \
+  ATTNFORGE_DECLARE_ISA(ATTNFORGE_BELOW) \
+  ATTNFORGE_DECLARE_TILES(ATTNFORGE_ISA, ATTNFORGE_BELOW)
+#else
+#define ATTNFORGE_DECLARE_HERE ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+#endif
