@@ -71,9 +71,19 @@ def _settings(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def _on(target: Target, file: str) -> Iterator[Target]:
+def _has_tiles(request: pytest.FixtureRequest) -> bool:
+    """Whether kernels of matrix tiles may serve a test: of these families, in bf16."""
+    parameters = getattr(request.node, "callspec", None)
+    values = parameters.params.values() if parameters else ()
+    dtypes = [value for value in values if isinstance(value, torch.dtype)]
+    return any(name in request.path.name for name in TILE_FAMILIES) and (
+        not dtypes or torch.bfloat16 in dtypes
+    )
+
+
+def _on(target: Target, request: pytest.FixtureRequest) -> Iterator[Target]:
     if target.backend == "cpu":
-        if target.isa in _native.TILE_LEVELS and not any(name in file for name in TILE_FAMILIES):
+        if target.isa in _native.TILE_LEVELS and not _has_tiles(request):
             pytest.skip("these kernels are those of the level below")
         if reason := _native.unavailable():
             pytest.skip(reason)
@@ -90,25 +100,25 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """The reference, and the CPU kernels on every ISA level that runs here."""
     name = request.param
     target = Target(name) if name == "reference" else Target("cpu", name)
-    yield from _on(target, request.path.name)
+    yield from _on(target, request)
 
 
 @pytest.fixture(params=ISA_LEVELS)
 def level(request: pytest.FixtureRequest) -> Iterator[Target]:
     """The CPU kernels on every ISA level that runs here."""
-    yield from _on(Target("cpu", request.param), request.path.name)
+    yield from _on(Target("cpu", request.param), request)
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends; the CPU kernels on the level that was chosen for this machine."""
-    yield from (target.backend for target in _on(Target(request.param), request.path.name))
+    yield from (target.backend for target in _on(Target(request.param), request))
 
 
 @pytest.fixture
-def cpu() -> Iterator[str]:
+def cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU kernels alone."""
-    yield from (target.backend for target in _on(Target("cpu"), ""))
+    yield from (target.backend for target in _on(Target("cpu"), request))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
