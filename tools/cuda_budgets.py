@@ -68,13 +68,15 @@ def kernel_id(symbol: str) -> str | None:
     fp8 = re.search(r"Sm90Fp8CaseILi(\d)E", symbol)
     if fp8 is not None:
         return f"fwd_sm90.fp8.d{SM90_FP8_DIMS[int(fp8[1])]}.features"
-    walk = re.search(r"\dWalkCaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8WalkGateE(\d)E", symbol)
+    walk = re.search(
+        r"\d(Walk|Delta)CaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8WalkGateE(\d)ELb(\d)E", symbol
+    )
     if walk is not None:
-        dtype, dims, gate = map(int, walk.groups())
-        return f"linear_{WALK_GATES[gate]}.{DTYPES[dtype]}.d{WALK_DIMS[dims]}"
-    delta = re.search(r"\dDeltaCaseILN\w*?5DTypeE(\d)ELi(\d)E", symbol)
-    if delta is not None:
-        return f"linear_delta.{DTYPES[int(delta[1])]}.d{WALK_DIMS[int(delta[2])]}"
+        dtype, dims, gate, other = map(int, walk.groups()[1:])
+        kind = f"wide_{WALK_GATES[gate]}" if other else WALK_GATES[gate]
+        if walk[1] == "Delta":
+            kind = f"delta_{WALK_GATES[gate]}{'_reverse' * other}"
+        return f"linear_{kind}.{DTYPES[dtype]}.d{WALK_DIMS[dims]}"
     case = re.search(r"\d(Fwd|Decode|Bwd|Sm90|Sm90Bwd)CaseI(.*?)EEE", symbol + "EEE")
     if case is None:
         return None

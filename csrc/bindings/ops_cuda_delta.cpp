@@ -17,23 +17,56 @@ void check_rows(int64_t rows, const char* op) {
                   " tokens; less than 2^29 are counted");
 }
 
+// A call in chunks, whose rows are copied 16 bytes at a time.
+DeltaProblem delta_chunk(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
+                         const Tensor& beta, const OptionalTensor& initial_state,
+                         const OptionalTensor& cu_seqlens, double scale) {
+  const DeltaProblem p = delta_problem(q, k, v, g, beta, initial_state, cu_seqlens, scale);
+  check_rows(p.rows, "cuda_delta_chunk");
+  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v");
+  if (p.channel_gates) check_aligned(*g, "g");
+  STD_TORCH_CHECK(p.key_dim % 8 == 0 && p.value_dim % 8 == 0,
+                  "attnforge_native::cuda_delta_chunk: head dims must be multiples of 8");
+  return p;
+}
+
 void chunk_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                const Tensor& beta, const OptionalTensor& initial_state,
                const OptionalTensor& cu_seqlens, double scale, const Tensor& out,
                const Tensor& final_state, int64_t stream) {
   DeltaChunkFwdParams params;
   DeltaProblem& p = params.problem;
-  p = delta_problem(q, k, v, g, beta, initial_state, cu_seqlens, scale);
-  check_rows(p.rows, "cuda_delta_chunk_fwd");
-  check_aligned(q, "q"), check_aligned(k, "k"), check_aligned(v, "v"), check_aligned(out, "out");
-  STD_TORCH_CHECK(p.key_dim % 8 == 0 && p.value_dim % 8 == 0,
-                  "attnforge_native::cuda_delta_chunk_fwd: head dims must be multiples of 8");
+  p = delta_chunk(q, k, v, g, beta, initial_state, cu_seqlens, scale);
+  check_aligned(out, "out");
   params.out = ref(out, p.dtype);
   params.final_state = cpu::wanted(final_state, state_numel(p));
-  const auto launch = [&]<DType kDType>() {
-    return delta_chunk_fwd<kDType>(params, stream_of(stream));
-  };
-  check(with_dtype(p.dtype, launch), "cuda_delta_chunk_fwd");
+  check(delta_chunk_fwd(params, stream_of(stream)), "cuda_delta_chunk_fwd");
+}
+
+void chunk_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, const Tensor& q,
+               const Tensor& k, const Tensor& v, const OptionalTensor& g, const Tensor& beta,
+               const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, double scale,
+               const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dg,
+               const Tensor& dbeta, const Tensor& dinitial_state, const Tensor& workspace,
+               int64_t stream) {
+  DeltaChunkBwdParams params;
+  DeltaProblem& p = params.problem;
+  p = delta_chunk(q, k, v, g, beta, initial_state, cu_seqlens, scale);
+  check_aligned(dout, "dout"), check_aligned(dq, "dq"), check_aligned(dk, "dk");
+  check_aligned(dv, "dv");
+  params.dout = ref(dout, p.dtype);
+  params.dfinal_state = delta_floats(dfinal_state, state_numel(p));
+  params.dq = ref(dq, p.dtype), params.dk = ref(dk, p.dtype), params.dv = ref(dv, p.dtype);
+  const int64_t tokens = q.size(0) * p.rows * p.value_heads;
+  params.dg = cpu::wanted(dg, tokens * (p.channel_gates ? p.key_dim : 1));
+  params.dbeta = delta_floats(dbeta, tokens);
+  params.dinitial_state = cpu::wanted(dinitial_state, state_numel(p));
+  const int64_t room = workspace.numel() * static_cast<int64_t>(workspace.element_size());
+  const int64_t bytes = delta_chunk_bwd_workspace(params);
+  STD_TORCH_CHECK(room >= bytes, "attnforge_native::cuda_delta_chunk_bwd: the workspace has ", room,
+                  " bytes, not ", bytes);
+  params.workspace = const_cast<void*>(workspace.const_data_ptr());
+  check(delta_chunk_bwd(params, stream_of(stream)), "cuda_delta_chunk_bwd");
 }
 
 // q, k [B, 1, H, K], v [B, 1, HV, V].
@@ -83,12 +116,17 @@ void scan_bwd(const Tensor& dout, const OptionalTensor& dfinal_state, const Tens
 }  // namespace
 }  // namespace attnforge::cuda
 
+#define ATTNFORGE_OPERANDS                                                  \
+  "Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial, " \
+  "Tensor? cu_seqlens, float scale, "
 #define ATTNFORGE_SCAN "Tensor x, Tensor g, Tensor? initial, Tensor? cu_seqlens, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
-  m.def(
-      "cuda_delta_chunk_fwd(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor? initial, "
-      "Tensor? cu_seqlens, float scale, Tensor(a!) out, Tensor(b!) final_state, int stream) -> ()");
+  m.def("cuda_delta_chunk_fwd(" ATTNFORGE_OPERANDS
+        "Tensor(a!) out, Tensor(b!) final_state, int stream) -> ()");
+  m.def("cuda_delta_chunk_bwd(Tensor dout, Tensor? dfinal_state, " ATTNFORGE_OPERANDS
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dg, Tensor(e!) dbeta, "
+        "Tensor(f!) dinitial, Tensor(g!) workspace, int stream) -> ()");
   m.def(
       "cuda_delta_step(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor beta, Tensor(a!) states, "
       "Tensor? state_indices, float scale, Tensor(b!) out, int stream) -> ()");
@@ -100,6 +138,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ATTNFORGE_NAMESPACE, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ATTNFORGE_NAMESPACE, ATTNFORGE_KEY, m) {
   m.impl("cuda_delta_chunk_fwd", TORCH_BOX(&attnforge::cuda::chunk_fwd));
+  m.impl("cuda_delta_chunk_bwd", TORCH_BOX(&attnforge::cuda::chunk_bwd));
   m.impl("cuda_delta_step", TORCH_BOX(&attnforge::cuda::step));
   m.impl("cuda_diag_scan_fwd", TORCH_BOX(&attnforge::cuda::scan_fwd));
   m.impl("cuda_diag_scan_bwd", TORCH_BOX(&attnforge::cuda::scan_bwd));

@@ -18,7 +18,8 @@ set(cuda_sm90_kBFloat16 ${cuda_sm90_halves})
 set(cuda_sm90_dtypes kFloat16 kBFloat16 kFloat8)
 set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/paged/append.cu" "${cuda_dir}/paged/combine.cu"
     "${cuda_dir}/linear/chunk.cu" "${cuda_dir}/linear/gates.cu" "${cuda_dir}/linear/step.cu"
-    "${cuda_dir}/linear/delta_step.cu" "${cuda_dir}/linear/diag_scan.cu"
+    "${cuda_dir}/linear/delta_chunk.cu" "${cuda_dir}/linear/delta_step.cu"
+    "${cuda_dir}/linear/diag_scan.cu"
     "${cuda_dir}/runtime.cu")
 set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
     "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp"

@@ -46,8 +46,8 @@ def test_loads_and_registers_without_a_gpu() -> None:
     assert _native_cuda.unavailable() is None
     for name in ("flash_fwd", "flash_bwd", "flash_decode", "merge_states", "paged_fwd",
                  "paged_append", "linear_chunk_fwd", "linear_chunk_bwd", "linear_step",
-                 "delta_chunk_fwd", "delta_step", "diag_scan_fwd", "diag_scan_bwd",
-                 "block_sparse_fwd", "block_sparse_bwd"):  # fmt: skip
+                 "delta_chunk_fwd", "delta_chunk_bwd", "delta_step", "diag_scan_fwd",
+                 "diag_scan_bwd", "block_sparse_fwd", "block_sparse_bwd"):  # fmt: skip
         operator = _native_cuda.operator(name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
@@ -87,7 +87,11 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
     short = {name.removeprefix("listed_").removesuffix("_few") for name in listed}
     assert {owners.get(name, name) for name in short} == {"fwd", "bwd"}
     found -= listed
-    walk_kinds = {f"linear_{kind}" for kind in (*cuda_budgets.WALK_GATES, "delta")}
+    walk_kinds = {
+        *(f"linear_{gate}" for gate in cuda_budgets.WALK_GATES),
+        *(f"linear_wide_{gate}" for gate in ("whole", "columns")),
+        *(f"linear_delta_{gate}{way}" for gate in ("whole", "read") for way in ("", "_reverse")),
+    }
     assert {owners.get(name, name) for name in found} == kinds | paged_kinds | walk_kinds
     for arch in ("sm_80", "sm_90a"):
         mine = {name for name in ids if ("sm90" in name) == (arch == "sm_90a")}

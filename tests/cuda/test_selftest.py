@@ -11,6 +11,7 @@ from attnforge import _native_cuda
 from attnforge._params import FLOAT8
 from attnforge.backends import _selftest as shared
 from attnforge.backends import _selftest_block_sparse, _selftest_linear, _selftest_paged
+from attnforge.backends._selftest_delta import GROUPS as DELTA_GROUPS
 from attnforge.backends.cuda import flash
 from attnforge.backends.cuda._selftest import CUDA
 from attnforge.registry import Request, list_kernels
@@ -103,7 +104,7 @@ def test_right_kernels_of_linear_attention_pass(kind: str, group: str) -> None:
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
-        *(("delta.delta_chunk_fwd", x) for x in ("", "a gate per token", "packed sequences")),
+        *((f"delta.delta_chunk_{way}", x) for way in ("fwd", "bwd") for x in ("", *DELTA_GROUPS)),
         *(("delta.delta_step", x) for x in ("", "a gate per token", "a gate per key channel")),
         ("scan.diag_scan_fwd", ""),
         ("scan.diag_scan_bwd", ""),

@@ -69,7 +69,13 @@ inline std::vector<KernelRow> kernel_table() {
       for (const char* gate : {"whole", "read", "columns"}) {
         rows.push_back({std::string("linear_") + gate, dtype, {dim, kWalkColumns}, false});
       }
-      rows.push_back({"linear_delta", dtype, {dim, kWalkColumns}, false});
+      for (const char* walk : {"whole", "read", "whole_reverse", "read_reverse"}) {
+        rows.push_back({std::string("linear_delta_") + walk, dtype, {dim, kWalkColumns}, false});
+      }
+      if (dtype == DType::kFloat32) continue;
+      for (const char* gate : {"whole", "columns"}) {
+        rows.push_back({std::string("linear_wide_") + gate, dtype, {dim, kWalkColumns}, false});
+      }
     }
   }
 #if defined(ATTNFORGE_SM90A)

@@ -9,10 +9,11 @@
 
 namespace attnforge::cuda {
 
-// Gates on the side that is read: the tiles x e^(sums from the start) and y e^(sums to the end),
-// and the gates themselves become decays. Then a barrier.
-template <class W>
-AF_DEVICE void decay_read_side(const W& block, int n AF_SITE) {
+// Gates on the side that is read: they become decays, and every token of this thread's channel
+// passes by with its decay from the start, then with that to the end. Then a barrier.
+template <class W, class FromStart, class ToEnd>
+AF_DEVICE void decay_read_side(const W& block, int n, const FromStart& from_start,
+                               const ToEnd& to_end AF_SITE) {
   const int channel = static_cast<int>(threadIdx.x);
   if (channel >= W::kDim) return;
   const auto gates = block.gates(n);
@@ -25,17 +26,23 @@ AF_DEVICE void decay_read_side(const W& block, int n AF_SITE) {
     decay[i] = decay_of(log);
     product *= decay[i];
     ptx::store_shared(place, decay[i] AF_PASS_SITE);
-    const auto x = ptx::load_shared<typename W::T>(block.x(n).element(i, channel) AF_PASS_SITE);
-    ptx::store_shared(block.from_start().element(i, channel), widen(x) * product AF_PASS_SITE);
+    from_start(i, channel, product);
   }
   ptx::store_shared(block.total(channel), decay_of(sum) AF_PASS_SITE);
   product = 1.0f;
 #pragma unroll
   for (int i = W::kRows - 1; i >= 0; --i) {
-    const auto y = ptx::load_shared<typename W::T>(block.y(n).element(i, channel) AF_PASS_SITE);
-    ptx::store_shared(block.to_end().element(i, channel), widen(y) * product AF_PASS_SITE);
+    to_end(i, channel, product);
     product *= decay[i];
   }
+}
+
+// to[i, channel] = from[i, channel] factor
+template <class From, class To>
+AF_DEVICE void scale_element(const From& from, const To& to, int i, int channel,
+                             float factor AF_SITE) {
+  const auto x = ptx::load_shared<typename From::Element>(from.element(i, channel) AF_PASS_SITE);
+  ptx::store_shared(to.element(i, channel), widen(x) * factor AF_PASS_SITE);
 }
 
 // Lanes a flip apart meet: each adds up one half of the sums and gives the other away.
@@ -51,14 +58,20 @@ AF_DEVICE void halve(float (&sums)[16], int flip AF_SITE) {
   }
 }
 
-// x_i y_j for all tokens i and j <= i of a chunk of 16, with the decays between them if they are of
-// the channels summed over, times `factor`. A thread has one j and an eighth of the channels.
+// to = x_i y_j for all tokens i and j <= i (strict: j < i) of a chunk of 16, with the decays
+// between them if they are of the channels summed over, times `factor`. A thread has one j, whose
+// factor it is, and an eighth of the channels.
+AF_DEVICE int product_column() {
+  return static_cast<int>(threadIdx.x) / 8;
+}
 template <class W>
-AF_DEVICE void products_between(const W& block, int n, float factor AF_SITE) {
+AF_DEVICE void products_between(const W& block, int n, const typename W::ReadTile& x_tile,
+                                const typename W::ReadTile& y_tile, const typename W::Between& to,
+                                float factor, bool strict AF_SITE) {
   static_assert(W::kRows == 16);
-  constexpr int kParts = W::kDim / 64, kPer = 16 / static_cast<int>(sizeof(typename W::T));
-  const int j = static_cast<int>(threadIdx.x) / 8, slice = static_cast<int>(threadIdx.x) % 8;
-  const auto load = [&](const typename W::ReadTile& tile, int row, float (&to)[kParts][8]) {
+  constexpr int kParts = W::kDim / 64, kPer = 16 / static_cast<int>(sizeof(typename W::Read));
+  const int j = product_column(), slice = static_cast<int>(threadIdx.x) % 8;
+  const auto load = [&](const typename W::ReadTile& tile, int row, float (&values)[kParts][8]) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -68,19 +81,19 @@ AF_DEVICE void products_between(const W& block, int n, float factor AF_SITE) {
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
           if constexpr (kPer == 4) {
-            to[part][4 * c + i] = ptx::float_from_bits(raw.v[i]);
+            values[part][4 * c + i] = ptx::float_from_bits(raw.v[i]);
           } else {
-            to[part][i] = unpack<typename W::T>(raw.v[i / 2], i % 2);
+            values[part][i] = unpack<typename W::Read>(raw.v[i / 2], i % 2);
           }
         }
       }
     }
   };
   float y[kParts][8], x[kParts][8], sums[16];
-  load(block.y(n), j, y);
+  load(y_tile, j, y);
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    load(block.x(n), i, x);
+    load(x_tile, i, x);
     sums[i] = 0.0f;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -107,7 +120,7 @@ AF_DEVICE void products_between(const W& block, int n, float factor AF_SITE) {
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     const int i = 2 * slice + e;  // bits of the slice are those of the halves
-    ptx::store_shared(block.between().element(i, j), i < j ? 0.0f : sums[e] * factor AF_PASS_SITE);
+    ptx::store_shared(to.element(i, j), i < j + strict ? 0.0f : sums[e] * factor AF_PASS_SITE);
   }
 }
 

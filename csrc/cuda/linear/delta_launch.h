@@ -6,15 +6,42 @@
 
 namespace attnforge::cuda {
 
-// Gates per head or none; head dims up to 128.
+// One of the two walks of a delta rule whose triangular systems have to be solved.
+//
+//   forward  o, or where `errors` is given, what each state lacks of its token's value:
+//            errors = v - S~^T k
+//   reverse  dv = beta dwrite, with dwrite = dS^T k and dS the gradient of the state that token
+//            leaves. Of its errors it takes dbeta = <dwrite, error>, a part per 16 columns, and
+//            leaves in their place what was written, beta error.
+struct DeltaWalk {
+  DeltaProblem problem;  // initial_state: of this walk, a gradient in reverse
+  bool reverse = false;
+  TensorRef out;
+  float* final_state = nullptr;
+  float* errors = nullptr;  // as all floats below contiguous [B, T, value_heads, V]
+  // Reverse:
+  TensorRef dout;
+  float* dvalues = nullptr;      // dv
+  float* dout32 = nullptr;       // dout, or null
+  float* dbeta_parts = nullptr;  // [B, T, value_heads, parts]
+  int64_t parts = 0;             // four for every 64 values
+};
+
 template <DType kDType>
+int delta_walk(const DeltaWalk& walk, void* stream);
+template <>
+int delta_walk<DType::kFloat32>(const DeltaWalk&, void*);
+template <>
+int delta_walk<DType::kFloat16>(const DeltaWalk&, void*);
+template <>
+int delta_walk<DType::kBFloat16>(const DeltaWalk&, void*);
+
+// Gates of either kind; head dims up to 128.
 int delta_chunk_fwd(const DeltaChunkFwdParams& params, void* stream);
-template <>
-int delta_chunk_fwd<DType::kFloat32>(const DeltaChunkFwdParams&, void*);
-template <>
-int delta_chunk_fwd<DType::kFloat16>(const DeltaChunkFwdParams&, void*);
-template <>
-int delta_chunk_fwd<DType::kBFloat16>(const DeltaChunkFwdParams&, void*);
+
+// Bytes of params.workspace, a multiple of 16.
+int64_t delta_chunk_bwd_workspace(const DeltaChunkBwdParams& params);
+int delta_chunk_bwd(const DeltaChunkBwdParams& params, void* stream);
 
 // Gates of either kind; keys up to 128.
 int delta_step(const DeltaStepParams& params, void* stream);

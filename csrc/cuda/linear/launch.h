@@ -17,9 +17,11 @@ struct WalkTensor {
 // What a walk leaves for the gradient of gates, with out and another tensor `beside` it:
 // kDots     dots[plane, token, head] = sum over a warp's 16 columns of beside out
 // kProduct  gates[token, head, column] = beside out
+// kPlus     gates += beside out
+// kMinus    gates -= beside out
 // kSuffix   gates <- sum over this and later tokens of (gates - beside out), from the end of the
 //           sequence, where it is sum over the state's channels of initial other
-enum class WalkExtra : int32_t { kNone = 0, kDots, kProduct, kSuffix };
+enum class WalkExtra : int32_t { kNone = 0, kDots, kProduct, kPlus, kMinus, kSuffix };
 
 // The recurrence with its roles free. S [dim, columns] in fp32, tokens from the first one on, or
 // from the last one:
@@ -35,12 +37,16 @@ struct LinearWalk {
   int64_t heads = 0;  // value heads
   int64_t dim = 0, columns = 0;
   bool reverse = false;
+  bool strict = false;                  // read before its own token is written
+  bool wide = false;                    // x and y are fp32, whatever the dtype
   LinearGate kind = LinearGate::kNone;  // where gates lie in memory
   bool gate_columns = false;            // of gates of channels: which side of this walk's state
   const float* gate = nullptr;
   float read = 1.0f, write = 1.0f;
   WalkTensor x, y, z, out;
-  float* out32 = nullptr;  // instead of out: contiguous [B, T, heads, columns]
+  // Contiguous [B, T, heads, columns]: what is added to out in the end; where it goes instead.
+  const float* plus = nullptr;
+  float* out32 = nullptr;
   // States [sequences, heads, ..] with these strides, and `state` elements apart; null is zero.
   const float* initial = nullptr;
   float* final = nullptr;

@@ -11,6 +11,10 @@ struct Chunk {
   Tokens tokens;
   int head, first_column, columns, row, left;
 
+  // Of a row and a column: their place in contiguous [B, T, heads, columns].
+  AF_DEVICE int64_t element(const LinearWalk& walk, int r, int column) const {
+    return (token(walk, r) * walk.heads + head) * walk.columns + first_column + column;
+  }
   // Of a row of the chunk: its token in a tensor of [B, T, ..].
   AF_DEVICE int64_t token(const LinearWalk& walk, int r) const {
     const int at = walk.reverse ? tokens.count - 1 - row - r : row + r;
@@ -28,6 +32,25 @@ AF_DEVICE void each_result(const Chunk& chunk, const F& f) {
     for (int i = 0; i < 4; ++i) {
       const int row = fragment_column(n, i), column = W::own_column() + lane / 4 + i / 2 * 8;
       if (row < chunk.left && column < chunk.columns) f(n, i, row, column);
+    }
+  }
+}
+
+// f(row, sum over this warp's columns) for every token that exists, by one of its lanes.
+template <class W, class F>
+AF_DEVICE void sum_columns(const Chunk& chunk, const typename W::Output& terms,
+                           const F& f AF_SITE) {
+#pragma unroll
+  for (int n = 0; n < W::kN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float sum = terms[n][e] + terms[n][2 + e];
+#pragma unroll
+      for (uint32_t flip = 4; flip < 32; flip *= 2) {
+        sum += ptx::shuffle_xor(sum, flip, ptx::kFullWarp AF_PASS_SITE);
+      }
+      const int row = fragment_column(n, e);
+      if (ptx::lane_id() < 4 && row < chunk.left) f(row, sum);
     }
   }
 }
@@ -63,13 +86,9 @@ AF_DEVICE void store_out(const LinearWalk& walk, const W& block, int n, const Ch
 
 template <class W>
 AF_DEVICE void leave(const LinearWalk& walk, const W& block, int n, const Chunk& chunk,
-                     const typename W::Output& out, float (&later)[2] AF_SITE) {
+                     typename W::Output& out, float (&later)[2] AF_SITE) {
   using T = typename W::T;
   const int lane = static_cast<int>(ptx::lane_id());
-  const auto in_memory = [&](int row, int column) {  // of contiguous [B, T, heads, columns]
-    return (chunk.token(walk, row) * walk.heads + chunk.head) * walk.columns + chunk.first_column +
-           column;
-  };
   if (walk.extra != WalkExtra::kNone) {
     const auto beside = WalkRows<const T>::of(walk.beside, chunk.tokens, chunk.head, walk.reverse);
     typename W::Output terms;  // beside out
@@ -79,28 +98,18 @@ AF_DEVICE void leave(const LinearWalk& walk, const W& block, int n, const Chunk&
     });
     if (walk.extra == WalkExtra::kDots) {
       const int plane = chunk.first_column / 16 + warp_id();
-#pragma unroll
-      for (int k = 0; k < W::kN; ++k) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float sum = terms[k][e] + terms[k][2 + e];
-#pragma unroll
-          for (uint32_t flip = 4; flip < 32; flip *= 2) {
-            sum += ptx::shuffle_xor(sum, flip, ptx::kFullWarp AF_PASS_SITE);
-          }
-          const int row = fragment_column(k, e);
-          if (lane < 4 && row < chunk.left) {
-            walk.dots[plane * walk.plane + chunk.token(walk, row) * walk.heads + chunk.head] = sum;
-          }
-        }
-      }
-    } else if (walk.extra == WalkExtra::kProduct) {
+      sum_columns<W>(chunk, terms, [&](int row, float sum) {
+        walk.dots[plane * walk.plane + chunk.token(walk, row) * walk.heads + chunk.head] = sum;
+      } AF_PASS_SITE);
+    } else if (walk.extra != WalkExtra::kSuffix) {
+      const float sign = walk.extra == WalkExtra::kMinus ? -1.0f : 1.0f;
       each_result<W>(chunk, [&](int k, int i, int row, int column) {
-        walk.gates[in_memory(row, column)] = terms[k][i];
+        float& gate = walk.gates[chunk.element(walk, row, column)];
+        gate = (walk.extra == WalkExtra::kProduct ? 0.0f : gate) + sign * terms[k][i];
       });
     } else {
       each_result<W>(chunk, [&](int k, int i, int row, int column) {
-        terms[k][i] = walk.gates[in_memory(row, column)] - terms[k][i];
+        terms[k][i] = walk.gates[chunk.element(walk, row, column)] - terms[k][i];
       });
       // Sums over the tokens walked so far: two of a lane, then of the lanes of a column before it.
 #pragma unroll
@@ -124,14 +133,19 @@ AF_DEVICE void leave(const LinearWalk& walk, const W& block, int n, const Chunk&
         }
       }
       each_result<W>(chunk, [&](int k, int i, int row, int column) {
-        const int64_t at = in_memory(row, column);
+        const int64_t at = chunk.element(walk, row, column);
         walk.gates[at] = walk.gate[at] <= kReset ? 0.0f : terms[k][i];
       });
     }
   }
+  if (walk.plus != nullptr) {
+    each_result<W>(chunk, [&](int k, int i, int row, int column) {
+      out[k][i] += walk.plus[chunk.element(walk, row, column)];
+    });
+  }
   if (walk.out32 != nullptr) {
     each_result<W>(chunk, [&](int k, int i, int row, int column) {
-      walk.out32[in_memory(row, column)] = out[k][i];
+      walk.out32[chunk.element(walk, row, column)] = out[k][i];
     });
   } else {
     store_out(walk, block, n, chunk, out AF_PASS_SITE);

@@ -16,7 +16,8 @@ constexpr int kWalkWarps = 4, kWalkColumns = 16 * kWalkWarps;
 constexpr int kWalkDims[] = {64, 128};
 
 struct WalkTile {
-  DType dtype;
+  DType dtype;  // of z and out
+  DType read;   // of x and y
   int dim;
   WalkGate gate;
   int rows;    // tokens of a chunk
@@ -26,8 +27,8 @@ struct WalkTile {
 // 32 tokens, a lane each for the gates: the state is in registers, so that longer chunks save
 // barriers alone and cost products inside the chunk. Gates of channels: 16, the largest block that
 // has no part whose decays factor.
-constexpr WalkTile walk_tile(DType dtype, int dim, WalkGate gate) {
-  return {dtype, dim, gate, gate == WalkGate::kWhole ? 32 : 16, 2};
+constexpr WalkTile walk_tile(DType dtype, DType read, int dim, WalkGate gate) {
+  return {dtype, read, dim, gate, gate == WalkGate::kWhole ? 32 : 16, 2};
 }
 
 constexpr int walk_dim_of(int64_t dim) {

@@ -23,14 +23,16 @@ namespace attnforge::cuda {
 constexpr DType kThisDType = DType::ATTNFORGE_DTYPE;
 
 // A kernel's one template argument, as FwdCase is in flash.
-template <DType kDType, int kDim, WalkGate kGate>
+template <DType kDType, int kDim, WalkGate kGate, bool kWide>
 struct WalkCase {
-  static constexpr WalkTile kTile = walk_tile(kDType, kWalkDims[kDim], kGate);
+  static constexpr DType kRead = kWide ? DType::kFloat32 : kDType;
+  static constexpr WalkTile kTile = walk_tile(kDType, kRead, kWalkDims[kDim], kGate);
 };
 
 // A of a chunk of 32 tokens by products of tiles: a warp has 16 x 16 of it.
 template <class W>
-AF_DEVICE void products_of_tiles(const W& block, int n, const DecaySums& sums, float factor) {
+AF_DEVICE void products_of_tiles(const W& block, int n, const DecaySums& sums, float factor,
+                                 bool strict) {
   const int row = warp_id() / 2 * 16, column = warp_id() % 2 * 16;
   Accumulators<1, 2> a;
   zero<1, 2>(a);
@@ -43,7 +45,7 @@ AF_DEVICE void products_of_tiles(const W& block, int n, const DecaySums& sums, f
     for (int c = 0; c < 4; ++c) {
       const int j = column + fragment_column(c / 2, c % 2);
       const float decay = later.decay_since(sums.of_lane(j));
-      const float value = j <= i ? a[0][c / 2][2 * h + c % 2] * (factor * decay) : 0.0f;
+      const float value = j + strict <= i ? a[0][c / 2][2 * h + c % 2] * (factor * decay) : 0.0f;
       ptx::store_shared(block.between().element(i, j), value);
     }
   }
@@ -72,28 +74,22 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
     rows.first += column;
     return rows;
   };
-  const auto x = rows_of.template operator()<const T>(walk.x, 0);
-  const auto y = rows_of.template operator()<const T>(walk.y, 0);
+  const auto x = rows_of.template operator()<const typename W::Read>(walk.x, 0);
+  const auto y = rows_of.template operator()<const typename W::Read>(walk.y, 0);
   const auto z = rows_of.template operator()<const T>(walk.z, first_column);
 
-  // Gates before each token in walking order; in reverse that of the token after it.
   const int64_t per_token = walk.kind == LinearGate::kScalar ? 1
                             : W::kRead                       ? walk.dim
                             : W::kColumns                    ? walk.columns
                                                              : 0;
-  const float* gates = walk.gate;
+  GateRows gates = {nullptr, heads * per_token, tokens.count, reverse};
   if (per_token != 0) {
     const int64_t row = int64_t{tokens.batch} * walk.rows + tokens.first;
-    gates += (row * heads + head) * per_token + (W::kColumns ? first_column : 0);
+    gates.first_token =
+        walk.gate + (row * heads + head) * per_token + (W::kColumns ? first_column : 0);
   } else if (walk.kind == LinearGate::kHead) {
-    gates += head;
+    gates.first_token = walk.gate + head;
   }
-  const auto gate_at = [&](int token) { return gates + int64_t{token} * heads * per_token; };
-  const auto gate_before = [&](int row) -> const float* {  // null: none
-    if (row >= tokens.count || walk.kind == LinearGate::kNone) return nullptr;
-    if (!reverse) return gate_at(row);
-    return row == 0 ? nullptr : gate_at(tokens.count - row);
-  };
 
   const auto load = [&](int n) {
     const int row = n * kRows, left = tokens.count - row;
@@ -102,7 +98,7 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
     load_rows<Team>(block.z(n), z.at(row), z.stride, left, columns);
     if constexpr (W::kRead || W::kColumns) {
       load_tile<Team>(block.gates(n), W::kRead ? dim : columns,
-                      [&](int r) { return gate_before(row + r); });
+                      [&](int r) { return gates.before(row + r); });
     }
   };
 
@@ -138,9 +134,9 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
     zero_fragments<W::kN>(out);
     Fragments<W::kN> weighted;  // z, decayed to the chunk's end
     if constexpr (!W::kRead && !W::kColumns) {
-      const float* gate = gate_before(row + lane);
+      const float* gate = gates.before(row + lane);
       const DecaySums sums = DecaySums::of(gate == nullptr ? 0.0f : *gate);
-      products_of_tiles(block, n, sums, walk.read * walk.write);
+      products_of_tiles(block, n, sums, walk.read * walk.write, walk.strict);
       Team::sync();
       product_along<P, W::kN, W::kD>(out, state, block.x(n));
       left_across<W::kN>(weighted, block.z(n), own);
@@ -170,9 +166,17 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
       }
       product_across<P, W::kD, W::kN>(state, weighted, block.y(n));
     } else if constexpr (W::kRead) {
-      decay_read_side(block, n);
+      decay_read_side(
+          block, n,
+          [&](int i, int channel, float decay) {
+            scale_element(block.x(n), block.from_start(), i, channel, decay);
+          },
+          [&](int i, int channel, float decay) {
+            scale_element(block.y(n), block.to_end(), i, channel, decay);
+          });
       Team::sync();
-      products_between(block, n, walk.read * walk.write);
+      products_between(block, n, block.x(n), block.y(n), block.between(), walk.read * walk.write,
+                       walk.strict);
       Team::sync();
       product_along<P, W::kN, W::kD>(out, state, block.from_start());
 #pragma unroll
@@ -198,7 +202,8 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
       product_across<P, W::kD, W::kN>(state, weighted, block.to_end());
     } else {
       const auto decays = ColumnDecays<W>::of(block, n, walk.write);
-      products_between(block, n, walk.read * walk.write);
+      products_between(block, n, block.x(n), block.y(n), block.between(), walk.read * walk.write,
+                       walk.strict);
       Team::sync();
       decays.add_inside(block);
       ptx::sync_warp();
@@ -250,11 +255,11 @@ __global__ void __launch_bounds__(32 * kWalkWarps)
       float* to = place(walk.final, d, i);
       if (to == nullptr) continue;
       float value = state[d][i];
-      if (reverse && tokens.count > 0 && walk.kind != LinearGate::kNone) {
+      if (reverse && tokens.count > 0 && gates.first_token != nullptr) {
         const int channel = W::kRead      ? fragment_column(d, i)
                             : W::kColumns ? own + lane / 4 + i / 2 * 8
                                           : 0;
-        value *= decay_of(clamped_gate(gate_at(0)[channel]));
+        value *= decay_of(clamped_gate(gates.first_token[channel]));
       }
       *to = value;
     }
@@ -266,11 +271,21 @@ int linear_walk<kThisDType>(const LinearWalk& walk, void* stream) {
   const int64_t tiles = (walk.columns + kWalkColumns - 1) / kWalkColumns;
   const int64_t blocks = tiles * walk.heads * walk.sequences;
   if (blocks == 0) return 0;
-  const auto launch = [&]<int kDim, WalkGate kGate>() {
-    using Case = WalkCase<kThisDType, kDim, kGate>;
+  const auto launch_case = [&]<class Case>() {
     return ATTNFORGE_LAUNCH((linear_walk_kernel<Case>), dim3(static_cast<unsigned>(blocks)),
                             dim3(32 * kWalkWarps), Walk<Case::kTile>::kSharedBytes, stream, walk,
                             static_cast<int>(tiles));
+  };
+  const auto launch = [&]<int kDim, WalkGate kGate>() {
+    // Tensors that a backward has made are fp32: what it sums over are then columns of keys.
+    if constexpr (kThisDType != DType::kFloat32) {
+      if (walk.wide && kGate == WalkGate::kRead) return kNoKernel;
+      if (walk.wide) {
+        constexpr WalkGate kWide = kGate == WalkGate::kRead ? WalkGate::kColumns : kGate;
+        return launch_case.template operator()<WalkCase<kThisDType, kDim, kWide, true>>();
+      }
+    }
+    return launch_case.template operator()<WalkCase<kThisDType, kDim, kGate, false>>();
   };
   const auto with_gate = [&]<int kDim>() {
     const bool channels = walk.kind == LinearGate::kKey || walk.kind == LinearGate::kValue;

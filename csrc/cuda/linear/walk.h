@@ -49,6 +49,21 @@ struct WalkRows {
   AF_DEVICE T* at(int row) const { return first + row * stride; }
 };
 
+// Gates before the tokens of one head in walking order, `width` numbers each; in reverse a token's
+// are those of the token after it, and `first_token` is what the walk ends with.
+struct GateRows {
+  const float* first_token;  // null: no gates
+  int64_t stride;
+  int count;
+  bool reverse;
+
+  AF_DEVICE const float* before(int row) const {  // null: none
+    if (row >= count || first_token == nullptr) return nullptr;
+    if (!reverse) return first_token + row * stride;
+    return row == 0 ? nullptr : first_token + (count - row) * stride;
+  }
+};
+
 // log decays of the 32 tokens of a chunk, a lane each, summed up from the chunk's first one on.
 // Gates are multiples of 1/64, whose sums are exact, and a rest: so a difference of two sums is as
 // good behind a strong gate as before it, and one over a reset is below -127, whose exponential is
@@ -84,13 +99,14 @@ struct DecaySums {
 template <WalkTile kTile>
 struct Walk {
   using T = typename ElementOf<kTile.dtype>::Type;
+  using Read = typename ElementOf<kTile.read>::Type;
   using P = StateProduct<T>;
   using Team = BlockTeam<kWalkWarps>;
   static constexpr int kRows = kTile.rows, kDim = kTile.dim, kStages = kTile.stages;
   static constexpr int kN = kRows / 8, kD = kDim / 8;
   static constexpr bool kRead = kTile.gate == WalkGate::kRead;
   static constexpr bool kColumns = kTile.gate == WalkGate::kColumns;
-  using ReadTile = SharedTile<T, kRows, kDim>;            // x and y
+  using ReadTile = SharedTile<Read, kRows, kDim>;         // x and y
   using ColumnTile = SharedTile<T, kRows, kWalkColumns>;  // z, then what leaves
   using Between = SharedTile<float, kRows, kRows>;  // read write decay x_i y_j, i not before j
   // Gates of channels, then their decays; x decayed from the chunk's start, y to its end, or of the

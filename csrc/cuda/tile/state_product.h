@@ -85,6 +85,29 @@ AF_DEVICE void zero_fragments(Fragments<kK>& x) {
   }
 }
 
+// x *= factor(k, i), of the column that is element i = 0, 1 of block k.
+template <int kK, class F>
+AF_DEVICE void scale_columns(Fragments<kK>& x, const F& factor) {
+#pragma unroll
+  for (int k = 0; k < kK; ++k) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float f = factor(k, i);
+      x[k][i] *= f, x[k][2 + i] *= f;
+    }
+  }
+}
+
+// x += sign y
+template <int kK>
+AF_DEVICE void add_fragments(Fragments<kK>& x, const Fragments<kK>& y, float sign) {
+#pragma unroll
+  for (int k = 0; k < kK; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[k][i] = ptx::fma(sign, y[k][i], x[k][i]);
+  }
+}
+
 // Two neighbours in k of four 8 x 8 blocks, [n][k].
 struct Blocks {
   float x[2][2][2];
