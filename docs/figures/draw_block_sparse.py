@@ -1,4 +1,4 @@
-"""Draws the figures of docs/block_sparse_quality.md from the committed runs.
+"""Draws the figures of docs/sparse_quality.md from the committed runs.
 
 python docs/figures/draw_block_sparse.py
 """

@@ -286,6 +286,7 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "guide": guide_table,
     "support-matrix-flash": lambda root: support_matrix("flash"),
     "support-matrix-block_sparse": lambda root: support_matrix("block_sparse"),
+    "measurements-block_sparse": lambda root: measured(root, family="block_sparse"),
     "support-matrix-nsa": lambda root: support_matrix("nsa"),
     "support-matrix-cope": lambda root: support_matrix("cope"),
     "support-matrix-reductions": lambda root: support_matrix("reductions"),
