@@ -60,6 +60,10 @@ def kernel_id(symbol: str) -> str | None:
         kind = "fwd" if gradient is None else GRADIENTS[int(gradient)]
         few = "_few" if many == "0" else ""
         return f"listed_{kind}{few}.{DTYPES[int(dtype)]}.d{LISTED_DIMS[int(dims)]}"
+    indexed = re.search(r"\dIndexedCaseILN\w*?5DTypeE(\d)ELi(\d)E", symbol)
+    if indexed is not None:
+        dtype, dims = map(int, indexed.groups())
+        return f"indexed_fwd.{DTYPES[dtype]}.d{LISTED_DIMS[dims]}"
     decode = re.search(r"Sm90DecodeCaseILN\w*?5DTypeE(\d)ELi(\d)ELb(\d)E", symbol)
     if decode is not None:
         dtype, dims, latent = map(int, decode.groups())

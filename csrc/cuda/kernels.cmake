@@ -8,7 +8,7 @@ file(GLOB cuda_per_dtype CONFIGURE_DEPENDS
      "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu"
      "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu"
      "${cuda_dir}/linear/walk.cu" "${cuda_dir}/linear/delta.cu"
-     "${cuda_dir}/block_sparse/*.cu")
+     "${cuda_dir}/block_sparse/*.cu" "${cuda_dir}/retrieval/*.cu")
 # The kernels for sm_90a: code of that one architecture, of the 16-bit dtypes or fp8.
 file(GLOB cuda_sm90_halves CONFIGURE_DEPENDS "${cuda_dir}/flash/sm90/*.cu")
 set(cuda_sm90_kFloat8 "${cuda_dir}/flash/sm90/fwd_fp8.cu")
@@ -25,7 +25,8 @@ set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
     "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp"
     "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_linear.cpp"
     "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_delta.cpp"
-    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_block_sparse.cpp")
+    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_block_sparse.cpp"
+    "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_retrieval.cpp")
 
 # attnforge_cuda_library(<name> <with sm_90a>): bindings and kernels, one part per dtype.
 function(attnforge_cuda_library name with_sm90)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import attnforge
-from attnforge.backends.cuda import block_sparse, delta, flash, linear, paged, scan
+from attnforge.backends.cuda import block_sparse, delta, flash, linear, paged, retrieval, scan
 from attnforge.registry.predicates import Arch, Available, Device
 from attnforge.registry.spec import KernelSpec, unregister
 from attnforge.testing.cases import FlashCase
@@ -31,7 +31,7 @@ from attnforge.testing.compare import Report, compare
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulated"
 LIBRARY = BUILD / "emulated" / "libattnforge_emulated.so"
-_FAMILIES = (flash, paged, block_sparse, linear, delta, scan)
+_FAMILIES = (flash, paged, block_sparse, linear, delta, scan, retrieval)
 _SPECS = tuple(spec for family in _FAMILIES for spec in family.SPECS)
 
 

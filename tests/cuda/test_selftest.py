@@ -115,6 +115,11 @@ def test_right_kernels_of_delta_rules_and_scans_pass(kernel: str, group: str) ->
 
 
 @pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("group", ["", "pages"])
+def test_right_retrieval_kernels_pass(group: str) -> None:
+    assert shared.check(CUDA, "retrieval.indexed_fwd", group, torch.float16, CPU) is None
+
+
 @pytest.mark.parametrize("group", ["", *_selftest_block_sparse.GROUPS])
 @pytest.mark.parametrize("kind", ["fwd", "bwd"])
 def test_right_block_sparse_kernels_pass(kind: str, group: str) -> None:

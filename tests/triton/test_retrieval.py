@@ -186,10 +186,10 @@ def test_centroid_scores(device: str) -> None:
     q, c = (torch.randn(1, n, h, 16, device=device) for n, h in ((2, 4), (200, 2)))
     counts = torch.randint(0, 9, (1, 2, 200), dtype=torch.int32, device=device)
     size = counts.repeat_interleave(2, 1).unsqueeze(2).expand(1, 4, 2, 200)
-    for scale in (30.0, 3000.0):  # logits of any size
+    for scale, digits in ((30.0, 1e-4), (3000.0, 1e-2)):  # of logits of 8000 few are left
         got = retrieval.score_centroids(scale * q, c, counts, backend="triton")
         total = (got.exp() * size).sum(-1)
-        torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=0)
+        torch.testing.assert_close(total, torch.ones_like(total), rtol=digits, atol=0)
         assert (got[size == 0] == -math.inf).all()
     none = retrieval.score_centroids(q, c, torch.zeros_like(counts), backend="triton")
     assert (none == -math.inf).all()
@@ -229,18 +229,18 @@ def same_choice(select: Any, scores: Tensor, *args: Any, **options: Any) -> None
 
 def choices(device: str) -> Tensor:
     """Rows with odd values, ties, nothing but ties, and nothing at all."""
-    rows = torch.randn(5, 300, device=device).round(decimals=1)
+    rows = torch.randn(5, 150, device=device).round(decimals=1)
     rows[0, 17 : 17 + len(ODD)] = torch.tensor(ODD, device=device)
     rows[2], rows[3] = 0.5, -math.inf
     return rows
 
 
 @pytest.mark.parametrize(
-    ("k", "first", "last"), [(0, 0, 0), (1, 0, 0), (37, 2, 3), (5, 2, 3), (299, 0, 1), (400, 1, 1)]
+    ("k", "first", "last"), [(0, 0, 0), (1, 0, 0), (37, 2, 3), (5, 2, 3), (149, 0, 1), (200, 1, 1)]
 )
 def test_topk(monkeypatch: pytest.MonkeyPatch, k: int, first: int, last: int, device: str) -> None:
     monkeypatch.setattr(launchers, "_columns", lambda columns: 128)  # several steps of a row
-    used = torch.tensor([300, 130, 300, 9, 0], dtype=torch.int32, device=device)
+    used = torch.tensor([150, 130, 150, 9, 0], dtype=torch.int32, device=device)
     same_choice(retrieval.select_topk, choices(device), k, lens=used, first=first, last=last)
 
 
@@ -269,9 +269,9 @@ def test_no_columns(device: str) -> None:
 
 @pytest.mark.parametrize(("bits", "tables"), [(1, 3), (5, 18), (10, 7), (15, 2)])
 def test_codes_are_signs(bits: int, tables: int, device: str) -> None:
-    x = torch.randint(-3, 4, (1, 37, 2, 24), device=device).float()  # exact sums
-    planes = torch.randint(-4, 5, (24, bits * tables), device=device).float()
-    mean = torch.randint(-2, 3, (1, 2, 24), device=device).float()
+    x = torch.randint(-3, 4, (1, 37, 2, 40), device=device).float()  # exact sums
+    planes = torch.randint(-4, 5, (40, bits * tables), device=device).float()
+    mean = torch.randint(-2, 3, (1, 2, 40), device=device).float()
     for centre in (mean, None):
         got, want = (
             torch.ops.attnforge.lsh_encode(x, centre, planes, bits, tables, name)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from attnforge.triton_kernels.lang import dot
-from attnforge.triton_kernels.tensors import head_ptr, load_tile
+from attnforge.triton_kernels.tensors import head_ptr
 
 LEAST = tl.constexpr(1e-12)  # of an inclusion probability that is a divisor
 TERMS = tl.constexpr(12)  # of the binomial tail: the next one is below 1e-9 of the sum
@@ -48,12 +48,13 @@ def lsh_encode(
     table = first_table + column // BITS
     bit = column % BITS
     real = (table < tables) & (bit < bits)
-    x_head = head_ptr(x, b, h, 0)
+    row = first + tl.arange(0, BLOCK_M)
+    x_rows = head_ptr(x, b, h, 0) + row.to(tl.int64) * x.row
     acc = tl.zeros([BLOCK_M, TABLES * BITS], tl.float32)
-    for d in tl.static_range(0, D, BLOCK_D):
-        tile = load_tile(x_head + d, first, rows, x, BLOCK_M, BLOCK_D, D - d, False)
-        tile = tile.to(tl.float32)
+    for d in tl.range(0, D, BLOCK_D):
         channel = d + tl.arange(0, BLOCK_D)
+        inside = (row < rows)[:, None] & (channel < D)[None, :]
+        tile = tl.load(x_rows[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         if mean is not None:
             centre = mean + (tl.cast(b, tl.int64) * heads + h) * D
             tile -= tl.load(centre + channel, mask=channel < D, other=0.0)[None, :]
@@ -62,7 +63,6 @@ def lsh_encode(
         acc = dot(tile, tl.load(planes + at, mask=mask, other=0.0), acc)
     signs = tl.where((acc > 0.0) & real[None, :], 1 << bit[None, :], 0)
     code = tl.sum(tl.reshape(signs, [BLOCK_M, TABLES, BITS]), 2)
-    row = first + tl.arange(0, BLOCK_M)
     table = first_table + tl.arange(0, TABLES)
     to = (tl.cast(b, tl.int64) * heads + h) * rows + row
     mask = (row < rows)[:, None] & (table < tables)[None, :]

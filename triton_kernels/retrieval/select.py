@@ -128,7 +128,7 @@ def select_columns(
 ):  # fmt: skip
     """scores fp32 [rows, columns], ids int32 [rows, slots], lens int32 [rows]; a program per row.
 
-    threshold: fp32, ``each`` elements from row to row. mass: in units of 2^-53, as a kernel takes
+    threshold: fp32, ``each`` elements from row to row. mass: in units of 2^-60, as a kernel takes
     no fp64 number. first, last: so many columns at either end of those in use are forced.
     """
     n = tl.program_id(0).to(tl.int64)
@@ -143,7 +143,7 @@ def select_columns(
     if KIND == TOP_K:
         rank, equal = choose_k(row, k, BLOCK)
     elif KIND == TOP_P:
-        rank, equal = choose_mass(row, mass.to(tl.float64) * 1.1102230246251565e-16, BLOCK)
+        rank, equal = choose_mass(row, mass.to(tl.float64) * 8.673617379884035e-19, BLOCK)
     else:
         limit = tl.load(threshold + n * each)
     skip = 0

@@ -47,6 +47,7 @@ inline std::vector<KernelRow> kernel_table() {
     }
     for (HeadDims dims : kListedDims) {
       const bool apart = keys_and_values_apart(dtype, dims);
+      rows.push_back({"indexed_fwd", dtype, dims, false});
       for (const char* kernel : {"listed_fwd_few", "listed_fwd", "listed_dq_few", "listed_dq",
                                  apart ? "listed_dk" : "listed_dkdv"}) {
         rows.push_back({kernel, dtype, dims, false});

@@ -272,7 +272,7 @@ def select_columns(
     with _on(scores.device):
         _kernel("select", "select_columns")[(rows,)](
             scores.contiguous(), _contiguous(used), _contiguous(threshold), each, ids, lens,
-            columns, ids.shape[1], p.k, round(min(p.mass, 1.0) * 2**53), p.first, p.last,
+            columns, ids.shape[1], p.k, round(min(p.mass, 1.0) * 2**60), p.first, p.last,
             KIND=_KINDS.index(kind), BLOCK=block, num_warps=8 if block > 1024 else 4,
         )  # fmt: skip
 
@@ -288,14 +288,14 @@ def lsh_encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes:
         return
     batch, rows, heads, dim = x.shape
     wide = 1 << (bits - 1).bit_length()
-    block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
+    block_m = max(16, min(32, 1 << (rows - 1).bit_length()))
     tables = codes.shape[3]
     tiles, table_tiles = _tiles(rows, block_m), _tiles(tables, _SIGNS // wide)
     with _on(x.device):
         _kernel("lsh", "lsh_encode")[(table_tiles * tiles * heads * batch,)](
             _view(_unit(x)), _contiguous(mean), planes.contiguous(), codes, rows, heads, bits,
             tables, tiles, table_tiles, D=dim, BITS=wide, TABLES=_SIGNS // wide, BLOCK_M=block_m,
-            BLOCK_D=min(64, padded(dim)), num_warps=4,
+            BLOCK_D=min(32, padded(dim)), num_warps=4,
         )  # fmt: skip
 
 
