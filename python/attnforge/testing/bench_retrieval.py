@@ -88,6 +88,7 @@ def _step(shape: Shape, backend: str | None) -> Workload:
         candidate = lambda: attnforge.centroid_attention(q, clusters, backend=backend)  # noqa: E731
     elif shape.kind == "quest":
         policy = policies.Quest(int(shape.budget * shape.keys), grouped=True)
+        policy.crossover = 0  # sparse also where that is slower: the sweep shows it
         candidate = lambda: policy.attend(q, k, v, backend=backend)  # noqa: E731
     else:
         count = int(shape.budget * shape.keys)
