@@ -94,12 +94,12 @@ class Picture:
                 panel.numpy(), aspect="auto", interpolation="nearest", cmap="viridis"
             )
             axes.set_title(name, fontsize=8)
-            for axis, names, label in (
-                (axes.yaxis, self.rows, self.row_axis),
-                (axes.xaxis, self.columns, self.column_axis),
+            for axis, names, label, turn in (
+                (axes.yaxis, self.rows, self.row_axis, 0),
+                (axes.xaxis, self.columns, self.column_axis, 45),
             ):
                 step = math.ceil(len(names) / 8)  # as many labels as can be read
-                axis.set_ticks(range(0, len(names), step), names[::step], fontsize=6)
+                axis.set_ticks(range(0, len(names), step), names[::step], fontsize=6, rotation=turn)
                 axis.set_label_text(label, fontsize=7)
             figure.colorbar(image, ax=axes)
         path = Path(path)
