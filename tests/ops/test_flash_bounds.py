@@ -11,6 +11,8 @@ import torch
 from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import compare
 
+pytestmark = pytest.mark.thinned(2)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]
 HEAD_DIMS = [8, 16, 24, 40, 64, 72, 80, 96, 128, 160, 192, 256]
@@ -22,7 +24,6 @@ def check(case: FlashCase, target: Target | str) -> None:
     compare(inputs.run(backend), inputs.truth(), inputs.context).check()
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("sq", "sk"),
@@ -83,7 +84,6 @@ FEATURES = {
 }  # fmt: skip
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("rows", [2, 60])
@@ -127,7 +127,6 @@ def tails() -> list[tuple[int, int]]:
     return pairs + rng.sample(list(itertools.product(edges, edges)), 60)
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_tails(target: Target, causal: bool) -> None:
     # check 25, sampled

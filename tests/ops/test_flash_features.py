@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import compare
 
+pytestmark = pytest.mark.thinned(2)
+
 MASKS = ("windows", "prefix", "segments", "mask", "mask:b", "mask:h", "mask:bh", "mask:tree",
          "mask:treebh")  # fmt: skip
 BIASES = ("key_bias", "key_bias:b", "key_bias:h", "key_bias:bh", "bias", "bias:b", "bias:h",
@@ -33,7 +35,6 @@ def check(case: FlashCase, target: Target) -> None:
         compare(inputs.run(target.backend), inputs.truth(), inputs.context).check()
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_alone(target: Target, mod: str) -> None:
     check(FlashCase(seqlen_q=70, seqlen_k=131, heads_q=4, heads_k=2, mods=(mod,)), target)
@@ -62,7 +63,6 @@ def test_decode(target: Target, mod: str) -> None:
         check(case, target)
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_tails(level: Target, mod: str) -> None:
     """Every length around a vector, a panel and a tile; also rows few enough for decode."""
@@ -71,7 +71,6 @@ def test_tails(level: Target, mod: str) -> None:
               level)  # fmt: skip
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "mods",
     [

@@ -20,6 +20,8 @@ from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle_mods import philox_words
 from attnforge.testing.poison import guarded
 
+pytestmark = pytest.mark.thinned(2)
+
 # Every form of every feature.
 EVERY = (
     *("windows", "prefix", "segments", "mask", "mask:bh", "mask:tree", "key_bias", "key_bias:bh"),

@@ -15,6 +15,8 @@ from attnforge.testing.cases import LAYOUTS, FlashCase, Target
 from attnforge.testing.compare import compare
 from attnforge.testing.reductions import check_edges, check_topk, reduction_inputs
 
+pytestmark = pytest.mark.thinned(2)
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]
 
@@ -94,7 +96,6 @@ def test_layouts(target: Target, layout: Any, dtype: torch.dtype) -> None:
           target.backend)  # fmt: skip
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_long_rows(target: Target, dtype: torch.dtype) -> None:
     # several key blocks, several tiles in each chunk, a tail in each direction
