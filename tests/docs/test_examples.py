@@ -28,7 +28,7 @@ def test_every_example_is_listed() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTS)
 
 
-LONG = {"linearize_smollm2.py"}  # most of a minute: `make test-all` alone
+LONG = {"linearize_smollm2.py", "serve_paged.py"}  # most of a minute each: `make test-all` alone
 
 
 @pytest.mark.parametrize(

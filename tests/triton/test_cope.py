@@ -33,6 +33,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(positions, "blocks", lambda *_: dict(tile))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("edges", [1, 1 << 24], ids=["row_by_row", "at_once"])
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_formula(monkeypatch: pytest.MonkeyPatch, name: str, edges: int) -> None:

@@ -19,6 +19,8 @@ from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import compare
 from attnforge.triton_kernels.mods import narrow_keys, narrow_rows
 
+pytestmark = pytest.mark.thinned(2)
+
 MASKS = ("windows", "prefix", "segments", "mask:b", "mask:treeh")
 BIASES = ("key_bias", "key_bias:bh", "bias", "bias:bhw", "rel_bias:h", "rel_bias:0",
           "rel_bias:100", "log_forget")  # fmt: skip
@@ -29,7 +31,6 @@ EVERY = (*MASKS, *BIASES, *OTHERS, *SCORE_FNS)
 PACKED = tuple(x for x in EVERY if not x.startswith(("mask", "bias")))
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", EVERY)
 def test_alone(check: Any, mod: str) -> None:
     check(FlashCase(seqlen_q=20, seqlen_k=37, heads_q=2, heads_k=1, head_dim=8, mods=(mod,)))
@@ -42,7 +43,6 @@ def test_in_16_bits(check: Any, mod: str) -> None:
                     dtype=torch.bfloat16, mods=(mod,)))  # fmt: skip
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mod", PACKED)
 def test_packed(check: Any, mod: str) -> None:
     lengths = ((9, 20), (0, 5), (17, 12))

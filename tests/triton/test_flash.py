@@ -14,6 +14,8 @@ from attnforge.testing.cases import LAYOUTS, FlashCase, Layout
 from attnforge.testing.compare import assert_same, compare
 from attnforge.triton_kernels.flash import config
 
+pytestmark = pytest.mark.thinned(2)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32, BF16, FP16 = DTYPES
 LENGTHS = [(1, 1), (1, 70), (17, 33), (32, 32), (33, 64), (31, 130), (65, 16), (70, 47), (130, 49)]
@@ -100,7 +102,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(check: Any, name: str, dtype: torch.dtype) -> None:
@@ -111,7 +112,6 @@ def test_features(check: Any, name: str, dtype: torch.dtype) -> None:
 WINDOWS = [(0, 0), (1, 0), (20, 0), (1023, 0), (-1, 17), (3, 5), (0, -1), (40, 40), (1 << 40, 2)]
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w[0]}_{w[1]}")
 @pytest.mark.parametrize(("sq", "sk"), [(65, 65), (20, 90), (90, 20)])
 def test_windows(check: Any, window: tuple[int, int], sq: int, sk: int) -> None:

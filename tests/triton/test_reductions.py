@@ -21,6 +21,8 @@ from attnforge.testing.reductions import (
     reduction_inputs,
 )
 
+pytestmark = pytest.mark.thinned(2)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -44,12 +44,14 @@ CPU = torch.device("cpu")
 KERNELS = [spec for spec in list_kernels() if spec.backend == "triton"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("spec", KERNELS, ids=lambda spec: spec.id)
 def test_right_kernels_pass(spec: Any) -> None:
     (test,) = (need for need in spec.requires if isinstance(need, _selftest.SelfTest))
     assert _selftest.check(test.kernel, "", torch.bfloat16, CPU) is None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["bwd", "decode", "merge"])
 def test_right_kernels_pass_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
@@ -76,6 +78,7 @@ def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) ->
     assert _selftest.check(f"block_sparse.{kind}", group, torch.float16, CPU) is None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("kind", "group"),
     [
@@ -94,6 +97,7 @@ def test_right_retrieval_kernels_pass_in_pages(kind: str) -> None:
     assert _selftest.check(f"retrieval.{kind}", "pages", torch.float16, CPU) is None
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [
