@@ -125,7 +125,7 @@ def run_commands(stage: Stage, count: Count) -> None:
             count.notes.append(f"{' '.join(command[:3])}: exit {code}")
 
 
-def run_pytest(stage: Stage, count: Count, exhaustive: bool) -> None:
+def run_pytest(stage: Stage, count: Count, exhaustive: bool = False) -> None:
     report = REPORTS / f"{stage.name.replace(' ', '_')}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *stage.pytest_args]
@@ -151,7 +151,7 @@ def run_pytest(stage: Stage, count: Count, exhaustive: bool) -> None:
         count.notes.append("no test ran")
 
 
-def run(stage: Stage, exhaustive: bool) -> Count:
+def run(stage: Stage, exhaustive: bool = False) -> Count:
     print(f"\n=== {stage.name} ===", flush=True)
     count = Count()
     start = time.perf_counter()

@@ -80,13 +80,15 @@ def test_stamp_follows_group_and_choice() -> None:
     assert len(stamps) == 4
 
 
-def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> object:
+def counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, exhaustive: bool = False
+) -> object:
     """Counts of a pytest stage over one file outside the repository's own configuration."""
     monkeypatch.setattr(stages, "ROOT", tmp_path)
     monkeypatch.setattr(stages, "REPORTS", tmp_path)
     (tmp_path / "test_it.py").write_text(body)
     args = ("-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path))
-    return stages.run(stages.Stage("toy", paths=("test_it.py",), pytest_args=args))
+    return stages.run(stages.Stage("toy", paths=("test_it.py",), pytest_args=args), exhaustive)
 
 
 def test_stage_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +102,18 @@ def test_stage_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     count = counted(tmp_path, monkeypatch, body)
     assert (count.passed, count.failed, count.skipped) == (1, 2, 1)  # type: ignore[attr-defined]
+
+
+def test_exhaustive_tests_run_where_all_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = (
+        "import pytest\ndef test_a(): pass\n@pytest.mark.exhaustive\ndef test_b(): assert False\n"
+    )
+    few = counted(tmp_path, monkeypatch, body)
+    assert (few.passed, few.failed) == (1, 0)  # type: ignore[attr-defined]
+    every = counted(tmp_path, monkeypatch, body, exhaustive=True)
+    assert (every.passed, every.failed) == (1, 1)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
