@@ -11,7 +11,7 @@ import torch
 from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import compare
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]

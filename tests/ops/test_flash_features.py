@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import compare
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 MASKS = ("windows", "prefix", "segments", "mask", "mask:b", "mask:h", "mask:bh", "mask:tree",
          "mask:treebh")  # fmt: skip

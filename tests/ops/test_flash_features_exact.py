@@ -20,7 +20,7 @@ from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle_mods import philox_words
 from attnforge.testing.poison import guarded
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 # Every form of every feature.
 EVERY = (

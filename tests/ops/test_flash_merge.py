@@ -14,7 +14,7 @@ from attnforge.testing.cases import FlashCase, Target
 from attnforge.testing.compare import assert_same, compare
 from attnforge.testing.oracle import merged_truth, unit_roundoff
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ from attnforge.testing.cases import Target
 from attnforge.testing.compare import compare
 from attnforge.testing.linear import LinearCase, linear_inputs
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = ["fp32", "bf16", "fp16"]

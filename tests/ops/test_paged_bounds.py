@@ -9,7 +9,7 @@ from attnforge.testing.cases import Target
 from attnforge.testing.compare import compare
 from attnforge.testing.paged import PagedCase
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -61,28 +61,35 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
     return sorted([*KERNELS, *["dbias"] * (variant.mods == "biases")])
 
 
-def points(axis: Iterable[Any], often: set[tuple[int, Any]]) -> list[Any]:
-    """(architecture, value), for all four or a variant's own: ``often`` and sm_90 in every run."""
+def points(axis: Iterable[Any], often: set[tuple[int, Any]], always: int = 90) -> list[Any]:
+    """(architecture, value), for all four or a variant's own: ``often`` and ``always`` in every
+    run, the others exhaustive."""
     return [
-        pytest.param(arch, value, id=f"{arch}-{getattr(value, 'name', value)}",
-                     marks=() if arch == 90 or (arch, value) in often else pytest.mark.exhaustive)
-        for value in axis for arch in getattr(value, "archs", budgets.ARCHS)
-    ]  # fmt: skip
+        pytest.param(
+            arch,
+            value,
+            id=f"{arch}-{getattr(value, 'name', value)}",
+            marks=() if arch == always or (arch, value) in often else pytest.mark.exhaustive,
+        )
+        for value in axis
+        for arch in getattr(value, "archs", budgets.ARCHS)
+    ]
 
 
-# Beside all of sm_90: a variant in two for sm_80, the smallest shared memory (86), and what is
-# short of tensor memory (100).
-OFTEN = {(80, variant) for variant in budgets.VARIANTS[::2]}
+# Every variant for sm_80 or sm_90 in turn, the smallest shared memory (86), and what is short of
+# tensor memory (100).
+OFTEN = {((80, 90)[n % 2], variant) for n, variant in enumerate(budgets.VARIANTS)}
 OFTEN |= {
     (arch, budgets.Variant(dtype, head_dim))
     for arch, dtype, head_dim in (
-        (86, torch.bfloat16, 256), (86, torch.float32, 128), (100, torch.bfloat16, 64),
-        (100, torch.bfloat16, 128), (100, torch.bfloat16, 256), (100, torch.float32, 64),
+        (86, torch.bfloat16, 256), (86, torch.float32, 128), (90, torch.bfloat16, 128),
+        (100, torch.bfloat16, 64), (100, torch.bfloat16, 128), (100, torch.bfloat16, 256),
+        (100, torch.float32, 64),
     )
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "variant"), points(budgets.VARIANTS, OFTEN))
+@pytest.mark.parametrize(("arch", "variant"), points(budgets.VARIANTS, OFTEN, always=0))
 def test_within_budget(arch: int, variant: budgets.Variant) -> None:  # type: ignore[name-defined]
     import triton
 

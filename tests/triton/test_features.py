@@ -19,7 +19,7 @@ from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import compare
 from attnforge.triton_kernels.mods import narrow_keys, narrow_rows
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 MASKS = ("windows", "prefix", "segments", "mask:b", "mask:treeh")
 BIASES = ("key_bias", "key_bias:bh", "bias", "bias:bhw", "rel_bias:h", "rel_bias:0",

@@ -14,7 +14,7 @@ from attnforge.testing.cases import LAYOUTS, FlashCase, Layout
 from attnforge.testing.compare import assert_same, compare
 from attnforge.triton_kernels.flash import config
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32, BF16, FP16 = DTYPES

@@ -13,7 +13,7 @@ from attnforge.testing.compare import assert_same, compare, same_bits
 from attnforge.testing.paged import PagedCase, PagedInputs
 from attnforge.testing.poison import Fenced, fenced
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

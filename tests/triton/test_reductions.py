@@ -21,7 +21,7 @@ from attnforge.testing.reductions import (
     reduction_inputs,
 )
 
-pytestmark = pytest.mark.thinned(2)
+pytestmark = pytest.mark.thinned(3)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
