@@ -1,7 +1,7 @@
 # Two commands for a new machine with Python 3.10+ and g++:
 #
 #   make demo     environment, build, then a language model on these kernels and a table of timings
-#   make test     environment, build, then every check; prints a counted list of stages
+#   make test     environment, build, then the checks; prints a counted list of stages
 #   make test-all the same, with every point of the large matrices of tests
 #
 # TORCH=auto|cpu|default|system chooses torch's source (see tools/bootstrap.py), VENV the environment,
@@ -29,7 +29,7 @@ demo: venv-demo ## set up and run the main job
 	@$(PYTHON) setup.py -q build_ext --inplace
 	@$(PYTHON) -m attnforge demo $(ARGS)
 
-test: venv-test ## set up and run every check
+test: venv-test ## set up and run the checks
 	@$(PYTHON) tools/stages.py
 
 test-all: venv-test ## test, and every point of the large matrices

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from attnforge.integrations._masks import (
     import_masks,
     key_padding,
 )
+from attnforge.integrations._undo import Undo
 
 __all__ = ["MIN_VERSION", "Handle", "describe", "import_transformers", "refuse", "register"]
 
@@ -109,7 +109,7 @@ def _dense_plan(mask: Tensor, batch: int, q_len: int, kv_len: int) -> Plan:
     return held[1]
 
 
-class Handle:
+class Handle(Undo):
     """A registration in transformers; `remove()` or leaving the context undoes it."""
 
     def __init__(self, name: str, entries: tuple[tuple[dict[str, Any], Any], ...]) -> None:
@@ -128,17 +128,6 @@ class Handle:
         if self.active:
             for mapping, _ in self._entries:
                 del mapping[self.name]
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def register(where: str, name: str, attention: Any, replaces: Callable[[Any], bool]) -> Handle:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from attnforge.integrations._undo import Undo
 from attnforge.integrations.torch import scaled_dot_product_attention
 
 __all__ = ["Handle", "enable"]
@@ -56,7 +56,7 @@ def _attention(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attnforge_attention
 
 
-class Handle:
+class Handle(Undo):
     """The replaced backend; `remove()` or leaving the context puts the original back."""
 
     def __init__(self, registry: Any, name: Any) -> None:
@@ -74,17 +74,6 @@ class Handle:
         """Put diffusers' own function back, unless somebody has replaced ours meanwhile."""
         if self.active:
             self._registry._backends[self._name] = self._original
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
 
 
 def enable() -> Handle:
