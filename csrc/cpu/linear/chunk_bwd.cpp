@@ -197,7 +197,8 @@ AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t til
         prepare_block<kOn>(scan, step, w.coefficients);
         for (int64_t tile = tile0; tile < tile1; ++tile) {
           float* state = w.states + g * head_size + (tile - tile0) * tile_size;
-          scan_block<kOn>(scan, step, tile, tile == tile0, w.coefficients, state, sink);
+          scan_block<kOn>(scan, step, {tile, tile - tile0, tile1 - tile0}, w.coefficients, state,
+                          sink);
         }
       }
     }

@@ -82,7 +82,7 @@ AF_INLINE void forward_head(const LinearFwdParams& params, int64_t sequence, int
     for (int64_t step = 0; step < scan.length(); step += kBlock) {
       prepare_block<kOn>(scan, step, w.coefficients);
       for (int64_t tile = tile0; tile < tile1; ++tile) {
-        scan_block<kOn>(scan, step, tile, tile == tile0, w.coefficients,
+        scan_block<kOn>(scan, step, {tile, tile - tile0, tile1 - tile0}, w.coefficients,
                         w.state + (tile - tile0) * tile_size, sink);
       }
     }

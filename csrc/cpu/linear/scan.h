@@ -53,6 +53,9 @@ struct Sink {
   const float* own_gate = nullptr;  // kRunning: log gates, laid out as side_out
   float* running = nullptr;         // kRunning: [2][columns] sum and what it lacks
   int64_t running_stride = 0;
+
+  // y is stored and that is all.
+  AF_INLINE_MEMBER bool plain() const { return out && !lo && !sums && side == Side::kNothing; }
 };
 
 // The gradient of a gate is the sum of q.dq - k.dk over all later tokens: compensated, and begun
@@ -123,84 +126,136 @@ template <DecayOn kOn, class T>
 }
 
 // Rows of a head lie a whole token apart, where the hardware foresees nothing: those of the next
-// block are fetched while this one is computed. The operands of all tiles, and gates.
+// block are fetched while this one is computed, operands of all tiles and gates.
 template <class T>
-AF_INLINE void fetch_ahead(const Scan<T>& scan, int64_t step) {
-  for (int64_t s = step + kBlock; s < min64(step + kBlock + kGroup, scan.length()); ++s) {
-    const int64_t t = scan.token(s);
-    prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
-    prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
-    prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
-    const int64_t gate = scan.decay.token(t);
-    if (!scan.decay.log || scan.decay.kind == LinearGate::kHead || gate < 0) continue;
-    prefetch_row(scan.decay.log + gate * scan.decay.stride, scan.decay.dim);
+AF_INLINE void fetch_token(const Scan<T>& scan, int64_t step) {
+  if (step >= scan.length()) return;
+  const int64_t t = scan.token(step), gate = scan.decay.token(t);
+  prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
+  prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
+  prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
+  if (!scan.decay.log || scan.decay.kind == LinearGate::kHead || gate < 0) return;
+  prefetch_row(scan.decay.log + gate * scan.decay.stride, scan.decay.dim);
+}
+
+// A group of tokens on one tile of the state, [kGroup][kTile] each.
+struct Columns {
+  alignas(64) float x[kGroup * kTile];       // carried to the end of the group
+  alignas(64) float y[kGroup * kTile];       // what its tokens add, then with the state's part
+  alignas(64) float own[kGroup * kTile];     // decays of columns: what its tokens add, and
+  alignas(64) float prefix[kGroup * kTile];  // by which the state's part is to be multiplied
+  alignas(64) float lanes[2 * kTile];        // the decay of the group, whole and part
+};
+
+// Stands for the tokens behind the last one.
+template <class T>
+constexpr T kNoRow[kTile] = {};
+
+// The n tokens from `step` on, before the state comes in.
+template <DecayOn kOn, class T>
+AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_t first,
+                            int64_t vectors, const Coefficients& c, Columns& w) {
+  constexpr bool kByLane = kOn == DecayOn::kLanesOf;
+  const bool alone = scan.walk == Walk::kRead;  // every pair is in the state
+  const T* row[kGroup];
+  float scale[kGroup];
+  for (int64_t u = 0; u < kGroup; ++u) {
+    const int64_t t = u < n ? scan.token(step + u) : 0;
+    row[u] = u < n ? scan.lane.data + t * scan.lane.stride + first : kNoRow<T>;
+    scale[u] = u < n ? scan.lane.scale_at(t) : 0.0f;
+  }
+  for (int64_t v = 0; v < vectors; ++v) {
+    const int64_t at = v * kLanes, left = scan.lane.dim - first - at;
+    VecF log{}, product{};
+// Vectors have names, as arrays of them get spilled.
+#define AF_LOAD(u)                                                                               \
+  VecF x##u = load_partial(row[u] + at, left) * splat(scale[u]), y##u{}, a##u = splat(1.0f);     \
+  if (kByLane && u < n) {                                                                        \
+    const VecF gate = scan.decay.log_vector(scan.decay.token(scan.token(step + u)), first + at); \
+    a##u = decay_of(gate), log += gate;                                                          \
+  }
+#define AF_PAIR(u, j)                           \
+  if constexpr (kByLane && u > j) x##j *= a##u; \
+  y##u = fma(splat(c.pairs[u * (u + 1) / 2 + j]), x##j, y##u);
+#define AF_STORE(u)                                              \
+  store(w.x + u * kTile + at, x##u);                             \
+  store(w.y + u * kTile + at, kByLane || alone ? VecF{} : y##u); \
+  if constexpr (kByLane) {                                       \
+    product = u == 0 ? a##u : product * a##u;                    \
+    store(w.own + u * kTile + at, y##u);                         \
+    store(w.prefix + u * kTile + at, product);                   \
+  }
+    AF_LOAD(0);
+    AF_LOAD(1);
+    AF_LOAD(2);
+    AF_LOAD(3);
+    AF_PAIR(0, 0);
+    AF_PAIR(1, 0);
+    AF_PAIR(2, 0);
+    AF_PAIR(3, 0);
+    AF_PAIR(1, 1);
+    AF_PAIR(2, 1);
+    AF_PAIR(3, 1);
+    AF_PAIR(2, 2);
+    AF_PAIR(3, 2);
+    AF_PAIR(3, 3);
+    AF_STORE(0);
+    AF_STORE(1);
+    AF_STORE(2);
+    AF_STORE(3);
+#undef AF_LOAD
+#undef AF_PAIR
+#undef AF_STORE
+    if (kOn == DecayOn::kNumber || kByLane) {
+      const Kept kept =
+          kByLane ? kept_of(log) : Kept{splat(c.decay[0]), splat(c.decay[c.positions])};
+      store(w.lanes + at, kept.whole);
+      store(w.lanes + kTile + at, kept.part);
+    }
   }
 }
 
-// The block's tokens on one tile of the state; `ahead` on the first of a task's tiles.
+// A tile of the state, and which of the tiles of its task it is.
+struct TileOf {
+  int64_t tile, number, count;
+};
+
+// The block's tokens on one tile of the state.
 template <DecayOn kOn, class T>
-[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, int64_t tile,
-                                         bool ahead, const Coefficients& c0, float* state,
+[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, const TileOf& where,
+                                         const Coefficients& c0, float* state,
                                          const Sink<T>& sink) {
-  constexpr bool kByLane = kOn == DecayOn::kLanesOf;
-  const int64_t first = tile * kTile;
-  const int64_t vectors = min64(kTileVecs, ceil_div(scan.lane.dim - first, kLanes));
+  const int64_t first = where.tile * kTile, dim = scan.lane.dim - first;
+  const int64_t vectors = min64(kTileVecs, ceil_div(dim, kLanes));
   const int64_t positions = positions_of(scan.read.rows());
-  alignas(64) float x[kGroup * kTile], y[kGroup * kTile], own[kGroup * kTile];
-  alignas(64) float prefix[kGroup * kTile], lanes[2 * kTile];
+  const bool plain = sink.plain() && sink.dim - first >= kTile;
+  // The tiles take turns: more fetches at once than a core keeps in flight would be waited for.
+  int64_t ahead = where.number;
+  Columns w;
   for (int64_t group = 0; group < kGroups; ++group) {
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
     const Coefficients c = c0.at(group);
-    if (ahead) fetch_ahead(scan, step);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t column = first + v * kLanes, at = v * kLanes;
-      VecF xs[kGroup] = {}, a[kGroup], log{};
-      for (int u = 0; u < kGroup; ++u) {
-        a[u] = splat(1.0f);
-        if (u >= n) continue;
-        const int64_t t = scan.token(step + u);
-        xs[u] =
-            load_partial(scan.lane.data + t * scan.lane.stride + column, scan.lane.dim - column) *
-            splat(scan.lane.scale_at(t));
-        if (!kByLane) continue;
-        const VecF gate = scan.decay.log_vector(scan.decay.token(t), column);
-        a[u] = decay_of(gate), log += gate;
-      }
-      VecF sums[kGroup] = {};
-      for (int j = 0; j < kGroup; ++j) {
-        VecF carried = xs[j];
-        for (int u = j; u < kGroup; ++u) {
-          if (kByLane && u > j) carried *= a[u];
-          sums[u] = fma(splat(c.pairs[u * (u + 1) / 2 + j]), carried, sums[u]);
-        }
-        store(x + j * kTile + at, carried);
-      }
-      VecF product = a[0];
-      const bool alone = scan.walk == Walk::kRead;  // every pair is in the state
-      for (int u = 0; u < kGroup; ++u) {
-        store(y + u * kTile + at, kByLane || alone ? splat(0.0f) : sums[u]);
-        if (!kByLane) continue;
-        if (u > 0) product *= a[u];
-        store(own + u * kTile + at, sums[u]);
-        store(prefix + u * kTile + at, product);
-      }
-      if (kOn == DecayOn::kNumber || kByLane) {
-        const Kept kept =
-            kByLane ? kept_of(log) : Kept{splat(c.decay[0]), splat(c.decay[c.positions])};
-        store(lanes + at, kept.whole);
-        store(lanes + kTile + at, kept.part);
-      }
-    }
-    run_tile<kOn>(scan.walk, vectors, positions, c, lanes, x, y, state);
+    for (; ahead < (group + 1) * kGroup; ahead += where.count)
+      fetch_token(scan, step0 + kBlock + ahead);
+    load_columns<kOn>(scan, step, n, first, vectors, c, w);
+    run_tile<kOn>(scan.walk, vectors, positions, c, w.lanes, w.x, w.y, state);
     if (scan.walk == Walk::kWrite) continue;
     for (int64_t u = 0; u < n; ++u) {
-      for (int64_t at = 0; kByLane && at < vectors * kLanes; at += kLanes) {
-        float* out = y + u * kTile + at;
-        store(out, fma(load(prefix + u * kTile + at), load(out), load(own + u * kTile + at)));
+      float* y = w.y + u * kTile;
+      for (int64_t at = 0; kOn == DecayOn::kLanesOf && at < vectors * kLanes; at += kLanes) {
+        const int64_t i = u * kTile + at;
+        store(y + at, fma(load(w.prefix + i), load(y + at), load(w.own + i)));
       }
       const float factor = scan.norm.z ? c.inverse[u] : 1.0f;
-      emit(sink, scan.token(step + u), step - step0 + u, tile, y + u * kTile, factor);
+      const int64_t t = scan.token(step + u);
+      if (plain) {
+        T* out = sink.out + t * sink.stride + first;
+        for (int64_t at = 0; at < kTile; at += kLanes)
+          store(out + at, load(y + at) * splat(factor));
+      } else {
+        emit(sink, t, step - step0 + u, where.tile, y, factor);
+      }
     }
   }
 }
