@@ -223,26 +223,55 @@ AF_INLINE void accumulate_row(const TileRows& t, const Tile& tile, const PackedH
   o1 += sum1;
 }
 
+// Scores of a span for `count` gathered rows, panel by panel; those that no earlier row sees, as
+// below the diagonal, begin with the first row that does.
+AF_INLINE void score_span(const TileRows& t, const Tile& tile, const PackedHead& head,
+                          const Span& span, int64_t count) {
+  const int64_t dim = t.params.flash.problem.head_dim;
+  int64_t row = 0;
+  for (int64_t c = 0; c < span.width; c += kNR) {
+    while (row < count && tile.keys[tile.rows[row]].hi <= span.key0 + c) ++row;
+    const int64_t first = row / kMR * kMR;
+    if (first < count)
+      gemm<kLds, 1>(count - first, 2, dim, tile.q_batch + first * kLds, kLds,
+                    head.k + (span.key0 + c) * dim, 0, tile.s + first * kLds + span.column + c,
+                    kLds, false);
+  }
+}
+
+// P V of a span, two column vectors from d on, into pv. `seen` is the least end of what rows see:
+// where it lies in the span, each kMR rows take keys up to the last that one of them sees.
+AF_INLINE void weigh_span(const TileRows& t, const Tile& tile, const PackedHead& head,
+                          const Span& span, int64_t count, int64_t seen, int64_t d,
+                          bool accumulate) {
+  const float* v = head.v + d * t.plan.keys + span.keys.lo * kNR;
+  const float* p = tile.s + span.column + span.keys.lo - span.key0;
+  const int64_t step = seen < span.keys.hi ? kMR : count;
+  for (int64_t row = 0; row < count; row += step) {
+    const int64_t rows = min64(step, count - row);
+    int64_t end = seen < span.keys.hi ? span.keys.lo + 1 : span.keys.hi;  // of one key at least
+    for (int64_t n = row; n < row + rows && end < span.keys.hi; ++n)
+      end = max64(end, min64(span.keys.hi, tile.keys[tile.rows[n]].hi));
+    gemm<kLds, 1>(rows, 2, end - span.keys.lo, p + row * kLds, kLds, v, 0, tile.pv + row * kNR, kNR,
+                  accumulate);
+  }
+}
+
 // One group of spans for `count` gathered rows.
 AF_INLINE void run_group(const TileRows& t, const Tile& tile, const ScoreMap& map,
                          const PackedHead& head, const Group& g, int64_t count) {
-  const FlashProblem& p = t.params.flash.problem;
   bool finite = true;
+  int64_t seen = tile.keys[tile.rows[0]].hi;
+  for (int64_t n = 1; n < count; ++n) seen = min64(seen, tile.keys[tile.rows[n]].hi);
   for (int64_t i = 0; i < g.count; ++i) {
     const Span& span = g.spans[i];
     for (int64_t c = 0; c < span.width; c += kNR) finite &= head.finite[(span.key0 + c) / kNR];
-    gemm<kLds, 1>(count, vectors_of(span.width), p.head_dim, tile.q_batch, kLds,
-                  head.k + span.key0 * p.head_dim, p.head_dim * kNR, tile.s + span.column, kLds,
-                  false);
+    score_span(t, tile, head, span, count);
   }
   for (int64_t n = 0; n < count; ++n) weigh_row(t, tile, map, g, n);
   for (int64_t d = 0; d < t.plan.ldo; d += kNR) {
-    for (int64_t i = 0; i < g.count && finite; ++i) {
-      const Span& span = g.spans[i];
-      gemm<kLds, 1>(count, 2, span.keys.hi - span.keys.lo,
-                    tile.s + span.column + span.keys.lo - span.key0, kLds,
-                    head.v + d * t.plan.keys + span.keys.lo * kNR, 0, tile.pv, kNR, i > 0);
-    }
+    for (int64_t i = 0; i < g.count && finite; ++i)
+      weigh_span(t, tile, head, g.spans[i], count, seen, d, i > 0);
     for (int64_t n = 0; n < count; ++n) {
       float* o = tile.o + tile.rows[n] * t.plan.ldo + d;
       const VecF alpha = splat(tile.alpha[n]);

@@ -21,13 +21,12 @@
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
 #if ATTNFORGE_LANES == 16
-constexpr int kMR = 12;
+constexpr int kMR = 12, kTailMR = 6, kFewMR = 4;
 #elif ATTNFORGE_LANES == 8
-constexpr int kMR = 6;
+constexpr int kMR = 6, kTailMR = 4, kFewMR = 3;
 #else
-constexpr int kMR = 4;
+constexpr int kMR = 4, kTailMR = 2, kFewMR = 1;
 #endif
-constexpr int kHalfMR = kMR / 2;
 constexpr int kNR = 2 * kLanes;
 
 #define AF_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
@@ -71,32 +70,35 @@ template <int MR, int NV, int ARow, int AK, int BK = kNR>
 #undef AF_STORE
 }
 
-// Rows are computed in steps of kMR, then once kHalfMR or kMR for what is left: A and C must have
-// room for round_up(rows, kHalfMR) rows. `vectors` is the number of column vectors wanted.
-// a_row_stride: distance of consecutive rows that start a kMR group (depth for packed groups).
+template <int MR, int ARow, int AK, int BK>
+AF_INLINE void gemm_rows(bool pair, int64_t depth, const float* a, const float* b, float* c,
+                         int64_t ldc, bool accumulate) {
+  if (pair) {
+    gemm_tile<MR, 2, ARow, AK, BK>(depth, a, b, c, ldc, accumulate);
+  } else {
+    gemm_tile<MR, 1, ARow, AK, BK>(depth, a, b, c, ldc, accumulate);
+  }
+}
+
+// Rows are computed in steps of kMR; what is left in one step of kFewMR, kTailMR or kMR, for which
+// A and C must have room. `vectors` is the number of column vectors wanted. a_row_stride: distance
+// of consecutive rows that start a kMR group (depth for packed groups).
 template <int ARow, int AK, int BK = kNR>
 AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a,
                     int64_t a_row_stride, const float* b, int64_t panel_stride, float* c,
                     int64_t ldc, bool accumulate) {
   for (int64_t v = 0; v < vectors; v += 2, b += panel_stride, c += kNR) {
-    bool pair = v + 1 < vectors;
-    int64_t row = 0;
-    for (; rows - row > kHalfMR; row += kMR) {
-      const float* a_group = a + row * a_row_stride;
-      float* c_group = c + row * ldc;
-      if (pair) {
-        gemm_tile<kMR, 2, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
+    const bool pair = v + 1 < vectors;
+    for (int64_t row = 0; row < rows; row += kMR) {
+      const int64_t left = rows - row;
+      const float* rows_a = a + row * a_row_stride;
+      float* rows_c = c + row * ldc;
+      if (left > kTailMR) {
+        gemm_rows<kMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
+      } else if (left > kFewMR) {
+        gemm_rows<kTailMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
       } else {
-        gemm_tile<kMR, 1, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
-      }
-    }
-    if (row < rows) {
-      const float* a_group = a + row * a_row_stride;
-      float* c_group = c + row * ldc;
-      if (pair) {
-        gemm_tile<kHalfMR, 2, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
-      } else {
-        gemm_tile<kHalfMR, 1, ARow, AK, BK>(depth, a_group, b, c_group, ldc, accumulate);
+        gemm_rows<kFewMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
       }
     }
   }
