@@ -30,7 +30,7 @@ namespace {
 
 struct Scratch {
   float* states;  // of a group of heads, or of one head
-  Coefficients coefficients;
+  Block block;
   float* sums;     // [kBlock][columns]
   float* running;  // [heads][2][columns]
   float* factors;  // [rows or columns]
@@ -40,7 +40,7 @@ struct Scratch {
     const int64_t k = round_up(p.key_dim, kTile), v = round_up(p.value_dim, kTile);
     const int64_t with_ones = round_up(p.value_dim + 1, kLanes);
     states = arena.take<float>(max64(group * with_ones * k, round_up(p.key_dim, kLanes) * v));
-    coefficients = take_coefficients(arena, max64(p.key_dim, p.value_dim + 1));
+    block = take_block(arena, max64(p.key_dim, p.value_dim + 1), max64(k, v));
     sums = arena.take<float>(kBlock * k);
     running = arena.take<float>(max64(group * 2 * k, 2 * v));
     factors = arena.take<float>(max64(k, v));
@@ -193,13 +193,8 @@ AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t til
       for (int64_t g = 0; g < heads; ++g) {
         Scan<T> scan = scan_of(g);
         scan.walk = walk;
-        const Sink<T> sink = sink_of(g);
-        prepare_block<kOn>(scan, step, w.coefficients);
-        for (int64_t tile = tile0; tile < tile1; ++tile) {
-          float* state = w.states + g * head_size + (tile - tile0) * tile_size;
-          scan_block<kOn>(scan, step, {tile, tile - tile0, tile1 - tile0}, w.coefficients, state,
-                          sink);
-        }
+        run_block<kOn>(scan, step, tile0, tile1, w.block, w.states + g * head_size, tile_size,
+                       sink_of(g));
       }
     }
   });

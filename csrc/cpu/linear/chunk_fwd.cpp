@@ -8,7 +8,7 @@
 //           independent, so the numbers do not depend on the split
 //   flops   4 K V per token and value head for the state, and of the order of 32 (K + V) beside it
 //   bytes   q, k, v, gates, out once; states once per sequence
-//   memory  per thread a state in fp32 and the coefficients of 32 tokens
+//   memory  per thread a state in fp32, the coefficients of 32 tokens and their rows of v and o
 #include "cpu/kernels.h"
 #include "cpu/linear/scan.h"
 #include "cpu/micro/denormals.h"
@@ -22,12 +22,12 @@ namespace {
 
 struct Scratch {
   float* state;
-  Coefficients coefficients;
+  Block block;
   float* z;
 
   Scratch(Arena arena, const LinearProblem& p)
       : state(arena.take<float>(round_up(p.key_dim, kLanes) * round_up(p.value_dim, kTile))),
-        coefficients(take_coefficients(arena, p.key_dim)),
+        block(take_block(arena, p.key_dim, p.value_dim)),
         z(arena.take<float>(round_up(p.key_dim, kLanes))),
         bytes(arena.used) {}
   int64_t bytes;
@@ -80,11 +80,7 @@ AF_INLINE void forward_head(const LinearFwdParams& params, int64_t sequence, int
   for_walks(p.causal, [&](Walk walk) __attribute__((always_inline)) {
     scan.walk = walk;
     for (int64_t step = 0; step < scan.length(); step += kBlock) {
-      prepare_block<kOn>(scan, step, w.coefficients);
-      for (int64_t tile = tile0; tile < tile1; ++tile) {
-        scan_block<kOn>(scan, step, {tile, tile - tile0, tile1 - tile0}, w.coefficients,
-                        w.state + (tile - tile0) * tile_size, sink);
-      }
+      run_block<kOn>(scan, step, tile0, tile1, w.block, w.state, tile_size, sink);
     }
   });
   if (params.final_state) {

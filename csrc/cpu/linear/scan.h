@@ -14,6 +14,7 @@
 #include "cpu/linear/scan_tile.h"
 #include "cpu/linear/tokens.h"
 #include "cpu/micro/pack.h"
+#include "cpu/micro/softmax.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -111,6 +112,52 @@ AF_INLINE void emit(const Sink<T>& sink, int64_t t, int64_t step, int64_t tile, 
   }
 }
 
+// What a block of tokens needs: its coefficients, and rows of x and of y, [kBlock][stride] for the
+// columns of a task. Rows of a head may lie 2 KiB apart in memory, where a cache has room for a few
+// of them: each is read once and written once, as a whole.
+struct Block {
+  Coefficients coefficients;
+  float *x, *y;
+  int64_t stride;
+};
+
+AF_INLINE Block take_block(Arena& arena, int64_t rows, int64_t columns) {
+  Block block{take_coefficients(arena, rows), nullptr, nullptr, round_up(columns, kTile)};
+  block.x = arena.take<float>(kBlock * block.stride);
+  block.y = arena.take<float>(kBlock * block.stride);
+  return block;
+}
+
+// The x of the block, zeros behind the last token and the last column.
+template <class T>
+AF_INLINE void load_rows(const Scan<T>& scan, int64_t step0, int64_t first, int64_t columns,
+                         const Block& block) {
+  const int64_t n = min64(kBlock, scan.length() - step0);
+  for (int64_t s = 0; s < round_up(n, kGroup); ++s) {
+    float* x = block.x + s * block.stride;
+    if (s >= n) {
+      fill(x, 0, columns, 0.0f);
+      continue;
+    }
+    const int64_t t = scan.token(step0 + s);
+    const T* row = scan.lane.data + t * scan.lane.stride + first;
+    const VecF scale = splat(scan.lane.scale_at(t));
+    for (int64_t c = 0; c < columns; c += kLanes)
+      store(x + c, load_partial(row + c, max64(0, scan.lane.dim - first - c)) * scale);
+  }
+}
+
+// The y of the block where that is all a sink wants.
+template <class T>
+AF_INLINE void store_rows(const Scan<T>& scan, int64_t step0, int64_t first, int64_t columns,
+                          const Block& block, const Sink<T>& sink) {
+  for (int64_t s = 0; s < min64(kBlock, scan.length() - step0); ++s) {
+    T* out = sink.out + scan.token(step0 + s) * sink.stride + first;
+    for (int64_t c = 0; c < min64(columns, sink.dim - first); c += kLanes)
+      store_partial(out + c, load(block.y + s * block.stride + c), sink.dim - first - c);
+  }
+}
+
 // The coefficients of the block of tokens that starts at `step0`.
 template <DecayOn kOn, class T>
 [[gnu::noinline]] static void prepare_block(const Scan<T>& scan, int64_t step0,
@@ -147,29 +194,19 @@ struct Columns {
   alignas(64) float lanes[2 * kTile];        // the decay of the group, whole and part
 };
 
-// Stands for the tokens behind the last one.
-template <class T>
-constexpr T kNoRow[kTile] = {};
-
-// The n tokens from `step` on, before the state comes in.
+// The n tokens from `step` on, whose rows begin at x, before the state comes in.
 template <DecayOn kOn, class T>
 AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_t first,
-                            int64_t vectors, const Coefficients& c, Columns& w) {
+                            int64_t vectors, const Coefficients& c, const float* x, int64_t stride,
+                            Columns& w) {
   constexpr bool kByLane = kOn == DecayOn::kLanesOf;
   const bool alone = scan.walk == Walk::kRead;  // every pair is in the state
-  const T* row[kGroup];
-  float scale[kGroup];
-  for (int64_t u = 0; u < kGroup; ++u) {
-    const int64_t t = u < n ? scan.token(step + u) : 0;
-    row[u] = u < n ? scan.lane.data + t * scan.lane.stride + first : kNoRow<T>;
-    scale[u] = u < n ? scan.lane.scale_at(t) : 0.0f;
-  }
   for (int64_t v = 0; v < vectors; ++v) {
-    const int64_t at = v * kLanes, left = scan.lane.dim - first - at;
+    const int64_t at = v * kLanes;
     VecF log{}, product{};
 // Vectors have names, as arrays of them get spilled.
 #define AF_LOAD(u)                                                                               \
-  VecF x##u = load_partial(row[u] + at, left) * splat(scale[u]), y##u{}, a##u = splat(1.0f);     \
+  VecF x##u = load(x + u * stride + at), y##u{}, a##u = splat(1.0f);                             \
   if (kByLane && u < n) {                                                                        \
     const VecF gate = scan.decay.log_vector(scan.decay.token(scan.token(step + u)), first + at); \
     a##u = decay_of(gate), log += gate;                                                          \
@@ -215,30 +252,30 @@ AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_
   }
 }
 
-// A tile of the state, and which of the tiles of its task it is.
-struct TileOf {
-  int64_t tile, number, count;
+// The tiles of the state that a task has, and the one of them at which it is.
+struct Tiles {
+  int64_t begin, end, at;
 };
 
 // The block's tokens on one tile of the state.
 template <DecayOn kOn, class T>
-[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, const TileOf& where,
-                                         const Coefficients& c0, float* state,
-                                         const Sink<T>& sink) {
-  const int64_t first = where.tile * kTile, dim = scan.lane.dim - first;
-  const int64_t vectors = min64(kTileVecs, ceil_div(dim, kLanes));
+[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, const Tiles& tiles,
+                                         const Block& block, float* state, const Sink<T>& sink) {
+  const int64_t first = tiles.at * kTile, offset = (tiles.at - tiles.begin) * kTile;
+  const int64_t vectors = min64(kTileVecs, ceil_div(scan.lane.dim - first, kLanes));
   const int64_t positions = positions_of(scan.read.rows());
-  const bool plain = sink.plain() && sink.dim - first >= kTile;
+  const bool plain = sink.plain();
   // The tiles take turns: more fetches at once than a core keeps in flight would be waited for.
-  int64_t ahead = where.number;
+  int64_t ahead = tiles.at - tiles.begin;
   Columns w;
   for (int64_t group = 0; group < kGroups; ++group) {
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
-    const Coefficients c = c0.at(group);
-    for (; ahead < (group + 1) * kGroup; ahead += where.count)
+    const Coefficients c = block.coefficients.at(group);
+    for (; ahead < (group + 1) * kGroup; ahead += tiles.end - tiles.begin)
       fetch_token(scan, step0 + kBlock + ahead);
-    load_columns<kOn>(scan, step, n, first, vectors, c, w);
+    const int64_t row = group * kGroup * block.stride + offset;
+    load_columns<kOn>(scan, step, n, first, vectors, c, block.x + row, block.stride, w);
     run_tile<kOn>(scan.walk, vectors, positions, c, w.lanes, w.x, w.y, state);
     if (scan.walk == Walk::kWrite) continue;
     for (int64_t u = 0; u < n; ++u) {
@@ -248,16 +285,30 @@ template <DecayOn kOn, class T>
         store(y + at, fma(load(w.prefix + i), load(y + at), load(w.own + i)));
       }
       const float factor = scan.norm.z ? c.inverse[u] : 1.0f;
-      const int64_t t = scan.token(step + u);
       if (plain) {
-        T* out = sink.out + t * sink.stride + first;
+        float* out = block.y + row + u * block.stride;
         for (int64_t at = 0; at < kTile; at += kLanes)
           store(out + at, load(y + at) * splat(factor));
       } else {
-        emit(sink, t, step - step0 + u, where.tile, y, factor);
+        emit(sink, scan.token(step + u), step - step0 + u, tiles.at, y, factor);
       }
     }
   }
+}
+
+// The block's tokens on tiles [tile0, tile1), whose states of tile_size follow one another.
+template <DecayOn kOn, class T>
+AF_INLINE void run_block(const Scan<T>& scan, int64_t step0, int64_t tile0, int64_t tile1,
+                         const Block& block, float* states, int64_t tile_size,
+                         const Sink<T>& sink) {
+  const int64_t first = tile0 * kTile, columns = (tile1 - tile0) * kTile;
+  prepare_block<kOn>(scan, step0, block.coefficients);
+  load_rows(scan, step0, first, columns, block);
+  for (int64_t tile = tile0; tile < tile1; ++tile)
+    scan_block<kOn>(scan, step0, {tile0, tile1, tile}, block, states + (tile - tile0) * tile_size,
+                    sink);
+  if (sink.plain() && scan.walk != Walk::kWrite)
+    store_rows(scan, step0, first, columns, block, sink);
 }
 
 // A state in memory: element (row, column) at row * row_stride + column * column_stride, and the
