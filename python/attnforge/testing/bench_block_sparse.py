@@ -55,7 +55,9 @@ def random_blocks(shape: Shape) -> BlockSelection:
     blocks = shape.seqlen // 64
     row = torch.arange(blocks)
     seen = row <= row[:, None]
-    mask = (torch.rand(1, shape.heads, blocks, blocks, generator=g) < shape.density) & seen
+    # Blocks count as pairs that are seen, those of the diagonal half; the others are drawn.
+    share = (shape.density * blocks - 1) / (blocks - 1)
+    mask = (torch.rand(1, shape.heads, blocks, blocks, generator=g) < share) & seen
     return BlockSelection.from_mask(mask | (row == row[:, None]), q_block=64, kv_block=64)
 
 
