@@ -65,9 +65,9 @@ struct EntryList {
     if (entry >= count) return kHidden;
     const int key = ids[entry];
     if (key < 0 || key >= keys) return kHidden;
+    const float bias = log_bias != nullptr ? log_bias[entry] * kLog2E : 0.0f;
     const KeyPlaces::Place place = places.at(key);
-    if (place.page < 0) return kHidden;
-    return {log_bias != nullptr ? log_bias[entry] * kLog2E : 0.0f, place};
+    return {place.page < 0 ? -kInf : bias, place};
   }
 };
 

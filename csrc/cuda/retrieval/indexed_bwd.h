@@ -6,6 +6,7 @@
 #include "cuda/flash/bwd_kernel.h"
 #include "cuda/retrieval/entries.h"
 #include "cuda/retrieval/launch.h"
+#include "cuda/retrieval/tiles.h"
 
 namespace attnforge::cuda {
 
@@ -14,7 +15,7 @@ namespace attnforge::cuda {
 template <DType kDType, int kDims, Gradient kGradient>
 struct IndexedBwdCase {
   static constexpr BwdTile kTile =
-      listed_bwd_tile(kDType, kListedDims[kDims], ListRows::kMany, kGradient);
+      listed_bwd_tile(kDType, kIndexedBwdDims[kDims], ListRows::kMany, kGradient);
 };
 
 // Keys are in one piece here: `places` has no table.
@@ -37,6 +38,12 @@ AF_DEVICE Keys entry_keys(const IndexedBwdParams& params, const EntryList& list,
 inline int pack_of(const IndexedBwdParams& params) {
   const FlashProblem& p = params.flash.problem;
   return params.lists.heads == p.heads_q ? 1 : static_cast<int>(p.heads_q / p.heads_k);
+}
+
+// Calls f.template operator()<kDims>() for the pair of head dims that serves the problem.
+template <class F>
+int with_indexed_bwd_dims(const FlashProblem& p, const F& f) {
+  return with_index<kNumIndexedBwdDims>(indexed_bwd_dims_of(p.head_dim, p.v_head_dim), f);
 }
 
 }  // namespace attnforge::cuda

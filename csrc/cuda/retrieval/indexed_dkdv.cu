@@ -149,7 +149,7 @@ template <>
 int indexed_dkdv<kThisDType>(const IndexedBwdParams& params, const EntryGrads& grads,
                              void* stream) {
   const FlashProblem& p = params.flash.problem;
-  return with_listed_dims(p, [&]<int kDims>() {
+  return with_indexed_bwd_dims(p, [&]<int kDims>() {
     const auto launch = [&]<Gradient kGradient>() {
       using Case = IndexedBwdCase<kThisDType, kDims, kGradient>;
       using Kernel = BwdKernel<Case::kTile>;
@@ -163,7 +163,7 @@ int indexed_dkdv<kThisDType>(const IndexedBwdParams& params, const EntryGrads& g
                               dim3(32 * Case::kTile.warps), Kernel::kSharedBytes, stream, params,
                               grads, grid);
     };
-    if constexpr (keys_and_values_apart(kThisDType, kListedDims[kDims])) {
+    if constexpr (keys_and_values_apart(kThisDType, kIndexedBwdDims[kDims])) {
       const int error = launch.template operator()<Gradient::kValues>();
       return error != 0 ? error : launch.template operator()<Gradient::kKeys>();
     } else {

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
 template <>
 int indexed_dq<kThisDType>(const IndexedBwdParams& params, void* stream) {
   const FlashProblem& p = params.flash.problem;
-  return with_listed_dims(p, [&]<int kDims>() {
+  return with_indexed_bwd_dims(p, [&]<int kDims>() {
     using Case = IndexedBwdCase<kThisDType, kDims, Gradient::kQueries>;
     using Kernel = BwdKernel<Case::kTile, 1>;
     const RowGrid grid = RowGrid::of(p, Kernel::kOwned, pack_of(params), 1);

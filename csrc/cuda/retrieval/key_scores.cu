@@ -104,16 +104,11 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
   ptx::cp_async_wait<0>();
 }
 
-template <DType kDType, int kIndex = 0>
-int launch_key_scores(const KeyScoresParams& params, void* stream) {
-  if constexpr (kIndex == kNumScoreDims) {
-    return kNoKernel;
-  } else {
-    using Case = KeyScoresCase<kDType, kIndex>;
-    if (params.problem.head_dim > Case::kTile.head_dim) {
-      return launch_key_scores<kDType, kIndex + 1>(params, stream);
-    }
-    const FlashProblem& p = params.problem;
+template <>
+int key_scores<kThisDType>(const KeyScoresParams& params, void* stream) {
+  const FlashProblem& p = params.problem;
+  return with_index<kNumScoreDims>(score_dims_of(p.head_dim), [&]<int kDims>() {
+    using Case = KeyScoresCase<kThisDType, kDims>;
     constexpr int kKeys = 16 * Case::kTile.warps;
     const ScoreGrid grid = {static_cast<int>((params.columns + kKeys - 1) / kKeys),
                             static_cast<int>(p.heads_k), static_cast<int>(p.batch),
@@ -122,12 +117,7 @@ int launch_key_scores(const KeyScoresParams& params, void* stream) {
     return ATTNFORGE_LAUNCH((key_scores_kernel<Case>), dim3(grid.blocks()),
                             dim3(32 * Case::kTile.warps), Case::kTile.shared_bytes(), stream,
                             params, grid);
-  }
-}
-
-template <>
-int key_scores<kThisDType>(const KeyScoresParams& params, void* stream) {
-  return launch_key_scores<kThisDType>(params, stream);
+  });
 }
 
 }  // namespace attnforge::cuda

@@ -119,8 +119,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 int lsh_weigh(const LshRetrieveParams& params, void* stream) {
   const FlashProblem& p = params.problem;
   constexpr int64_t kHits = 32 * kWarps;
-  const int parts =
-      static_cast<int>(at_most<int64_t>(kMostParts, (params.slots + kHits - 1) / kHits));
+  const int64_t most = (params.slots + kHits - 1) / kHits;
+  const int parts = static_cast<int>(most < kMostParts ? most : kMostParts);
   const auto blocks = static_cast<unsigned>(p.batch * p.heads_q * parts);
   if (blocks == 0) return 0;
   return with_dtype(p.dtype, [&]<DType kDType>() {

@@ -105,7 +105,7 @@ AF_DEVICE Choice find(const Row& row, const Weights& weights, uint64_t want) {
     };
     const int first = static_cast<int>(threadIdx.x) * kOwn;
     for (int i = 0; i < kOwn; ++i) ptx::store_shared(digit_at(first + i), ptx::U32x2{{0, 0}});
-    if (threadIdx.x == 0) ptx::store_shared(shared + kFound, kNobody);
+    if (threadIdx.x == 0) ptx::store_shared(shared + kFound, int{kNobody});
     ptx::sync_threads();
     row.each([&](int c) {
       const float x = row.scores[c];

@@ -402,7 +402,7 @@ def _spec(kind: str, requires: tuple[Predicate, ...], notes: str) -> KernelSpec:
 _FLOATS = _COMMON[:2]
 _WIDE = (*_FLOATS, Dim("head_dim", 8, 576, 8), Features("paged", "seqused_k"))
 _HASHED = (*_FLOATS, Dim("head_dim", 8, 256, 8))
-_TABLES = _COMMON[:1]  # of codes, whatever the dtype of keys is
+_CODES = _COMMON[:1]  # of codes, whatever the dtype of keys is
 
 SPECS = (
     _spec(
@@ -419,7 +419,7 @@ SPECS = (
     _spec("page_scores", _WIDE, "bounds in registers, one row after the other"),
     _spec("select_columns", _FLOATS, "bisection of the scores' bits, no sort; a program per row"),
     _spec("lsh_encode", _HASHED, "signs taken from the tiles of a product"),
-    _spec("lsh_insert", _TABLES, "a stable sort of the new codes; places filled by bisection"),
-    _spec("lsh_truncate", _TABLES, "buckets end where bisection says; places filled by bisection"),
+    _spec("lsh_insert", _CODES, "a stable sort of the new codes; places filled by bisection"),
+    _spec("lsh_truncate", _CODES, "buckets end where bisection says; places filled by bisection"),
     _spec("lsh_retrieve", _HASHED, "a counter per key, a scan, probabilities of the hits"),
 )
