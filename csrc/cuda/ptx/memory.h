@@ -113,10 +113,7 @@ AF_DEVICE uint32_t fetch_or_shared(uint32_t address, uint32_t bits AF_SITE) {
   return emulate::fetch_or_shared(address, bits, site);
 #else
   uint32_t old;
-  asm volatile("atom.shared.or.b32 %0, [%1], %2;"
-               : "=r"(old)
-               : "r"(address), "r"(bits)
-               : "memory");
+  asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(old) : "r"(address), "r"(bits) : "memory");
   return old;
 #endif
 }

@@ -159,18 +159,18 @@ def _tables(
     codes = torch.randint(0, 1 << bits, (2, 2, _KEYS, tables), generator=g).short().to(device)
     shape = (2, 2, -(-_KEYS // segment), tables)
     results = []
-    for own in (run, None):
-        insert, truncate = (
-            own if own is not None and kind == name else reference
-            for name, reference in (("lsh_insert", lsh.insert), ("lsh_truncate", lsh.truncate))
-        )
+    inserts, cuts = kind == "lsh_insert", kind == "lsh_truncate"
+    for insert, truncate in (
+        (run if inserts else lsh.insert, run if cuts else lsh.truncate),
+        (lsh.insert, lsh.truncate),
+    ):
         starts = torch.zeros(*shape, (1 << bits) + 1, dtype=torch.int32, device=device)
         ids = torch.zeros(*shape, segment, dtype=torch.int16, device=device)
         first = torch.zeros(2, dtype=torch.int32, device=device)
         insert(starts, ids, bits, codes, first, first + grown)
         count = torch.tensor([_KEYS - grown, 5], dtype=torch.int32, device=device)
         insert(starts, ids, bits, codes[:, :, grown:].contiguous(), first + grown, count)
-        if kind == "lsh_truncate":
+        if cuts:
             truncate(starts, ids, bits, torch.tensor([70, 7], device=device).int())
         behind = torch.arange(segment, device=device) >= starts[..., -1:]
         results.append([starts, ids.masked_fill(behind, -1)])

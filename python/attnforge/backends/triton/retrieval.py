@@ -294,7 +294,7 @@ def _sorted_codes(
     key = first.view(-1, 1) + row
     real = (row < count.view(-1, 1)) & (key < segments * segment)
     group = (key // segment << bits).masked_fill(~real, segments << bits)  # [B, rows]
-    own = codes.transpose(2, 3).int() & ((1 << bits) - 1)
+    own = codes.transpose(2, 3).contiguous().int() & ((1 << bits) - 1)
     own = torch.where(real[:, None, None], own, 0) + group[:, None, None]
     numbers, order = own.sort(dim=-1, stable=True)
     bounds = torch.arange((segments << bits) + 1, device=codes.device, dtype=torch.int32)
