@@ -31,6 +31,8 @@ SM90_FP8_DIMS = ("64x64", "128x128", "256x256")  # of kSm90Fp8Dims
 WALK_DIMS = ("64x64", "128x64")  # of kWalkDims
 WALK_GATES = ("whole", "read", "columns")  # of enum WalkGate
 LISTED_DIMS = ("64x64", "128x128", "192x128", "256x256")  # of kListedDims
+INDEXED_BWD_DIMS = ("64x64", "128x128", "256x256")  # of kIndexedBwdDims
+SCORE_DIMS = ("64x64", "128x128", "256x256")  # of kScoreDims
 
 Row = dict[str, int]
 
@@ -64,6 +66,14 @@ def kernel_id(symbol: str) -> str | None:
     if indexed is not None:
         dtype, dims = map(int, indexed.groups())
         return f"indexed_fwd.{DTYPES[dtype]}.d{LISTED_DIMS[dims]}"
+    indexed = re.search(r"\dIndexedBwdCaseILN\w*?5DTypeE(\d)ELi(\d)ELN\w*?8GradientE(\d)E", symbol)
+    if indexed is not None:
+        dtype, dims, gradient = map(int, indexed.groups())
+        return f"indexed_{GRADIENTS[gradient]}.{DTYPES[dtype]}.d{INDEXED_BWD_DIMS[dims]}"
+    scores = re.search(r"\dKeyScoresCaseILN\w*?5DTypeE(\d)ELi(\d)E", symbol)
+    if scores is not None:
+        dtype, dims = map(int, scores.groups())
+        return f"key_scores.{DTYPES[dtype]}.d{SCORE_DIMS[dims]}"
     decode = re.search(r"Sm90DecodeCaseILN\w*?5DTypeE(\d)ELi(\d)ELb(\d)E", symbol)
     if decode is not None:
         dtype, dims, latent = map(int, decode.groups())

@@ -385,6 +385,8 @@ def choices(head_dim: int) -> None:
     launchers.lsh_encode(k, mean, planes, 9, codes)
     starts = torch.zeros(2, 2, 1, 10, 513, dtype=torch.int32)
     tables = torch.zeros(2, 2, 1, 10, 128, dtype=torch.int16)
+    launchers.lsh_insert(starts, tables, 9, codes, used, used)
+    launchers.lsh_truncate(starts, tables, 9, used)
     found = torch.zeros(2, 8, 96, dtype=torch.int32)
     launchers.lsh_retrieve(starts, tables, 9, codes[:, :, 0], q, k, mean, norms, used, used, 2, 0.0,
                            found, found[..., 0], found.float())  # fmt: skip

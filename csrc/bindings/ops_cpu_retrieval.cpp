@@ -1,5 +1,5 @@
 // Private CPU operators of the retrieval family (namespace attnforge_native): see ops_cpu.cpp.
-#include "bindings/retrieval.h"
+#include "bindings/lsh.h"
 
 namespace attnforge::cpu {
 namespace {
@@ -23,205 +23,52 @@ void indexed_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q
                  const OptionalTensor& log_bias, const OptionalTensor& used, double softmax_scale,
                  const Tensor& dq, const Tensor& dk, const Tensor& dv,
                  const OptionalTensor& dlog_bias) {
-  IndexedBwdParams params;
-  FlashBwdParams& f = params.flash;
-  FlashProblem& p = f.problem;
-  p = list_problem(q, k, v, std::nullopt, used, softmax_scale);
-  if (empty(p)) return;
-  params.lists = lists_of(p, ids, lens, log_bias);
-  f.dout = ref(dout, p.dtype);
-  f.q = ref(q, p.dtype), f.k = ref(k, p.dtype), f.v = ref(v, p.dtype);
-  f.out = ref(out, p.dtype), f.out_lo = ref(out_lo, p.dtype);
-  f.dq = ref(dq, p.dtype), f.dk = ref(dk, p.dtype), f.dv = ref(dv, p.dtype);
-  f.lse = stat(lse);
-  if (dlse) f.dlse = stat(*dlse);
-  if (dlog_bias) {
-    const int64_t heads = std::max(params.lists.heads, p.heads_k);
-    STD_TORCH_CHECK(dlog_bias->scalar_type() == ScalarType::Float && dlog_bias->is_contiguous() &&
-                        dlog_bias->numel() == p.batch * heads * params.lists.slots,
-                    "attnforge_native: dlog_bias must be contiguous fp32, per list and KV head");
-    params.dlog_bias = static_cast<float*>(dlog_bias->mutable_data_ptr());
-  }
+  IndexedBwdParams params =
+      indexed_bwd_params(dout, dlse, q, k, v, out, lse, out_lo, ids, lens, log_bias, used,
+                         softmax_scale, dq, dk, dv, dlog_bias);
+  if (empty(params.flash.problem)) return;
   Tensor scratch = workspace(kernels().indexed_bwd_workspace(params, workers().num_threads));
-  f.workspace = scratch.mutable_data_ptr();
+  params.flash.workspace = scratch.mutable_data_ptr();
   kernels().indexed_bwd(params, workers());
 }
 
 // ---- scores and selection ----
 
-template <class T>
-T* output(const Tensor& t, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == numel,
-                  "attnforge_native: a tensor has the wrong dtype, layout or size");
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-PagePool key_pool(const FlashProblem& p, const Tensor& k, const Tensor& table) {
-  STD_TORCH_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int &&
-                      table.size(0) == p.batch && table.is_contiguous(),
-                  "attnforge_native: block_table must be contiguous int32 rows");
-  PagePool pool;
-  pool.k = pool.v = ref(k, p.dtype);
-  pool.pages = k.size(0), pool.page_size = k.size(1);
-  pool.table = static_cast<const int32_t*>(table.const_data_ptr());
-  pool.table_stride = table.size(1);
-  return pool;
-}
-
 void key_scores(const Tensor& q, const Tensor& k, const OptionalTensor& table,
                 const OptionalTensor& used, const OptionalTensor& counts, double softmax_scale,
                 const Tensor& out) {
-  KeyScoresParams params;
-  FlashProblem& p = params.problem;
-  p = list_problem(q, k, k, table, used, softmax_scale);
-  params.columns = out.size(3);
-  STD_TORCH_CHECK(params.columns <= p.seqlen_k, "attnforge_native: more columns than keys");
-  params.out =
-      output<float>(out, ScalarType::Float, p.batch * p.heads_q * p.seqlen_q * params.columns);
-  STD_TORCH_CHECK(!counts || counts->numel() == p.batch * p.heads_k * params.columns,
-                  "attnforge_native: counts must be [batch, heads, keys]");
-  params.counts = data<int32_t>(counts, ScalarType::Int);
-  params.q = ref(q, p.dtype);
-  if (table) {
-    params.pool = key_pool(p, k, *table);
-  } else {
-    params.k = ref(k, p.dtype);
-  }
-  if (!empty(p) && out.numel() > 0) kernels().key_scores(params, workers());
+  const KeyScoresParams params = key_scores_params(q, k, table, used, counts, softmax_scale, out);
+  if (!empty(params.problem) && out.numel() > 0) kernels().key_scores(params, workers());
 }
 
-// low and high: [pages, heads, dim] beside a table, else [batch, pages, heads, dim].
 void page_scores(const Tensor& q, const Tensor& low, const Tensor& high,
                  const OptionalTensor& table, const OptionalTensor& used, double softmax_scale,
                  const Tensor& out) {
-  PageScoresParams params;
-  FlashProblem& p = params.problem;
-  STD_TORCH_CHECK(q.dim() == 4 && low.dim() == (table ? 3 : 4) && low.is_contiguous() &&
-                      high.is_contiguous() && low.numel() == high.numel(),
-                  "attnforge_native: q, low and high do not fit");
-  const int64_t h = low.dim() - 2;
-  p.q_dtype = dtype_of(q);
-  p.batch = q.size(0), p.seqlen_q = q.size(1), p.heads_q = q.size(2), p.head_dim = q.size(3);
-  p.heads_k = low.size(h);
-  STD_TORCH_CHECK(p.heads_k > 0 && p.heads_q % p.heads_k == 0 && low.size(h + 1) == p.head_dim &&
-                      p.head_dim <= 576 && (table || low.size(0) == p.batch),
-                  "attnforge_native: shapes of q, low and high do not fit");
-  p.softmax_scale = static_cast<float>(softmax_scale);
-  params.bounds_dtype = dtype_of(low);
-  params.q = ref(q, p.q_dtype);
-  auto bounds = [&](const Tensor& t) {
-    const int64_t row = p.heads_k * p.head_dim;
-    return TensorRef{const_cast<void*>(t.const_data_ptr()), table ? row : t.size(1) * row, row,
-                     p.head_dim};
-  };
-  params.low = bounds(low), params.high = bounds(high);
-  params.pages = low.size(0);
-  params.columns = out.size(3);
-  if (table) {
-    STD_TORCH_CHECK(table->is_contiguous() && table->size(0) == p.batch &&
-                        table->size(1) >= params.columns && params.pages > 0,
-                    "attnforge_native: block_table does not fit");
-    params.table = data<int32_t>(table, ScalarType::Int);
-    params.table_stride = table->size(1);
-  } else {
-    STD_TORCH_CHECK(params.columns <= low.size(1), "attnforge_native: more columns than pages");
-  }
-  params.used = data<int32_t>(used, ScalarType::Int);
-  params.out =
-      output<float>(out, ScalarType::Float, p.batch * p.heads_q * p.seqlen_q * params.columns);
+  const PageScoresParams params = page_scores_params(q, low, high, table, used, softmax_scale, out);
   if (out.numel() > 0) kernels().page_scores(params, workers());
 }
 
-// scores [rows, columns]; threshold has one entry or one per row.
 void select_columns(const Tensor& scores, const OptionalTensor& used, int64_t kind, int64_t k,
                     const OptionalTensor& threshold, double mass, int64_t first, int64_t last,
                     const Tensor& ids, const Tensor& lens) {
-  SelectParams params;
-  STD_TORCH_CHECK(scores.dim() == 2 && scores.is_contiguous() &&
-                      scores.scalar_type() == ScalarType::Float && ids.dim() == 2,
-                  "attnforge_native: scores must be contiguous fp32 rows");
-  params.kind = static_cast<SelectKind>(kind);
-  params.scores = static_cast<const float*>(scores.const_data_ptr());
-  params.rows = scores.size(0), params.columns = scores.size(1);
-  STD_TORCH_CHECK((!used || used->numel() == params.rows) &&
-                      (!threshold || threshold->numel() == 1 || threshold->numel() == params.rows),
-                  "attnforge_native: lengths and thresholds are one per row");
-  params.used = data<int32_t>(used, ScalarType::Int);
-  params.threshold = data<float>(threshold, ScalarType::Float);
-  params.threshold_stride = threshold && threshold->numel() > 1;
-  STD_TORCH_CHECK(params.kind != SelectKind::kThreshold || params.threshold,
-                  "attnforge_native: a threshold is missing");
-  params.k = k, params.mass = mass, params.first = first, params.last = last;
-  params.slots = ids.size(1);
-  params.ids = output<int32_t>(ids, ScalarType::Int, params.rows * params.slots);
-  params.lens = output<int32_t>(lens, ScalarType::Int, params.rows);
-  kernels().select_columns(params, workers());
+  kernels().select_columns(
+      select_params(scores, used, kind, k, threshold, mass, first, last, ids, lens), workers());
 }
 
 // ---- LSH ----
 
 void lsh_encode(const Tensor& x, const OptionalTensor& mean, const Tensor& planes, int64_t bits,
                 const Tensor& codes) {
-  LshEncodeParams params;
-  STD_TORCH_CHECK(
-      x.dim() == 4 && x.size(3) % 8 == 0 && x.size(3) > 0 && x.size(3) <= 256 && codes.dim() == 4,
-      "attnforge_native: x must be [batch, seq, heads, dim] with a dim of at most 256");
-  params.dtype = dtype_of(x);
-  params.batch = x.size(0), params.seqlen = x.size(1), params.heads = x.size(2);
-  params.dim = x.size(3), params.bits = bits, params.tables = codes.size(3);
-  STD_TORCH_CHECK(bits >= 0 && bits <= 15 && params.tables > 0,
-                  "attnforge_native: codes have 0 to 15 bits");
-  STD_TORCH_CHECK(!mean || mean->numel() == params.batch * params.heads * params.dim,
-                  "attnforge_native: mean must be [batch, heads, dim]");
-  params.x = ref(x, params.dtype);
-  params.mean = data<float>(mean, ScalarType::Float);
-  STD_TORCH_CHECK(planes.scalar_type() == ScalarType::Float && planes.is_contiguous() &&
-                      planes.numel() == params.dim * bits * params.tables,
-                  "attnforge_native: planes must be contiguous fp32 [dim, bits * tables]");
-  params.planes = static_cast<const float*>(planes.const_data_ptr());
-  params.codes = output<uint16_t>(codes, ScalarType::Short,
-                                  params.batch * params.heads * params.seqlen * params.tables);
+  LshEncodeParams params = lsh_encode_params(x, mean, planes, bits, codes);
   if (codes.numel() == 0) return;
   Tensor scratch = workspace(kernels().lsh_encode_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
   kernels().lsh_encode(params, workers());
 }
 
-// starts [batch, heads, segments, tables, 2^bits + 1], ids [.., segment] int16.
-LshTables tables_of(const Tensor& starts, const Tensor& ids, int64_t bits) {
-  STD_TORCH_CHECK(starts.dim() == 5 && ids.dim() == 5 && bits >= 0 && bits <= 15 &&
-                      starts.size(4) == (int64_t{1} << bits) + 1 && ids.size(4) <= 65536,
-                  "attnforge_native: tables of another shape");
-  for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(starts.size(d) == ids.size(d), "attnforge_native: starts and ids do not fit");
-  }
-  LshTables t;
-  t.batch = ids.size(0), t.heads = ids.size(1), t.segments = ids.size(2), t.tables = ids.size(3);
-  t.bits = bits, t.segment = ids.size(4);
-  t.starts = output<int32_t>(starts, ScalarType::Int, starts.numel());
-  t.ids = output<uint16_t>(ids, ScalarType::Short, ids.numel());
-  return t;
-}
-
-const int32_t* per_sequence(const Tensor& t, const LshTables& tables) {
-  STD_TORCH_CHECK(
-      t.scalar_type() == ScalarType::Int && t.is_contiguous() && t.numel() == tables.batch,
-      "attnforge_native: lengths must be int32, one per sequence");
-  return static_cast<const int32_t*>(t.const_data_ptr());
-}
-
 void lsh_insert(const Tensor& starts, const Tensor& ids, int64_t bits, const Tensor& codes,
                 const Tensor& first, const Tensor& count) {
-  LshInsertParams params;
-  params.tables = tables_of(starts, ids, bits);
-  const LshTables& t = params.tables;
-  STD_TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous() &&
-                      codes.scalar_type() == ScalarType::Short && codes.size(0) == t.batch &&
-                      codes.size(1) == t.heads && codes.size(3) == t.tables,
-                  "attnforge_native: codes must be int16 [batch, heads, rows, tables]");
-  params.codes = static_cast<const uint16_t*>(codes.const_data_ptr());
-  params.rows = codes.size(2);
-  params.first = per_sequence(first, t), params.count = per_sequence(count, t);
+  const LshInsertParams params = lsh_insert_params(starts, ids, bits, codes, first, count);
   // A look-up goes to one bucket of every table: a page each, if pages are small.
   advise_huge_pages(starts, starts.numel() * starts.element_size());
   advise_huge_pages(ids, ids.numel() * ids.element_size());
@@ -229,43 +76,15 @@ void lsh_insert(const Tensor& starts, const Tensor& ids, int64_t bits, const Ten
 }
 
 void lsh_truncate(const Tensor& starts, const Tensor& ids, int64_t bits, const Tensor& length) {
-  LshTruncateParams params;
-  params.tables = tables_of(starts, ids, bits);
-  params.length = per_sequence(length, params.tables);
-  kernels().lsh_truncate(params, workers());
+  kernels().lsh_truncate(lsh_truncate_params(starts, ids, bits, length), workers());
 }
 
 void lsh_retrieve(const Tensor& starts, const Tensor& table_ids, int64_t bits, const Tensor& codes,
                   const Tensor& q, const Tensor& k, const OptionalTensor& mean, const Tensor& norms,
                   const Tensor& begin, const Tensor& end, int64_t min_hits, double clip,
                   const Tensor& ids, const Tensor& lens, const Tensor& log_bias) {
-  LshRetrieveParams params;
-  params.tables = tables_of(starts, table_ids, bits);
-  const LshTables& t = params.tables;
-  FlashProblem& p = params.problem;
-  p = list_problem(q, k, k, std::nullopt, std::nullopt, 1.0);
-  STD_TORCH_CHECK(p.seqlen_q == 1 && p.batch == t.batch && p.heads_k == t.heads &&
-                      p.head_dim <= 256 && codes.scalar_type() == ScalarType::Short &&
-                      codes.is_contiguous() && codes.numel() == p.batch * p.heads_q * t.tables,
-                  "attnforge_native: one query per sequence, with its codes");
-  STD_TORCH_CHECK(norms.dim() == 3 && norms.is_contiguous() && norms.size(0) == p.batch &&
-                      norms.size(1) == p.heads_k && norms.size(2) >= p.seqlen_k &&
-                      norms.scalar_type() == ScalarType::Float,
-                  "attnforge_native: norms must be fp32 [batch, heads, keys]");
-  STD_TORCH_CHECK(!mean || mean->numel() == p.batch * p.heads_k * p.head_dim,
-                  "attnforge_native: mean must be [batch, heads, dim]");
-  STD_TORCH_CHECK(min_hits == 1 || min_hits == 2, "attnforge_native: min_hits is 1 or 2");
-  params.q = ref(q, p.dtype), params.k = ref(k, p.dtype);
-  params.codes = static_cast<const uint16_t*>(codes.const_data_ptr());
-  params.mean = data<float>(mean, ScalarType::Float);
-  params.norms = static_cast<const float*>(norms.const_data_ptr());
-  params.norm_stride = norms.size(2);
-  params.begin = per_sequence(begin, t), params.end = per_sequence(end, t);
-  params.min_hits = min_hits, params.clip = static_cast<float>(clip);
-  params.slots = ids.size(ids.dim() - 1);
-  params.ids = output<int32_t>(ids, ScalarType::Int, p.batch * p.heads_q * params.slots);
-  params.lens = output<int32_t>(lens, ScalarType::Int, p.batch * p.heads_q);
-  params.log_bias = output<float>(log_bias, ScalarType::Float, ids.numel());
+  LshRetrieveParams params = lsh_retrieve_params(starts, table_ids, bits, codes, q, k, mean, norms,
+                                                 begin, end, min_hits, clip, ids, lens, log_bias);
   Tensor scratch = workspace(kernels().lsh_retrieve_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
   kernels().lsh_retrieve(params, workers());

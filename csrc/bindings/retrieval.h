@@ -82,4 +82,33 @@ inline IndexedFwdParams indexed_fwd_params(const Tensor& q, const Tensor& k, con
   return params;
 }
 
+// Of a backward. dlog_bias: per list and KV head.
+inline IndexedBwdParams indexed_bwd_params(
+    const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const OptionalTensor& out_lo,
+    const Tensor& ids, const OptionalTensor& lens, const OptionalTensor& log_bias,
+    const OptionalTensor& used, double softmax_scale, const Tensor& dq, const Tensor& dk,
+    const Tensor& dv, const OptionalTensor& dlog_bias) {
+  IndexedBwdParams params;
+  FlashBwdParams& f = params.flash;
+  FlashProblem& p = f.problem;
+  p = list_problem(q, k, v, std::nullopt, used, softmax_scale);
+  if (empty(p)) return params;
+  params.lists = lists_of(p, ids, lens, log_bias);
+  f.dout = ref(dout, p.dtype);
+  f.q = ref(q, p.dtype), f.k = ref(k, p.dtype), f.v = ref(v, p.dtype);
+  f.out = ref(out, p.dtype), f.out_lo = ref(out_lo, p.dtype);
+  f.dq = ref(dq, p.dtype), f.dk = ref(dk, p.dtype), f.dv = ref(dv, p.dtype);
+  f.lse = stat(lse);
+  if (dlse) f.dlse = stat(*dlse);
+  if (dlog_bias) {
+    const int64_t heads = std::max(params.lists.heads, p.heads_k);
+    STD_TORCH_CHECK(dlog_bias->scalar_type() == ScalarType::Float && dlog_bias->is_contiguous() &&
+                        dlog_bias->numel() == p.batch * heads * params.lists.slots,
+                    "attnforge_native: dlog_bias must be contiguous fp32, per list and KV head");
+    params.dlog_bias = static_cast<float*>(dlog_bias->mutable_data_ptr());
+  }
+  return params;
+}
+
 }  // namespace attnforge::cpu

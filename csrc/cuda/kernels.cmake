@@ -8,7 +8,9 @@ file(GLOB cuda_per_dtype CONFIGURE_DEPENDS
      "${cuda_dir}/flash/fwd*.cu" "${cuda_dir}/flash/decode*.cu" "${cuda_dir}/flash/bwd*.cu"
      "${cuda_dir}/paged/decode.cu" "${cuda_dir}/paged/prefill.cu" "${cuda_dir}/paged/latent.cu"
      "${cuda_dir}/linear/walk.cu" "${cuda_dir}/linear/delta.cu"
-     "${cuda_dir}/block_sparse/*.cu" "${cuda_dir}/retrieval/*.cu")
+     "${cuda_dir}/block_sparse/*.cu"
+     "${cuda_dir}/retrieval/indexed_fwd.cu" "${cuda_dir}/retrieval/indexed_dq.cu"
+     "${cuda_dir}/retrieval/indexed_dkdv.cu" "${cuda_dir}/retrieval/key_scores.cu")
 # The kernels for sm_90a: code of that one architecture, of the 16-bit dtypes or fp8.
 file(GLOB cuda_sm90_halves CONFIGURE_DEPENDS "${cuda_dir}/flash/sm90/*.cu")
 set(cuda_sm90_kFloat8 "${cuda_dir}/flash/sm90/fwd_fp8.cu")
@@ -20,6 +22,10 @@ set(cuda_once "${cuda_dir}/flash/merge.cu" "${cuda_dir}/paged/append.cu" "${cuda
     "${cuda_dir}/linear/chunk.cu" "${cuda_dir}/linear/gates.cu" "${cuda_dir}/linear/step.cu"
     "${cuda_dir}/linear/delta_chunk.cu" "${cuda_dir}/linear/delta_step.cu"
     "${cuda_dir}/linear/diag_scan.cu"
+    "${cuda_dir}/retrieval/indexed_sum.cu" "${cuda_dir}/retrieval/shares.cu"
+    "${cuda_dir}/retrieval/page_scores.cu" "${cuda_dir}/retrieval/select.cu"
+    "${cuda_dir}/retrieval/lsh_encode.cu" "${cuda_dir}/retrieval/lsh_collect.cu"
+    "${cuda_dir}/retrieval/lsh_weigh.cu" "${cuda_dir}/retrieval/lsh_tables.cu"
     "${cuda_dir}/runtime.cu")
 set(cuda_bindings "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda.cpp"
     "${CMAKE_SOURCE_DIR}/csrc/bindings/ops_cuda_paged.cpp"

@@ -18,6 +18,7 @@ __global__ void memory(const float* in, float* out, uint32_t* counter) {
   ptx::store_shared(shared, ptx::load_global_16_constant(in));
   ptx::store_shared(shared, ptx::load_global_16_streaming(in));
   ptx::add_shared(shared, 2.0f);
+  counter[2] = ptx::fetch_add_shared(shared, 3) + ptx::fetch_or_shared(shared, 4);
   ptx::prefetch_l2(in + 64);
   ptx::add_global(out, 1.0f);
   const uint32_t ticket = ptx::fetch_add_global(counter, 1);
@@ -75,6 +76,7 @@ __global__ void warp_and_math(const float* in, float* out, uint32_t* bits) {
   bits[7] = ptx::permute_bytes(bits[2], bits[1], 0x6420) + ptx::fma_f16x2(bits[2], bits[1], 1);
   bits[3] = ptx::bf16_from_float(x) + ptx::f16_from_float(x) + ptx::bits_of_float(x);
   x = ptx::fma(x, ptx::exp2_approx(x), ptx::log2_approx(x));
+  x = ptx::sqrt(x) + static_cast<float>(ptx::popcount(bits[1]));
   x = ptx::max(ptx::rcp_approx(x), ptx::tanh_approx(x));
   x += ptx::float_from_bf16(static_cast<uint16_t>(bits[4]));
   x += ptx::float_from_f16(static_cast<uint16_t>(bits[5])) + ptx::float_from_bits(bits[6]);

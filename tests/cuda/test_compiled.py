@@ -48,7 +48,8 @@ def test_loads_and_registers_without_a_gpu() -> None:
                  "paged_append", "linear_chunk_fwd", "linear_chunk_bwd", "linear_step",
                  "delta_chunk_fwd", "delta_chunk_bwd", "delta_step", "diag_scan_fwd",
                  "diag_scan_bwd", "block_sparse_fwd", "block_sparse_bwd",
-                 "indexed_fwd"):  # fmt: skip
+                 "indexed_fwd", "indexed_bwd", "key_scores", "page_scores", "select_columns",
+                 "lsh_encode", "lsh_insert", "lsh_truncate", "lsh_retrieve"):  # fmt: skip
         operator = _native_cuda.operator(name)
         assert torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CUDA")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CPU")
@@ -93,7 +94,8 @@ def test_kernel_ids_are_those_of_the_specs(table: dict[str, dict[str, int]]) -> 
         *(f"linear_wide_{gate}" for gate in ("whole", "columns")),
         *(f"linear_delta_{gate}{way}" for gate in ("whole", "read") for way in ("", "_reverse")),
     }
-    known = kinds | paged_kinds | walk_kinds | {"indexed_fwd"}
+    indexed = {f"indexed_{kind}" for kind in ("fwd", "dq", "dk", "dv", "dkdv")}
+    known = kinds | paged_kinds | walk_kinds | indexed | {"key_scores"}
     assert {owners.get(name, name) for name in found} == known
     for arch in ("sm_80", "sm_90a"):
         mine = {name for name in ids if ("sm90" in name) == (arch == "sm_90a")}

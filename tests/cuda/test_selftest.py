@@ -115,9 +115,25 @@ def test_right_kernels_of_delta_rules_and_scans_pass(kernel: str, group: str) ->
 
 
 @pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize("group", ["", "pages"])
-def test_right_retrieval_kernels_pass(group: str) -> None:
-    assert shared.check(CUDA, "retrieval.indexed_fwd", group, torch.float16, CPU) is None
+@pytest.mark.parametrize(
+    ("kind", "group"),
+    [
+        *(
+            (kind, x)
+            for kind in ("indexed_fwd", "key_scores", "page_scores")
+            for x in ("", "pages")
+        ),
+        *((kind, "") for kind in ("indexed_bwd", "select_columns", "lsh_encode", "lsh_retrieve")),
+    ],
+)
+def test_right_retrieval_kernels_pass(kind: str, group: str) -> None:
+    assert shared.check(CUDA, f"retrieval.{kind}", group, torch.float16, CPU) is None
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("kind", ["lsh_insert", "lsh_truncate"])
+def test_right_kernels_of_tables_pass(kind: str) -> None:
+    assert shared.check(CUDA, f"retrieval.{kind}", "", torch.int16, CPU) is None
 
 
 @pytest.mark.parametrize("group", ["", *_selftest_block_sparse.GROUPS])

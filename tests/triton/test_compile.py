@@ -203,7 +203,7 @@ def test_indexed(arch: int, head_dim: int, per_query_head: bool) -> None:
 
 
 CHOICES = ["key_scores", "shares", "page_scores", *["select_columns"] * 3, "lsh_encode",
-           "count_hits", "collect", "weigh"]  # fmt: skip
+           "place_ids", "kept_sizes", "place_ids", "count_hits", "collect", "weigh"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "head_dim"), [(80, 64), (90, 256)])

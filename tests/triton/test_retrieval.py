@@ -18,7 +18,7 @@ from attnforge.backends import _gpu
 from attnforge.backends.triton import retrieval as launchers
 from attnforge.testing.cases import Target
 from attnforge.testing.compare import assert_same, compare, same_bits
-from attnforge.testing.retrieval import IndexedCase, IndexedInputs
+from attnforge.testing.retrieval import IndexedCase, IndexedInputs, grown_tables
 
 TRITON = Target("triton")
 
@@ -278,6 +278,20 @@ def test_codes_are_signs(bits: int, tables: int, device: str) -> None:
             for name in ("triton", "reference")
         )
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("bits", "skewed"), [(0, False), (4, False), (4, True), (9, False)])
+def test_tables(monkeypatch: pytest.MonkeyPatch, bits: int, skewed: bool, device: str) -> None:
+    """Two segments of 64 keys, filled in two steps that straddle them, then cut down; the second
+    sequence gets more than there is room for. A table at a time is sorted."""
+    monkeypatch.setattr(launchers, "_SORTED", 256)
+    most = 1 << (1 if skewed else bits)
+    codes = torch.randint(0, most, (2, 1, 100, 2), dtype=torch.int16, device=device)
+    codes[..., 1] |= 1 << bits  # higher bits do not count
+    grown = (codes, bits, (2, 64), ((70, 45), (20, 99)), ((500, 70), (64, 0)))
+    got, want = (grown_tables(name, *grown) for name in ("triton", "reference"))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("min_hits", [1, 2])

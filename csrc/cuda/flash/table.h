@@ -11,6 +11,7 @@
 #include "cuda/flash/tiles.h"
 #include "cuda/linear/tiles.h"
 #include "cuda/paged/tiles.h"
+#include "cuda/retrieval/tiles.h"
 
 namespace attnforge::cuda {
 
@@ -54,6 +55,13 @@ inline std::vector<KernelRow> kernel_table() {
       }
       if (apart) rows.push_back({"listed_dv", dtype, dims, false});
     }
+    for (HeadDims dims : kIndexedBwdDims) {
+      const bool apart = keys_and_values_apart(dtype, dims);
+      rows.push_back({"indexed_dq", dtype, dims, false});
+      rows.push_back({apart ? "indexed_dk" : "indexed_dkdv", dtype, dims, false});
+      if (apart) rows.push_back({"indexed_dv", dtype, dims, false});
+    }
+    for (int dim : kScoreDims) rows.push_back({"key_scores", dtype, {dim, dim}, false});
     for (const char* codes : {"", "_codes"}) {
       for (HeadDims dims : kPagedDims) {
         for (const char* kernel : {"paged_prefill", "paged_decode"}) {

@@ -74,6 +74,28 @@ AF_DEVICE float max(float a, float b) {
 #endif
 }
 
+// sqrt.rn.f32
+AF_DEVICE float sqrt(float x) {
+#if AF_EMULATE
+  return emulate::sqrt(x);
+#else
+  float y;
+  asm("sqrt.rn.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// popc.b32: how many bits are set.
+AF_DEVICE int popcount(uint32_t bits) {
+#if AF_EMULATE
+  return __builtin_popcount(bits);
+#else
+  int count;
+  asm("popc.b32 %0, %1;" : "=r"(count) : "r"(bits));
+  return count;
+#endif
+}
+
 AF_DEVICE float float_from_bits(uint32_t bits) {
 #if AF_EMULATE
   return __builtin_bit_cast(float, bits);

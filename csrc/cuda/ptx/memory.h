@@ -93,6 +93,31 @@ AF_DEVICE void add_shared(uint32_t address, float value AF_SITE) {
 #endif
 }
 
+// atom.shared.add.u32: the value before the addition.
+AF_DEVICE uint32_t fetch_add_shared(uint32_t address, uint32_t value AF_SITE) {
+#if AF_EMULATE
+  return emulate::fetch_add_shared(address, value, site);
+#else
+  uint32_t old;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "r"(address), "r"(value)
+               : "memory");
+  return old;
+#endif
+}
+
+// atom.shared.or.b32: the bits before.
+AF_DEVICE uint32_t fetch_or_shared(uint32_t address, uint32_t bits AF_SITE) {
+#if AF_EMULATE
+  return emulate::fetch_or_shared(address, bits, site);
+#else
+  uint32_t old;
+  asm volatile("atom.shared.or.b32 %0, [%1], %2;" : "=r"(old) : "r"(address), "r"(bits) : "memory");
+  return old;
+#endif
+}
+
 // ld.global.v4, read once: does not stay in L1.
 AF_DEVICE U32x4 load_global_16_streaming(const void* address) {
   U32x4 raw;

@@ -7,33 +7,67 @@
 
 #include "attnforge/retrieval.h"
 #include "cuda/tile/divider.h"
+#include "cuda/tile/epilogue.h"
 #include "cuda/tile/keys.h"
 
 namespace attnforge::cuda {
+
+// Where the keys of a sequence lie: in a tensor, or through a page table.
+struct KeyPlaces {
+  const int32_t* table;  // pages of the sequence; null: it is a page itself, number `batch`
+  Divider slots;         // of a page
+  int pages, batch;
+
+  AF_DEVICE static KeyPlaces of(const PagePool& pool, const Divider& slots, int batch) {
+    return {pool.table != nullptr ? pool.table + batch * pool.table_stride : nullptr, slots,
+            static_cast<int>(pool.pages), batch};
+  }
+
+  struct Place {
+    int page, slot;  // page -1: there is none
+  };
+  AF_DEVICE Place at(int key) const {
+    if (table == nullptr) return {batch, key};
+    const int number = slots.quotient(key), page = table[number];
+    if (page < 0 || page >= pages) return {-1, 0};
+    return {page, key - number * slots.divisor};
+  }
+};
 
 // One list of one sequence.
 struct EntryList {
   const int32_t* ids;
   const float* log_bias;  // null: 0
   int count, keys;        // entries; keys in use
-  const int32_t* table;   // pages of the sequence; null: it is a page itself, number `batch`
-  Divider slots;          // of a page
-  int pages, batch;
+  KeyPlaces places;
 
-  struct Place {
+  // The list of row head `head`; `pack` of its query heads share a KV head.
+  AF_DEVICE static EntryList of(const KeyLists& lists, const FlashProblem& p, int head, int pack,
+                                int keys, const KeyPlaces& places) {
+    const int query_head = head * pack;
+    const int own = lists.heads == p.heads_q ? query_head
+                    : lists.heads == 1       ? 0
+                                             : query_head / static_cast<int>(p.heads_q / p.heads_k);
+    const int64_t at = places.batch * lists.heads + own;
+    const int room = static_cast<int>(lists.slots);
+    return {lists.ids + at * lists.slots,
+            lists.log_bias != nullptr ? lists.log_bias + at * lists.slots : nullptr,
+            lists.lens != nullptr ? at_least(0, at_most(lists.lens[at], room)) : room, keys,
+            places};
+  }
+
+  struct Entry {
     float bias;  // base 2; -inf: nothing is there
-    int page, slot;
+    KeyPlaces::Place place;
   };
-  AF_DEVICE Place at(int entry) const {
-    constexpr Place kHidden = {-kInf, 0, 0};
+  AF_DEVICE Entry at(int entry) const {
+    constexpr Entry kHidden = {-kInf, {-1, 0}};
     if (entry >= count) return kHidden;
     const int key = ids[entry];
     if (key < 0 || key >= keys) return kHidden;
     const float bias = log_bias != nullptr ? log_bias[entry] * kLog2E : 0.0f;
-    if (table == nullptr) return {bias, batch, key};
-    const int number = slots.quotient(key), page = table[number];
-    if (page < 0 || page >= pages) return kHidden;
-    return {bias, page, key - number * slots.divisor};
+    const KeyPlaces::Place place = places.at(key);
+    return {place.page < 0 ? -kInf : bias, place};
   }
 };
 
@@ -51,8 +85,9 @@ struct EntryKeys : TensorKeys<T_, kBlockN, kDim, kValueDim> {
   int head;
 
   AF_DEVICE const T* row(const TensorRef& t, int entry) const {
-    const EntryList::Place at = list.at(entry);
-    return at.bias == -kInf ? nullptr : row_ptr<const T>(t, at.page, at.slot, head);
+    const EntryList::Entry at = list.at(entry);
+    if (at.bias == -kInf) return nullptr;
+    return row_ptr<const T>(t, at.place.page, at.place.slot, head);
   }
 
   template <class Team>
@@ -66,12 +101,16 @@ struct EntryKeys : TensorKeys<T_, kBlockN, kDim, kValueDim> {
     }
   }
 
+  // Biases of this thread's two columns of fragment n.
+  AF_DEVICE static FloatPair biases(uint32_t stage, int n AF_SITE) {
+    return ptx::load_shared<FloatPair>(stage + kTileBytes + 4 * fragment_column(n, 0) AF_PASS_SITE);
+  }
+
   template <int kM, int kN>
   AF_DEVICE void hide_missing(Accumulators<kM, kN>& s, uint32_t stage AF_SITE) const {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const auto bias =
-          ptx::load_shared<FloatPair>(stage + kTileBytes + 4 * fragment_column(n, 0) AF_PASS_SITE);
+      const FloatPair bias = biases(stage, n AF_PASS_SITE);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll

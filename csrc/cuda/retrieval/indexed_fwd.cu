@@ -32,29 +32,17 @@ struct IndexedTraits : FwdTraits<kTile> {
 // The list of the rows of a block. work counts keys and leaves counting entries.
 AF_DEVICE EntryList entry_list(const IndexedFwdParams& params, const SplitParams& splits,
                                const Divider& slots, int block_n, RowWork& work) {
-  const FlashProblem& p = params.flash.problem;
-  const KeyLists& lists = params.lists;
-  const int batch = work.seq.batch;
-  const int head = lists.heads == p.heads_q ? work.rows.head(0)
-                   : lists.heads == 1       ? 0
-                                            : work.kv_head;
-  const int64_t at = batch * lists.heads + head;
-  const int room = static_cast<int>(lists.slots), keys = work.seq.k_len;
-  const int count = lists.lens != nullptr ? at_least(0, at_most(lists.lens[at], room)) : room;
+  const KeyPlaces places = KeyPlaces::of(params.pool, slots, work.seq.batch);
+  const EntryList list =
+      EntryList::of(params.lists, params.flash.problem, work.rows.first_head / work.rows.pack,
+                    work.rows.pack, work.seq.k_len, places);
   const int parts = static_cast<int>(splits.splits);
-  const int share = ceil_div(ceil_div(count, parts), block_n) * block_n;
+  const int share = ceil_div(ceil_div(list.count, parts), block_n) * block_n;
   const int size = at_least(static_cast<int>(splits.keys), share);
-  work.seq.k_len = count;
-  work.keys = TileRange{0, 0, count, count}.within(work.split * size, work.split * size + size);
-  const PagePool& pool = params.pool;
-  return {lists.ids + at * lists.slots,
-          lists.log_bias != nullptr ? lists.log_bias + at * lists.slots : nullptr,
-          count,
-          keys,
-          pool.table != nullptr ? pool.table + batch * pool.table_stride : nullptr,
-          slots,
-          static_cast<int>(pool.pages),
-          batch};
+  work.seq.k_len = list.count;
+  work.keys =
+      TileRange{0, 0, list.count, list.count}.within(work.split * size, work.split * size + size);
+  return list;
 }
 
 template <class Case>

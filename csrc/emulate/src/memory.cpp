@@ -25,15 +25,34 @@ void store_shared(uint32_t address, const void* from, uint32_t bytes, Site site)
   std::memcpy(m.block().shared.data() + offset, from, bytes);
 }
 
-void add_shared(uint32_t address, float value, Site site) {
+namespace {
+
+// An atomic on 4 bytes of shared memory: what was there before `change` made the new value of it.
+template <typename T, typename Change>
+T update_shared(uint32_t address, const Change& change, Site site) {
   Machine& m = machine();
   m.maybe_preempt();
   const uint32_t offset = m.shared_offset(address, 4, 4, site);
   m.block().shadow.add(offset, 4, m.access(site));
-  float sum;
-  std::memcpy(&sum, m.block().shared.data() + offset, 4);
-  sum += value;
-  std::memcpy(m.block().shared.data() + offset, &sum, 4);
+  T old;
+  std::memcpy(&old, m.block().shared.data() + offset, 4);
+  const T now = change(old);
+  std::memcpy(m.block().shared.data() + offset, &now, 4);
+  return old;
+}
+
+}  // namespace
+
+void add_shared(uint32_t address, float value, Site site) {
+  update_shared<float>(address, [&](float x) { return x + value; }, site);
+}
+
+uint32_t fetch_add_shared(uint32_t address, uint32_t value, Site site) {
+  return update_shared<uint32_t>(address, [&](uint32_t x) { return x + value; }, site);
+}
+
+uint32_t fetch_or_shared(uint32_t address, uint32_t bits, Site site) {
+  return update_shared<uint32_t>(address, [&](uint32_t x) { return x | bits; }, site);
 }
 
 void add_global(float* address, float value, Site) {

@@ -110,4 +110,8 @@ float max(float a, float b) {
   return std::fmax(a, b);
 }
 
+float sqrt(float x) {
+  return std::sqrt(x);
+}
+
 }  // namespace attnforge::emulate

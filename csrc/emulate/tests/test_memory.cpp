@@ -109,6 +109,25 @@ EMULATOR_TEST(atomics) {
       {"no barrier orders the"});
 }
 
+__global__ void tickets_of_a_block(uint32_t* taken, uint32_t* bits) {
+  const uint32_t base = ptx::dynamic_shared_memory();
+  if (threadIdx.x < 2) ptx::store_shared(base + 4 * threadIdx.x, uint32_t{0});
+  ptx::sync_threads();
+  taken[ptx::fetch_add_shared(base, 1)] += 1;
+  const uint32_t bit = 1u << threadIdx.x % 32;
+  if (ptx::fetch_or_shared(base + 4, bit) & bit) *bits += 1;  // of two that set it, the second one
+  ptx::sync_threads();
+  if (threadIdx.x == 0) taken[64] = ptx::load_shared<uint32_t>(base + 4);
+}
+
+EMULATOR_TEST(integer_atomics_of_shared_memory) {
+  std::vector<uint32_t> taken(65);
+  uint32_t bits = 0;
+  ATTNFORGE_LAUNCH(tickets_of_a_block, dim3(1), dim3(64), 8, nullptr, taken.data(), &bits);
+  for (int i = 0; i < 64; ++i) REQUIRE(taken[i] == 1);
+  REQUIRE(taken[64] == 0xffffffffu && bits == 32);
+}
+
 __global__ void tickets(uint32_t* counter, uint32_t* taken) {
   taken[ptx::fetch_add_global(counter, 1)] += 1;
 }

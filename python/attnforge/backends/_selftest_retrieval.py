@@ -31,6 +31,8 @@ def problem(
         return _attention(kind, group, run, normal, g)
     if kind == "select_columns":
         return _selection(run, normal(4, 3 * _KEYS).float())
+    if kind in ("lsh_insert", "lsh_truncate"):
+        return _tables(kind, run, g, device)
     if kind.startswith("lsh"):
         return _hashed(kind, run, normal)
     return _scores(kind, group, run, normal, g)
@@ -146,4 +148,30 @@ def _hashed(
                  lens, bias)  # fmt: skip
         behind = torch.arange(_KEYS, device=x.device) >= lens.unsqueeze(-1)
         results.append([found.masked_fill(behind, -1), lens, bias.masked_fill(behind, 0.0)])
+    return results[0], results[1]
+
+
+def _tables(
+    kind: str, run: Callable[..., Any], g: torch.Generator, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Tables of several segments: keys go in at two times, and some leave. Ids behind are -1."""
+    bits, tables, segment, grown = 3, 4, 64, 90
+    codes = torch.randint(0, 1 << bits, (2, 2, _KEYS, tables), generator=g).short().to(device)
+    shape = (2, 2, -(-_KEYS // segment), tables)
+    results = []
+    inserts, cuts = kind == "lsh_insert", kind == "lsh_truncate"
+    for insert, truncate in (
+        (run if inserts else lsh.insert, run if cuts else lsh.truncate),
+        (lsh.insert, lsh.truncate),
+    ):
+        starts = torch.zeros(*shape, (1 << bits) + 1, dtype=torch.int32, device=device)
+        ids = torch.zeros(*shape, segment, dtype=torch.int16, device=device)
+        first = torch.zeros(2, dtype=torch.int32, device=device)
+        insert(starts, ids, bits, codes, first, first + grown)
+        count = torch.tensor([_KEYS - grown, 5], dtype=torch.int32, device=device)
+        insert(starts, ids, bits, codes[:, :, grown:].contiguous(), first + grown, count)
+        if cuts:
+            truncate(starts, ids, bits, torch.tensor([70, 7], device=device).int())
+        behind = torch.arange(segment, device=device) >= starts[..., -1:]
+        results.append([starts, ids.masked_fill(behind, -1)])
     return results[0], results[1]

@@ -19,7 +19,7 @@ import attnforge
 from attnforge.testing import cases, oracle
 from attnforge.testing.oracle import Truth
 
-__all__ = ["IndexedCase", "IndexedInputs"]
+__all__ = ["IndexedCase", "IndexedInputs", "grown_tables"]
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,37 @@ class IndexedInputs:
             if gradients or name in ("out", "lse"):
                 result.put(name, values[name], bounds[name])
         return result
+
+
+def grown_tables(
+    backend: str,
+    codes: Tensor,
+    bits: int,
+    segments: tuple[int, int],
+    steps: tuple[tuple[int, ...], ...],
+    lengths: tuple[tuple[int, ...], ...] = (),
+) -> list[Tensor]:
+    """LSH tables of codes [B, H, rows, L] as ``backend`` leaves them after each step.
+
+    segments: how many, and keys of one. steps: keys that go in per sequence, row 0 of the codes
+    first each time. lengths: what tables are cut down to, per sequence. Ids behind the end are -1.
+    """
+    batch, heads, _, tables = codes.shape
+    shape = (batch, heads, segments[0], tables)
+    starts = torch.zeros(*shape, (1 << bits) + 1, dtype=torch.int32, device=codes.device)
+    ids = torch.full((*shape, segments[1]), -7, dtype=torch.int16, device=codes.device)
+    place = torch.arange(segments[1], device=codes.device)
+    states = []
+
+    def numbers(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int32).to(codes.device)
+
+    first = torch.zeros(batch, dtype=torch.int32, device=codes.device)
+    for step in steps:
+        torch.ops.attnforge.lsh_insert(starts, ids, bits, codes, first, numbers(step), backend)
+        first = first + numbers(step)
+        states += [starts.clone(), ids.masked_fill(place >= starts[..., -1:], -1)]
+    for length in lengths:
+        torch.ops.attnforge.lsh_truncate(starts, ids, bits, numbers(length), backend)
+        states += [starts.clone(), ids.masked_fill(place >= starts[..., -1:], -1)]
+    return states

@@ -24,12 +24,15 @@ float reciprocal(float x);
 float tanh(float x);
 float fma(float a, float b, float c);
 float max(float a, float b);
+float sqrt(float x);
 
 // Memory.
 uint32_t dynamic_shared_memory();
 void load_shared(void* to, uint32_t address, uint32_t bytes, Site site);
 void store_shared(uint32_t address, const void* from, uint32_t bytes, Site site);
 void add_shared(uint32_t address, float value, Site site);
+uint32_t fetch_add_shared(uint32_t address, uint32_t value, Site site);
+uint32_t fetch_or_shared(uint32_t address, uint32_t bits, Site site);
 void add_global(float* address, float value, Site site);
 uint32_t fetch_add_global(uint32_t* address, uint32_t value, Site site);
 uint32_t load_acquire_global(const uint32_t* address, Site site);

@@ -17,6 +17,7 @@ from attnforge import _settings
 from attnforge._params import BlockLists, FlashParams, FlashTape
 from attnforge.backends._block_lists import (
     Ascending,
+    Inverse,
     ascending,
     blocks_of,
     inverse,
@@ -63,8 +64,7 @@ def _lists(lists: Ascending) -> Any:
     )
 
 
-def _inverse(lists: Ascending, blocks: int, sequences: int) -> Any:
-    found = inverse(lists, blocks, sequences)
+def _inverse(found: Inverse) -> Any:
     batch, heads, entries = found.rows.shape
     return _module("lists").Inverse(
         found.rows,
@@ -169,9 +169,10 @@ def bwd(
         sizes = _constants("dkdv", q, v, lists, pack)
         parts = _tiles(lists.kv_block, sizes["BLOCK_N"])
         if grid := parts * blocks * heads_kv * _batch(q, p):
+            listing = _inverse(inverse(given, blocks, _batch(q, p)))
             _module("bwd").dkdv[(grid,)](
-                *inputs, _view(dk), _view(dv), *rest, _inverse(given, blocks, _batch(q, p)),
-                p.softmax_scale, blocks, heads_kv, pack, heads // heads_kv, **sizes,
+                *inputs, _view(dk), _view(dv), *rest, listing, p.softmax_scale,
+                blocks, heads_kv, pack, heads // heads_kv, **sizes,
             )  # fmt: skip
         sizes = _constants("dq", q, v, lists, pack)
         if grid := _row_grid(q, p, lists, pack, sizes["BLOCK_M"]):

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnforge import _settings
 from attnforge._params import FlashTape, IndexedGrads, IndexedParams, SelectParams
 from attnforge.backends import _gpu
-from attnforge.backends._block_lists import Ascending
+from attnforge.backends._key_lists import naming
 from attnforge.backends.triton import _interpreter
 from attnforge.backends.triton._flash_tiles import padded
 from attnforge.backends.triton._flash_tiles import sizes as sizes_of
@@ -37,7 +37,7 @@ from attnforge.backends.triton.flash import (
 )
 from attnforge.backends.triton.paged import _stored, _table
 from attnforge.registry.predicates import Dim, Features
-from attnforge.registry.spec import KernelSpec
+from attnforge.registry.spec import KernelSpec, Predicate
 from attnforge.triton_kernels.paged import config as paged_tiles
 
 __all__ = ["SPECS"]
@@ -46,6 +46,8 @@ _KEYS = 64  # of a tile of scores
 _KINDS = ("topk", "threshold", "topp")  # as the kernel numbers them
 _SIGNS = 64  # of a row in a tile of products
 _TABLES = 8  # whose buckets a program goes over
+_PLACES = 1024  # of a table that a program fills
+_SORTED = 1 << 24  # codes of one sort: 12 bytes each, and what the sort needs beside them
 _HITS = 32  # that a program weighs: a tile of 256 channels is 64 registers of a thread
 
 
@@ -123,23 +125,6 @@ def indexed_fwd(
             _merge(values, stats, out, lse)
 
 
-def _named(k: Tensor, p: IndexedParams, heads: int) -> Tensor:
-    """int32 [B, 1 | Hk, E, 1]: keys that the entries of a KV head name, Sk for none.
-
-    The lists of its query heads stand one behind the other.
-    """
-    keys, ids = k.shape[1], p.ids
-    room = ids.new_full((1, 1, 1), keys)
-    if p.cache_seqlens is not None:
-        room = p.cache_seqlens.view(-1, 1, 1).clamp(0, keys)
-    real = (ids >= 0) & (ids < room)
-    if p.lens is not None:
-        real &= torch.arange(ids.shape[2], device=ids.device) < p.lens.unsqueeze(-1)
-    if p.log_bias is not None:
-        real &= ~p.log_bias.isneginf()
-    return ids.masked_fill(~real, keys).reshape(ids.shape[0], min(heads, ids.shape[1]), -1, 1)
-
-
 def indexed_bwd(
     dout: Tensor, dlse: Tensor | None, tape: FlashTape, p: IndexedParams, grads: IndexedGrads
 ) -> None:
@@ -177,8 +162,7 @@ def indexed_bwd(
         _kernel("indexed_bwd", "entries")[(tiles * heads * batch,)](
             _view(q), *stored, _view(dout), *by_head, dbias, *stats, tiles, **sizes
         )
-        named = _named(k, p, heads_kv)
-        inverse = _inverse(Ascending(named, named, None), keys, batch)
+        inverse = _inverse(naming(k, p))
         sizes = _of_keys(sizes)
         tiles = _tiles(keys, sizes["BLOCK_N"])
         _kernel("indexed_bwd", "keys")[(tiles * heads_kv * batch,)](
@@ -299,6 +283,79 @@ def lsh_encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes:
         )  # fmt: skip
 
 
+def _sorted_codes(
+    codes: Tensor, first: Tensor, count: Tensor, segments: int, segment: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of codes [B, H, rows, L] by segment and code, and where those of each begin.
+
+    int32 [B, H, L, rows] and [B, H, L, segments * buckets + 1]; rows that name no key come last.
+    """
+    row = torch.arange(codes.shape[2], device=codes.device, dtype=torch.int32)
+    key = first.view(-1, 1) + row
+    real = (row < count.view(-1, 1)) & (key < segments * segment)
+    group = (key // segment << bits).masked_fill(~real, segments << bits)  # [B, rows]
+    own = codes.transpose(2, 3).contiguous().int() & ((1 << bits) - 1)
+    own = torch.where(real[:, None, None], own, 0) + group[:, None, None]
+    numbers, order = own.sort(dim=-1, stable=True)
+    bounds = torch.arange((segments << bits) + 1, device=codes.device, dtype=torch.int32)
+    bounds = bounds.expand(*numbers.shape[:3], -1).contiguous()
+    return order.int(), torch.searchsorted(numbers, bounds, out_int32=True)
+
+
+def _place(starts: Tensor, ids: Tensor, old: tuple[Tensor, Tensor], new: tuple[Any, ...],
+           first_table: int, bits: int) -> None:  # fmt: skip
+    """Puts ids of some tables, from ``first_table`` on, to where their new starts say."""
+    batch, heads, segments, tables, segment = ids.shape
+    chunk, tiles = old[1].shape[3], _tiles(segment, _PLACES)
+    fresh = new[0]
+    _kernel("tables", "place_ids")[(batch * heads * segments * chunk * tiles,)](
+        *old, starts, ids, *new, heads, segments, tables, segment, first_table, chunk,
+        0 if fresh is None else fresh.shape[3], tiles, BITS=bits, BLOCK=_PLACES, num_warps=4,
+    )  # fmt: skip
+
+
+def lsh_insert(
+    starts: Tensor, ids: Tensor, bits: int, codes: Tensor, first: Tensor, count: Tensor
+) -> None:
+    """Launcher of ``lsh_insert``: so many tables at a time that a sort has 2^24 codes at most."""
+    batch, heads, segments, tables, segment = ids.shape
+    rows = codes.shape[2]
+    if ids.numel() == 0 or rows == 0:
+        return
+    step = max(1, _SORTED // (batch * heads * rows))
+    with _on(ids.device):
+        for at in range(0, tables, step):
+            some = slice(at, at + step)
+            old = starts[:, :, :, some].contiguous(), ids[:, :, :, some].contiguous()
+            fresh, begins = _sorted_codes(codes[..., some], first, count, segments, segment, bits)
+            added = begins.unfold(-1, (1 << bits) + 1, 1 << bits)  # by segment
+            added = (added - added[..., :1]).transpose(2, 3)
+            starts[:, :, :, some] += added
+            _place(starts, ids, old, (fresh, begins, first.contiguous()), at, bits)
+
+
+def lsh_truncate(starts: Tensor, ids: Tensor, bits: int, length: Tensor) -> None:
+    """Launcher of ``lsh_truncate``."""
+    batch, heads, segments, tables, segment = ids.shape
+    if ids.numel() == 0:
+        return
+    buckets = 1 << bits
+    block = min(256, buckets)
+    step = max(1, _SORTED // (batch * heads * segments * segment))
+    with _on(ids.device):
+        for at in range(0, tables, step):
+            some = slice(at, at + step)
+            old = starts[:, :, :, some].contiguous(), ids[:, :, :, some].contiguous()
+            chunk, tiles = old[1].shape[3], _tiles(buckets, block)
+            sizes = starts.new_empty((batch, heads, segments, chunk, buckets))
+            _kernel("tables", "kept_sizes")[(batch * heads * segments * chunk * tiles,)](
+                *old, length.contiguous(), sizes, heads, segments, chunk, segment, tiles,
+                BITS=bits, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+            starts[:, :, :, some, 1:] = sizes.cumsum(-1)
+            _place(starts, ids, old, (None, None, length), at, bits)
+
+
 def lsh_retrieve(
     starts: Tensor, table_ids: Tensor, bits: int, codes: Tensor, q: Tensor, k: Tensor,
     mean: Tensor | None, norms: Tensor, begin: Tensor, end: Tensor, min_hits: int, clip: float,
@@ -330,36 +387,39 @@ def lsh_retrieve(
         )  # fmt: skip
 
 
-def _spec(kind: str, requires: tuple[Any, ...], notes: str) -> KernelSpec:
+def _spec(kind: str, requires: tuple[Predicate, ...], notes: str) -> KernelSpec:
     return KernelSpec(
         id=f"triton.retrieval.{kind}",
         op=kind,
         backend="triton",
         launch=f"{__name__}:{kind}",
-        requires=(*_COMMON[:2], *requires, _COMMON[-1], SelfTest(f"retrieval.{kind}")),
+        requires=(*requires, _COMMON[-1], SelfTest(f"retrieval.{kind}")),
         score=50.0,
         notes=notes,
     )
 
 
-_WIDE = Dim("head_dim", 8, 576, 8)
-_HASHED = Dim("head_dim", 8, 256, 8)
-_KEPT = Features("paged", "seqused_k")
+_FLOATS = _COMMON[:2]
+_WIDE = (*_FLOATS, Dim("head_dim", 8, 576, 8), Features("paged", "seqused_k"))
+_HASHED = (*_FLOATS, Dim("head_dim", 8, 256, 8))
+_CODES = _COMMON[:1]  # of codes, whatever the dtype of keys is
 
 SPECS = (
     _spec(
         "indexed_fwd",
-        (_DecodeDims(), _KEPT),
+        (*_FLOATS, _DecodeDims(), Features("paged", "seqused_k")),
         "rows that share a list in a tile, fixed splits over its entries",
     ),
     _spec(
         "indexed_bwd",
-        (*_COMMON[2:4], Features("seqused_k")),
+        (*_COMMON[:4], Features("seqused_k")),
         "dQ over lists, dK and dV summed over the entries of each key; no atomics",
     ),
-    _spec("key_scores", (_WIDE, _KEPT), "a product of tiles, keys read once per group"),
-    _spec("page_scores", (_WIDE, _KEPT), "bounds in registers, one row after the other"),
-    _spec("select_columns", (), "bisection of the scores' bits, no sort; a program per row"),
-    _spec("lsh_encode", (_HASHED,), "signs taken from the tiles of a product"),
-    _spec("lsh_retrieve", (_HASHED,), "a counter per key, a scan, probabilities of the hits"),
+    _spec("key_scores", _WIDE, "a product of tiles, keys read once per group"),
+    _spec("page_scores", _WIDE, "bounds in registers, one row after the other"),
+    _spec("select_columns", _FLOATS, "bisection of the scores' bits, no sort; a program per row"),
+    _spec("lsh_encode", _HASHED, "signs taken from the tiles of a product"),
+    _spec("lsh_insert", _CODES, "a stable sort of the new codes; places filled by bisection"),
+    _spec("lsh_truncate", _CODES, "buckets end where bisection says; places filled by bisection"),
+    _spec("lsh_retrieve", _HASHED, "a counter per key, a scan, probabilities of the hits"),
 )
