@@ -46,9 +46,7 @@ class Quest(Policy):
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Keys of the best pages; ids of keys past the end are ignored by the attention."""
         low, high, pages = self._bounds(k, layer)
-        scores = retrieval.score_pages(q[:, -1:], low, high)[:, :, 0]
-        if self.grouped:
-            scores = retrieval.by_group(scores, k.shape[2]).amax(2)
+        scores = retrieval.score_pages(q[:, -1:], low, high, grouped=self.grouped)[:, :, 0]
         used = torch.full(scores.shape[:-1], pages, dtype=torch.int32, device=k.device)
         count = min(max(1, self.budget // self.page_size), pages)
         ids, _ = retrieval.select_topk(scores, count, lens=used, last=1)
