@@ -7,9 +7,8 @@
 //   split      kSplitEntries entries of a KV head are a task, as in decode; the partial results are
 //              merged in ascending order. Ragged lists balance, since tasks are taken one by one
 //   rows       up to kRowBlock rows go over a split together; more rows than that do not split
-//   gather     a chunk's rows of V are asked for while its scores are computed, the next chunk's K
-//              while its values are: into L1, a few rows ahead of each step, as rows that lie apart
-//              come at half the rate of a walk and every pause of memory shows
+//   gather     the rows of a chunk's V and of the next chunk's K are prefetched while its scores
+//              are computed: their addresses are known, unlike those of a walk
 //   bytes      (D + Dv) * entries of the union * element size: what bounds decode
 //
 // A row of a union is -inf at keys of other heads. A value there may be NaN or infinite, and
@@ -28,7 +27,6 @@ namespace {
 
 constexpr int64_t kSplitEntries = 1024;
 constexpr int64_t kRowBlock = 16;
-constexpr int64_t kFetchRows = 8;  // keys whose rows are asked for at once
 
 struct Layout {
   int64_t units, group, rows, blocks;  // units: (batch, KV head); rows: padded to kRows
@@ -151,30 +149,15 @@ AF_INLINE void add_bias(const Layout& y, const Four& four, int64_t q_len, const 
   }
 }
 
-// Rows of K and V asked for while others are multiplied: V of this chunk during its scores, K of
-// the next one during its values, so that memory has work all the time.
-template <class T>
-AF_INLINE void fetch_rows(const T* base, const int64_t* at, int64_t n, int64_t dim) {
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t d = 0; d < dim; d += 512 / kBits<T>) __builtin_prefetch(base + at[j] + d, 0, 3);
-  }
-}
-
-// next: keys of the next chunk, whose K is asked for. each: every row over its own keys alone.
+// each: every row over its own keys alone.
 template <class T>
 AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& four,
                             const PageKeys<T>& keys, const float* bias, int64_t n, bool biased,
-                            bool prefetch, int64_t next, bool each) {
+                            bool prefetch, bool each) {
   float s[(kMaxChunk + kLanes) * kRows], alpha[kRows];
-  PageKeys<T> part = keys;
-  for (int64_t c = 0; c < n; c += kFetchRows, part.skip(kFetchRows)) {
-    const int64_t m = min64(kFetchRows, n - c);
-    if (prefetch) fetch_rows(part.v, part.v_at, m, p.v_head_dim);
-    dispatch_rows(four.rows, [&](auto r) {
-      scores<decltype(r)::value>(four.q, y.ldq, part, m, p.head_dim, p.v_head_dim, false,
-                                 s + c * kRows);
-    });
-  }
+  dispatch_rows(four.rows, [&](auto r) {
+    scores<decltype(r)::value>(four.q, y.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+  });
   if (biased) add_bias(y, four, p.seqlen_q, bias, n, s);
   softmax_group(s, n, four.m, four.l, alpha);
   for (int64_t r = 0; r < four.rows; ++r) {
@@ -182,16 +165,13 @@ AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& 
     float* o = four.o + r * y.ldo;
     for (int64_t d = 0; d < y.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha[r]));
   }
-  part = keys;
-  for (int64_t c = 0; c < n && !each; c += 2 * kFetchRows, part.skip(2 * kFetchRows)) {
-    const int64_t m = min64(2 * kFetchRows, next - c);
-    if (prefetch && m > 0) fetch_rows(keys.k, keys.next_at + c, m, p.head_dim);
+  if (!each) {
     dispatch_rows(four.rows, [&](auto r) {
-      weigh<decltype(r)::value>(s + c * kRows, part, min64(2 * kFetchRows, n - c), p.v_head_dim,
-                                four.o, y.ldo);
+      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, four.o, y.ldo);
     });
+    return;
   }
-  for (int64_t r = 0; r < four.rows && each; ++r) {
+  for (int64_t r = 0; r < four.rows; ++r) {
     const int64_t head = (four.first + r) / p.seqlen_q;
     PageKeys<T> one = keys;
     for (int64_t c = 0; c < n; ++c, one.skip(1)) {
@@ -224,14 +204,16 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
   if (lo < hi) {
     const int64_t n = min64(y.chunk, hi - lo);
     kv.locate(batch, g.keys + lo, n, y.chunk, k_at[0], v_at[0]);
-    fetch_rows(keys.k, k_at[0], n, p.head_dim);
+    for (int64_t j = 0; j < n; ++j) prefetch_row(keys.k + k_at[0][j], p.head_dim);
   }
   for (int64_t e = lo; e < hi; e += y.chunk, here ^= 1) {
     const int64_t n = min64(y.chunk, hi - e), rest = hi - e - y.chunk;
-    keys.k_at = k_at[here], keys.v_at = v_at[here], keys.next_at = k_at[here ^ 1];
-    const int64_t next = max64(0, min64(y.chunk, rest));
-    if (next > 0) {
-      kv.locate(batch, g.keys + e + y.chunk, next, y.chunk, k_at[here ^ 1], v_at[here ^ 1]);
+    keys.k_at = k_at[here], keys.v_at = v_at[here], keys.next_k = nullptr;
+    keys.next_at = k_at[here];
+    if (rest > 0) {
+      kv.locate(batch, g.keys + e + y.chunk, min64(y.chunk, rest), y.chunk, k_at[here ^ 1],
+                v_at[here ^ 1]);
+      keys.next_k = keys.k, keys.next_at = k_at[here ^ 1];
     }
     for (int64_t r = row0; r < row0 + rows; r += kRows) {
       const Four four = {r,
@@ -240,7 +222,7 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
                          part.m + r,
                          part.l + r,
                          part.o + r * y.ldo};
-      attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, r == row0, next, each);
+      attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, r == row0, each);
     }
   }
 }

@@ -171,13 +171,15 @@ AF_INLINE void for_products(const LshRetrieveParams& params, int64_t batch, int6
   auto row = [&](int64_t i) __attribute__((always_inline)) {
     return row_ptr<const T>(params.k, batch, ids[i], kv_head);
   };
-  for (int64_t i = 0; i < min64(kHitsAhead, n); ++i) fetch_row(row(i), dim);
+  auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+    fetch_row(row(i), dim);
+    __builtin_prefetch(h.norms + ids[i]);
+  };
+  for (int64_t i = 0; i < min64(kHitsAhead, n); ++i) fetch(i);
   for (int64_t i = 0; i < n; i += kLanes) {
     const T* rows[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) rows[j] = row(min64(i + j, n - 1));
-    for (int64_t j = i + kHitsAhead; j < min64(i + kHitsAhead + kLanes, n); ++j) {
-      fetch_row(row(j), dim);
-    }
+    for (int64_t j = i + kHitsAhead; j < min64(i + kHitsAhead + kLanes, n); ++j) fetch(j);
     f(i, min64(kLanes, n - i), dot_rows(h.q, rows, dim));
   }
 }

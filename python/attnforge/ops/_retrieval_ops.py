@@ -15,7 +15,8 @@ from attnforge.registry.spec import Request
 
 __all__ = [
     "cluster_sums", "expand_runs", "key_scores", "lsh_attend", "lsh_encode", "lsh_insert",
-    "lsh_retrieve", "lsh_truncate", "nearest", "page_scores", "request", "select_columns", "served_by",
+    "lsh_retrieve", "lsh_truncate", "nearest", "page_scores", "request", "select_columns",
+    "served_by",
 ]  # fmt: skip
 
 

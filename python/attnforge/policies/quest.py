@@ -25,7 +25,7 @@ class Quest(Policy):
         self.page_size, self.grouped = page_size, grouped
 
     def _bounds(self, k: Tensor, layer: int) -> tuple[Tensor, Tensor, int]:
-        """Buffers of bounds and how many pages they hold; whole pages are computed once."""
+        """The bounds of all pages and how many there are; whole pages are computed once."""
         size, keys = self.page_size, k.shape[1]
         pages = -(-keys // size)
         low, high, done = self.state.get(layer, (k[:, :0], k[:, :0], 0))
@@ -41,7 +41,7 @@ class Quest(Policy):
             new = retrieval.page_bounds(k[:, done * size :], size)
             low[:, done:pages], high[:, done:pages] = new
         self.state[layer] = (low, high, keys // size)
-        return low, high, pages
+        return low[:, :pages], high[:, :pages], pages
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Keys of the best pages; ids of keys past the end are ignored by the attention."""

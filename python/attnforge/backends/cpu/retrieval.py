@@ -102,7 +102,7 @@ def page_scores(
 ) -> None:
     """Launcher of ``page_scores``."""
     _native_op("page_scores")(
-        *(_unit(q), low.contiguous(), high.contiguous(), *map(_plain, (block_table, used))),
+        *(*map(_unit, (q, low, high)), *map(_plain, (block_table, used))),
         *(scale, grouped, out),
     )
 
