@@ -76,13 +76,12 @@ inline LshTruncateParams lsh_truncate_params(const Tensor& starts, const Tensor&
   return params;
 }
 
-inline LshRetrieveParams lsh_retrieve_params(const Tensor& starts, const Tensor& table_ids,
-                                             int64_t bits, const Tensor& codes, const Tensor& q,
-                                             const Tensor& k, const OptionalTensor& mean,
-                                             const Tensor& norms, const Tensor& begin,
-                                             const Tensor& end, int64_t min_hits, double clip,
-                                             const Tensor& ids, const Tensor& lens,
-                                             const Tensor& log_bias) {
+// What a look-up is asked, but for its outputs.
+inline LshRetrieveParams lsh_query_params(const Tensor& starts, const Tensor& table_ids,
+                                          int64_t bits, const Tensor& codes, const Tensor& q,
+                                          const Tensor& k, const OptionalTensor& mean,
+                                          const Tensor& norms, const Tensor& begin,
+                                          const Tensor& end, int64_t min_hits, double clip) {
   LshRetrieveParams params;
   params.tables = tables_of(starts, table_ids, bits);
   const LshTables& t = params.tables;
@@ -106,6 +105,19 @@ inline LshRetrieveParams lsh_retrieve_params(const Tensor& starts, const Tensor&
   params.norm_stride = norms.size(2);
   params.begin = per_sequence(begin, t), params.end = per_sequence(end, t);
   params.min_hits = min_hits, params.clip = static_cast<float>(clip);
+  return params;
+}
+
+inline LshRetrieveParams lsh_retrieve_params(const Tensor& starts, const Tensor& table_ids,
+                                             int64_t bits, const Tensor& codes, const Tensor& q,
+                                             const Tensor& k, const OptionalTensor& mean,
+                                             const Tensor& norms, const Tensor& begin,
+                                             const Tensor& end, int64_t min_hits, double clip,
+                                             const Tensor& ids, const Tensor& lens,
+                                             const Tensor& log_bias) {
+  LshRetrieveParams params = lsh_query_params(starts, table_ids, bits, codes, q, k, mean, norms,
+                                              begin, end, min_hits, clip);
+  const FlashProblem& p = params.problem;
   params.slots = ids.size(ids.dim() - 1);
   params.ids = output<int32_t>(ids, ScalarType::Int, p.batch * p.heads_q * params.slots);
   params.lens = output<int32_t>(lens, ScalarType::Int, p.batch * p.heads_q);

@@ -6,24 +6,37 @@
 
 namespace attnforge::cpu {
 
+// How far apart the lists of [batch, heads, entries] lie; -1: not at one distance.
+inline int64_t list_stride(const Tensor& t) {
+  const int64_t batch = t.size(0), heads = t.size(1), entries = t.size(2);
+  if (t.is_contiguous()) return entries;
+  const int64_t stride = heads > 1 ? t.stride(1) : batch > 1 ? t.stride(0) : entries;
+  const bool even = batch <= 1 || t.stride(0) == heads * stride;
+  return even && (entries <= 1 || t.stride(2) == 1) && stride >= entries ? stride : -1;
+}
+
+// Lists may be cut from wider ones where the kernel asks for their stride.
 inline KeyLists lists_of(const FlashProblem& p, const Tensor& ids, const OptionalTensor& lens,
-                         const OptionalTensor& log_bias) {
-  STD_TORCH_CHECK(ids.dim() == 3 && ids.scalar_type() == ScalarType::Int && ids.is_contiguous() &&
-                      ids.size(0) == p.batch,
-                  "attnforge_native: ids must be contiguous int32 [batch, heads, entries]");
+                         const OptionalTensor& log_bias, bool cut = false) {
+  STD_TORCH_CHECK(ids.dim() == 3 && ids.scalar_type() == ScalarType::Int && ids.size(0) == p.batch,
+                  "attnforge_native: ids must be int32 [batch, heads, entries]");
   KeyLists lists;
-  lists.heads = ids.size(1), lists.slots = ids.size(2);
+  lists.heads = ids.size(1), lists.slots = ids.size(2), lists.stride = list_stride(ids);
+  STD_TORCH_CHECK(cut ? lists.stride >= 0 : ids.is_contiguous(),
+                  "attnforge_native: lists must be contiguous");
   STD_TORCH_CHECK(lists.heads == 1 || lists.heads == p.heads_k || lists.heads == p.heads_q,
                   "attnforge_native: lists are one for all, per KV head or per query head");
   STD_TORCH_CHECK(p.heads_q / p.heads_k <= 64 || lists.heads != p.heads_q,
                   "attnforge_native: at most 64 query heads of a KV head have lists of their own");
   STD_TORCH_CHECK(!lens || lens->numel() == p.batch * lists.heads,
                   "attnforge_native: lens must have one entry per list");
-  STD_TORCH_CHECK(!log_bias || log_bias->numel() == ids.numel(),
-                  "attnforge_native: log_bias must be like ids");
+  STD_TORCH_CHECK(
+      !log_bias || (log_bias->scalar_type() == ScalarType::Float && log_bias->dim() == 3 &&
+                    log_bias->numel() == ids.numel() && list_stride(*log_bias) == lists.stride),
+      "attnforge_native: log_bias must be fp32 like ids");
   lists.ids = static_cast<const int32_t*>(ids.const_data_ptr());
   lists.lens = data<int32_t>(lens, ScalarType::Int);
-  lists.log_bias = data<float>(log_bias, ScalarType::Float);
+  if (log_bias) lists.log_bias = static_cast<const float*>(log_bias->const_data_ptr());
   return lists;
 }
 
@@ -58,13 +71,14 @@ inline IndexedFwdParams indexed_fwd_params(const Tensor& q, const Tensor& k, con
                                            const OptionalTensor& log_bias,
                                            const OptionalTensor& table, const OptionalTensor& used,
                                            double softmax_scale, const Tensor& out,
-                                           const Tensor& lse, const OptionalTensor& out_lo) {
+                                           const Tensor& lse, const OptionalTensor& out_lo,
+                                           bool cut = false) {
   IndexedFwdParams params;
   FlashFwdParams& f = params.flash;
   FlashProblem& p = f.problem;
   p = list_problem(q, k, v, table, used, softmax_scale);
   if (empty(p) || p.seqlen_q == 0) return params;
-  params.lists = lists_of(p, ids, lens, log_bias);
+  params.lists = lists_of(p, ids, lens, log_bias, cut);
   f.q = ref(q, p.dtype), f.out = ref(out, p.dtype), f.out_lo = ref(out_lo, p.dtype);
   f.lse = stat(lse);
   if (table) {

@@ -51,11 +51,12 @@ inline KeyScoresParams key_scores_params(const Tensor& q, const Tensor& k,
 // low and high: [pages, heads, dim] beside a table, else [batch, pages, heads, dim].
 inline PageScoresParams page_scores_params(const Tensor& q, const Tensor& low, const Tensor& high,
                                            const OptionalTensor& table, const OptionalTensor& used,
-                                           double softmax_scale, const Tensor& out) {
+                                           double softmax_scale, bool grouped, const Tensor& out) {
   PageScoresParams params;
   FlashProblem& p = params.problem;
-  STD_TORCH_CHECK(q.dim() == 4 && low.dim() == (table ? 3 : 4) && low.is_contiguous() &&
-                      high.is_contiguous() && low.numel() == high.numel(),
+  STD_TORCH_CHECK(q.dim() == 4 && low.dim() == (table ? 3 : 4) && high.dim() == low.dim() &&
+                      low.numel() == high.numel() && low.scalar_type() == high.scalar_type() &&
+                      low.stride(low.dim() - 1) == 1 && high.stride(low.dim() - 1) == 1,
                   "attnforge_native: q, low and high do not fit");
   const int64_t h = low.dim() - 2;
   p.q_dtype = dtype_of(q);
@@ -68,9 +69,8 @@ inline PageScoresParams page_scores_params(const Tensor& q, const Tensor& low, c
   params.bounds_dtype = dtype_of(low);
   params.q = ref(q, p.q_dtype);
   auto bounds = [&](const Tensor& t) {
-    const int64_t row = p.heads_k * p.head_dim;
-    return TensorRef{const_cast<void*>(t.const_data_ptr()), table ? row : t.size(1) * row, row,
-                     p.head_dim};
+    const int64_t page = table ? 0 : t.stride(1);
+    return TensorRef{const_cast<void*>(t.const_data_ptr()), t.stride(0), page, t.stride(h)};
   };
   params.low = bounds(low), params.high = bounds(high);
   params.pages = low.size(0);
@@ -85,8 +85,9 @@ inline PageScoresParams page_scores_params(const Tensor& q, const Tensor& low, c
     STD_TORCH_CHECK(params.columns <= low.size(1), "attnforge_native: more columns than pages");
   }
   params.used = data<int32_t>(used, ScalarType::Int);
-  params.out =
-      output<float>(out, ScalarType::Float, p.batch * p.heads_q * p.seqlen_q * params.columns);
+  params.grouped = grouped;
+  const int64_t rows = p.batch * (grouped ? p.heads_k : p.heads_q) * p.seqlen_q;
+  params.out = output<float>(out, ScalarType::Float, rows * params.columns);
   return params;
 }
 

@@ -42,7 +42,10 @@ namespace attnforge::cpu {
   X(indexed_fwd, IndexedFwdParams)          \
   X(indexed_bwd, IndexedBwdParams)          \
   X(lsh_encode, LshEncodeParams)            \
-  X(lsh_retrieve, LshRetrieveParams)
+  X(lsh_retrieve, LshRetrieveParams)        \
+  X(lsh_attend, LshAttendParams)            \
+  X(page_scores, PageScoresParams)          \
+  X(nearest, NearestParams)
 
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \
@@ -53,8 +56,9 @@ namespace attnforge::cpu {
   X(delta_step, DeltaStepParams)       \
   X(diag_scan_fwd, DiagScanParams)     \
   X(key_scores, KeyScoresParams)       \
-  X(page_scores, PageScoresParams)     \
   X(select_columns, SelectParams)      \
+  X(expand_runs, ExpandRunsParams)     \
+  X(cluster_sums, ClusterSumsParams)   \
   X(lsh_insert, LshInsertParams)       \
   X(lsh_truncate, LshTruncateParams)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import attnforge
 from attnforge import _native
 from attnforge.cli.app import build
+from attnforge.policies import POLICIES
 
 Run = Callable[..., Result]
 
@@ -58,6 +59,27 @@ def test_explain_json(run: Run, name: str) -> None:
     if name == "features":
         assert data["decisions"][0]["features"] == [
             "alibi", "seqused_k", "sinks", "softcap", "window_left", "window_right"]  # fmt: skip
+
+
+def test_explain_of_policies(run: Run) -> None:
+    shapes = ("--q", "1,1,32,128", "--dtype", "bf16", "--k")
+    for name in POLICIES:
+        done = run("explain", name, *shapes, "1,98304,8,128", "--json")
+        assert done.exit_code == 0, done.output
+        data = json.loads(done.output)
+        assert data["function"] == f"{POLICIES[name].__name__}.attend"
+        assert data["note"].startswith(("sparse: 98304 keys, dense up to ", "dense: 98304 keys"))
+    short = run("explain", "quest", *shapes, "1,900,8,128", "--budget", "800")
+    assert "dense: 900 keys, sparse above" in short.output
+    assert "crossover measured on" in short.output
+    for bad, text in (
+        (["--k", "1,900,128"], "is no batch,rows,heads,head_dim"),
+        (["--causal"], "has none of"),
+        (["--budget", "0"], "budget is 0"),
+    ):
+        done = run("explain", "quest", "--q", "1,1,32,128", *bad)
+        assert done.exit_code == 2, bad
+        assert text in " ".join(done.output.split()), done.output
 
 
 def test_explain_exit_codes(run: Run) -> None:

@@ -223,6 +223,16 @@ def test_the_nearest_is_the_first_of_equals(clusters: int, metric: str) -> None:
     assert torch.equal(label, away.argmin(-1))
 
 
+def test_sums_of_clusters(target: Target) -> None:
+    backend = "reference" if target.backend == "reference" else None
+    x, labels = torch.randn(3, 500, 72), torch.randint(0, 7, (3, 500))
+    labels[labels == 2] = 1  # an empty cluster
+    sums, counts = torch.ops.attnforge.cluster_sums(x, labels, 7, backend)
+    own = torch.nn.functional.one_hot(labels, 7).double()
+    torch.testing.assert_close(sums.double(), own.mT @ x.double(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(counts, own.sum(1).int())
+
+
 def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     kmeans(torch.randn(1, 50, 8), 5, iterations=3, progress=True)
     assert "k-means" in capsys.readouterr().err

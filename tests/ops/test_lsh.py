@@ -211,6 +211,32 @@ def test_sampling_everything_is_dense_attention(target: Target) -> None:
         torch.testing.assert_close(stat, lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dims", [(16, 16), (40, 24), (128, 128)])
+def test_one_pass_is_a_look_up_and_attention(
+    level: Target, dtype: torch.dtype, dims: tuple[int, int]
+) -> None:
+    """Against the reference: sinks, window, waiting keys and samples are of one softmax."""
+    d, dv = dims
+    k, v = torch.randn(2, 500, 2, d).to(dtype), torch.randn(2, 500, 2, dv).to(dtype)
+    index = LSHIndex(k, v, num_bits=4, num_tables=20, window=30, sink=3,
+                     lengths=torch.tensor([470, 12], dtype=torch.int32))  # fmt: skip
+    q = torch.randn(2, 1, 6, d).to(dtype)
+    index.k[0, 470:], index.v[0, 470:], index.v[1, 12:] = math.nan, math.nan, math.nan
+    got, want = (
+        attnforge.lsh_attention(q, index, return_lse=True, backend=b)
+        for b in (level.backend, "reference")
+    )
+    # Both round a weight's u on their own: 1e-5 of it at most, and the output once more.
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-4)
+    near = 1e-4 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(got[0], want[0], rtol=near, atol=near)
+    empty = LSHIndex(k[:, :0], v[:, :0])
+    out, lse = attnforge.lsh_attention(q, empty, return_lse=True, backend=level.backend)
+    assert not out.any()
+    assert (lse == -math.inf).all()
+
+
 def test_appended_keys_are_as_if_they_had_been_there(cpu: str) -> None:
     k, v = torch.randn(2, 900, 2, 16), torch.randn(2, 900, 2, 16)
     q = torch.randn(2, 1, 4, 16)

@@ -103,7 +103,45 @@ def test_page_scores_through_a_table(target: Target) -> None:
     assert (got[1, ..., 3:] == -math.inf).all()
 
 
+def test_page_scores_of_a_group(target: Target) -> None:
+    q, k = torch.randn(2, 3, 6, 24), torch.randn(2, 700, 2, 24)
+    bounds = retrieval.page_bounds(k, 16)
+    each = retrieval.score_pages(q, *bounds, backend=target.backend)
+    got = retrieval.score_pages(q, *bounds, grouped=True, backend=target.backend)
+    assert same_bits(got, retrieval.by_group(each, 2).amax(2))
+
+
+def test_page_scores_of_infinite_bounds(target: Target) -> None:
+    """Infinite times 0 is no part of a maximum: a page with an infinite key stays at the front."""
+    q, k = torch.randn(1, 1, 4, 40), torch.randn(1, 96, 2, 40)
+    q[..., 3] = q[..., 3].abs() + 0.1
+    k[:, 17, :, 3] = math.inf
+    k[:, 70, :, 5] = math.nan
+    got = retrieval.score_pages(q, *retrieval.page_bounds(k, 16), backend=target.backend)
+    assert (got[..., 1] == math.inf).all()
+    assert got[..., 4].isnan().all()
+    assert got[..., [0, 2, 3, 5]].isfinite().all()
+
+
 # ---- selection ----
+
+
+def test_runs_of_columns(target: Target) -> None:
+    backend = "reference" if target.backend == "reference" else None
+    sizes = torch.randint(0, 40, (2, 9))
+    starts = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
+    columns = torch.tensor([[0, 4, 5, 8], [1, 2, -1, -1], [8, 77, 3, 0], [0, 1, 2, 3]]).int()
+    lens = torch.tensor([4, 2, 3, 0], dtype=torch.int32)
+    for slots in (300, 25):
+        ids, count = torch.ops.attnforge.expand_runs(columns, lens, starts, 500, 503, slots,
+                                                     backend)  # fmt: skip
+        for row in range(4):
+            own = [c for c in columns[row, : lens[row]].tolist() if 0 <= c < 9]
+            ends = starts[row // 2].tolist()
+            want = [i for c in own for i in range(ends[c], ends[c + 1])] + [500, 501, 502]
+            assert ids[row, : int(count[row])].tolist() == want[:slots]
+            assert int(count[row]) == min(len(want), slots)
+
 
 VALUES = [0.0, -0.0, 1.0, 1.0, 2.5, -3.0, 1e-40, math.inf, -math.inf, math.nan, 1e30]
 

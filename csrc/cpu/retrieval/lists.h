@@ -18,8 +18,8 @@ struct List {
 AF_INLINE List list_of(const KeyLists& lists, int64_t batch, int64_t head) {
   const int64_t at = batch * lists.heads + head;
   const int64_t entries = lists.lens ? max64(0, min64(lists.lens[at], lists.slots)) : lists.slots;
-  return {lists.ids + at * lists.slots,
-          lists.log_bias ? lists.log_bias + at * lists.slots : nullptr, entries};
+  return {lists.ids + at * lists.stride,
+          lists.log_bias ? lists.log_bias + at * lists.stride : nullptr, entries};
 }
 
 // Calls f(entry, key, log_bias) for each entry that is seen, in the order of the list.

@@ -1,15 +1,13 @@
-// Scores that selections are made of: logits of all keys (or centroids), and bounds of pages.
+// Logits of all keys, or of centroids: the first product of decode, written out.
 //
-//   key_scores    the first product of decode, written out: four rows at a time over a run of keys.
-//                 With counts each logit is divided by the sum of counts exp(s): a key's share of
-//                 the softmax, if a centroid's logit stood for all of its keys (Squeezed Attention)
-//   page_scores   sum over channels of max(q low, q high): no key of the page scores more (Quest)
-//
-// Both read their operands once for all query heads of a KV head and are bound by memory. A task is
-// a run of keys (pages) of one KV head; the division by the sum is a pass of its own.
+// Four rows at a time over a run of keys. With counts each logit is divided by the sum of
+// counts exp(s): a key's share of the softmax, if a centroid's logit stood for all of its keys
+// (Squeezed Attention). Keys are read once for all query heads of a KV head: bound by memory. A
+// task is a run of keys of one KV head; the division by the sum is a pass of its own.
 #include "cpu/flash/decode_tasks.h"
 #include "cpu/kernels.h"
 #include "cpu/paged/pages.h"
+#include "cpu/retrieval/rows.h"
 
 namespace attnforge::cpu {
 ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
@@ -20,16 +18,6 @@ namespace {
 
 constexpr int64_t kRun = 2048;  // keys of a task
 constexpr int64_t kStep = 64;
-constexpr int64_t kMostDim = 576;
-
-struct Row {
-  int64_t head, query;
-};
-
-// Row r of a KV head, head-major.
-AF_INLINE Row row_of(const FlashProblem& p, int64_t kv_head, int64_t r) {
-  return {kv_head * group_size(p) + r / p.seqlen_q, r % p.seqlen_q};
-}
 
 AF_INLINE float* out_row(float* out, const FlashProblem& p, int64_t batch, Row row,
                          int64_t columns) {
@@ -128,71 +116,6 @@ AF_INLINE void run_key_scores(const KeyScoresParams& params, const Store& kv,
   });
 }
 
-// ---- pages ----
-
-constexpr int64_t kPageRun = 256;
-
-// sum over channels of max(q low, q high) for R rows.
-template <int R, class E>
-[[gnu::noinline]] static void bound_page(const float* q, int64_t ldq, const E* low, const E* high,
-                                         int64_t dim, float* bound) {
-  VecF sum[R]{};
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const VecF a = load_partial(low + d, dim - d), b = load_partial(high + d, dim - d);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const VecF x = load(q + r * ldq + d);
-      sum[r] += vmax(x * a, x * b);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) bound[r] = reduce_add(sum[r]);
-}
-
-template <class E>
-AF_INLINE void score_pages(const PageScoresParams& params, int64_t batch, int64_t kv_head,
-                           int64_t run) {
-  const FlashProblem& p = params.problem;
-  const int64_t used =
-      params.used ? max64(0, min64(params.used[batch], params.columns)) : params.columns;
-  const int64_t lo = run * kPageRun, end = min64(params.columns, lo + kPageRun),
-                hi = max64(lo, min64(end, used));
-  const int64_t rows = p.seqlen_q * group_size(p), ldq = round_up(p.head_dim, kLanes);
-  alignas(64) float q[kRows * kMostDim];
-  for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-    const int64_t count = min64(kRows, rows - r0);
-    float* out[kRows] = {};
-    for (int64_t r = 0; r < count; ++r) {
-      const Row row = row_of(p, kv_head, r0 + r);
-      out[r] = out_row(params.out, p, batch, row, params.columns);
-      dispatch_dtype(p.q_dtype, [&](auto element) {
-        const auto* src = row_ptr<const decltype(element)>(params.q, batch, row.query, row.head);
-        for (int64_t d = 0; d < p.head_dim; d += kLanes) {
-          store(q + r * ldq + d, load_partial(src + d, p.head_dim - d) * splat(p.softmax_scale));
-        }
-      });
-    }
-    auto row = [&](const TensorRef& bounds, int64_t page) __attribute__((always_inline)) {
-      if (!params.table) return row_ptr<const E>(bounds, batch, page, kv_head);
-      const int64_t own = params.table[batch * params.table_stride + page];
-      return row_ptr<const E>(bounds, max64(0, min64(own, params.pages - 1)), 0, kv_head);
-    };
-    for (int64_t page = lo; page < hi; ++page) {
-      if (r0 == 0 && page + kRowsAhead < hi) {  // rows of a head lie far apart
-        prefetch_row(row(params.low, page + kRowsAhead), p.head_dim);
-        prefetch_row(row(params.high, page + kRowsAhead), p.head_dim);
-      }
-      float bound[kRows];
-      dispatch_rows(count, [&](auto r) {
-        bound_page<decltype(r)::value>(q, ldq, row(params.low, page), row(params.high, page),
-                                       p.head_dim, bound);
-      });
-      for (int64_t r = 0; r < count; ++r) out[r][page] = bound[r];
-    }
-    for (int64_t r = 0; r < count; ++r) fill(out[r], hi, end, -kInf);
-  }
-}
-
 }  // namespace
 
 void key_scores(const KeyScoresParams& params, const Workers& workers) {
@@ -200,17 +123,6 @@ void key_scores(const KeyScoresParams& params, const Workers& workers) {
     using T = decltype(element);
     if (params.pool.table) return run_key_scores(params, PageStore<T>{params.pool}, workers);
     run_key_scores(params, DenseStore<T>{params.k, params.k}, workers);
-  });
-}
-
-void page_scores(const PageScoresParams& params, const Workers& workers) {
-  const FlashProblem& p = params.problem;
-  const int64_t runs = ceil_div(params.columns, kPageRun);
-  dispatch_dtype(params.bounds_dtype, [&](auto element) {
-    parallel_tasks(workers, p.batch * p.heads_k * runs, [&](int64_t task, int64_t) {
-      const int64_t unit = task / runs;
-      score_pages<decltype(element)>(params, unit / p.heads_k, unit % p.heads_k, task % runs);
-    });
   });
 }
 

@@ -2,10 +2,12 @@
 // the softmax. All end in ascending ids and a length, without a sort of the row:
 //
 //   order       a float's bits, turned so that they compare as integers; -inf and NaN are none
-//   top k       four histograms of eight bits find the key of the k-th largest; of the columns that
+//   top k       three histograms, of 11, 11 and 10 bits, find the key of the k-th largest; of the
+//   columns that
 //               equal it the last ones are taken, as the later key wins a tie
 //   top p       the same histograms, of exp(s - max) instead of counts
 //   threshold   one pass
+//   passes      in vectors: most hold no column of the ranks that are asked for
 //
 // A row is one task. Columns that are forced come first and count towards k.
 #include "cpu/kernels.h"
@@ -37,28 +39,72 @@ AF_INLINE RowView view_of(const SelectParams& params, int64_t row) {
 }
 
 // 0 is never chosen.
+AF_INLINE VecU ranks_of(VecF x) {
+  const VecU bits = float_to_bits(x);
+  const VecU turned = bits ^ ((VecU)((VecI)bits >> 31) | 0x80000000u);
+  return turned & (VecU)(x > splat(-kInf));
+}
+
 AF_INLINE uint32_t rank_of(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   if (x != x || bits == 0xff800000u) return 0;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// Calls f(column of lane 0, ranks, lanes) for the vectors that hold ranks in [lo, hi], lo > 0, of
+// columns that are not forced; lanes has a bit for each.
+template <class F>
+AF_INLINE void for_vectors(const RowView& v, uint32_t lo, uint32_t hi, const F& f) {
+  const VecU least = VecU{} + lo, most = VecU{} + hi;
+  for (int64_t c = v.first_end; c < v.last_begin; c += kLanes) {
+    VecF x = splat(-kInf);
+    if (c + kLanes <= v.last_begin) {
+      x = load(v.scores + c);
+    } else {
+      for (int64_t i = c; i < v.last_begin; ++i) x[i - c] = v.scores[i];
+    }
+    const VecU rank = ranks_of(x);
+    const uint32_t found = lane_bits((VecI)((rank >= least) & (rank <= most)));
+    if (found) f(c, rank, found);
+  }
+}
+
+// The same, column by column: f(column, rank).
+template <class F>
+AF_INLINE void for_ranks(const RowView& v, uint32_t lo, uint32_t hi, const F& f) {
+  for_vectors(v, lo, hi, [&](int64_t c, VecU rank, uint32_t found) __attribute__((always_inline)) {
+    uint32_t ranks[kLanes];
+    store_raw(ranks, rank);
+    if (found == (1u << kLanes) - 1) {
+      for (int i = 0; i < kLanes; ++i) f(c + i, ranks[i]);
+      return;
+    }
+    for (; found; found &= found - 1) {
+      const int i = __builtin_ctz(found);
+      f(c + i, ranks[i]);
+    }
+  });
+}
+
+constexpr int kDigits[] = {11, 11, 10};  // bits of a rank, from the highest
+
 // Finds the rank at which what is above it falls short of `want` and with it does not, where each
 // candidate weighs weight(score). above: the weight of larger ranks.
 template <class Sum, class Weight>
 AF_INLINE uint32_t find_rank(const RowView& v, Sum want, Sum& above, const Weight& weight) {
   uint32_t prefix = 0;
+  int left = 32;
   above = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    Sum sums[256] = {};
-    for (int64_t c = v.first_end; c < v.last_begin; ++c) {
-      const uint32_t rank = rank_of(v.scores[c]);
-      if (rank == 0 || (shift < 24 && rank >> (shift + 8) != prefix)) continue;
-      sums[rank >> shift & 255] += weight(v.scores[c]);
-    }
-    int digit = 255;
+  for (const int bits : kDigits) {
+    const uint32_t lo = left < 32 ? prefix << left : 0, width = left < 32 ? 1u << left : 0;
+    left -= bits;
+    const uint32_t mask = (1u << bits) - 1;
+    Sum sums[1 << kDigits[0]] = {};
+    for_ranks(v, lo == 0 ? 1 : lo, lo + (width - 1),
+              [&](int64_t c, uint32_t rank) { sums[rank >> left & mask] += weight(v.scores[c]); });
+    int digit = static_cast<int>(mask);
     for (; digit > 0 && above + sums[digit] < want; --digit) above += sums[digit];
-    prefix = prefix << 8 | static_cast<uint32_t>(digit);
+    prefix = prefix << bits | static_cast<uint32_t>(digit);
   }
   return prefix;
 }
@@ -69,24 +115,23 @@ struct Choice {
   int64_t equal;
 };
 
-AF_INLINE int64_t count_equal(const RowView& v, uint32_t rank) {
+AF_INLINE int64_t count_ranks(const RowView& v, uint32_t lo, uint32_t hi) {
   int64_t n = 0;
-  for (int64_t c = v.first_end; c < v.last_begin; ++c) n += rank_of(v.scores[c]) == rank;
+  for_vectors(v, lo, hi, [&](int64_t, VecU, uint32_t found) { n += __builtin_popcount(found); });
   return n;
 }
 
-AF_INLINE int64_t candidates(const RowView& v) {
-  int64_t n = 0;
-  for (int64_t c = v.first_end; c < v.last_begin; ++c) n += rank_of(v.scores[c]) != 0;
-  return n;
+AF_INLINE int64_t count_equal(const RowView& v, uint32_t rank) {
+  return rank == 0 ? 0 : count_ranks(v, rank, rank);
 }
 
 AF_INLINE Choice choose_k(const RowView& v, int64_t k) {
   const int64_t want = k - (v.first_end + v.used - v.last_begin);
   if (want <= 0) return {0xffffffffu, 0};
-  if (candidates(v) <= want) return {0, 0};
-  int64_t above = 0;
-  const uint32_t rank = find_rank<int64_t>(v, want, above, [](float) { return int64_t{1}; });
+  if (v.last_begin - v.first_end <= want || count_ranks(v, 1, ~0u) <= want) return {0, 0};
+  int32_t above = 0;
+  const uint32_t rank =
+      find_rank<int32_t>(v, static_cast<int32_t>(want), above, [](float) { return int32_t{1}; });
   return {rank, want - above};
 }
 
@@ -134,23 +179,9 @@ AF_INLINE void emit(const SelectParams& params, int64_t row, const RowView& v, C
     if (n < params.slots) ids[n++] = static_cast<int32_t>(c);
   };
   for (int64_t c = 0; c < v.first_end; ++c) add(c);
-  const VecF none = splat(-kInf);
-  for (int64_t c = v.first_end; c < v.last_begin; c += kLanes) {
-    const int64_t m = min64(kLanes, v.last_begin - c);
-    if (m == kLanes && choice.rank != 0) {  // most vectors hold nothing
-      const uint32_t bits = choice.rank & 0x80000000u ? choice.rank ^ 0x80000000u : ~choice.rank;
-      const float least = __builtin_bit_cast(float, bits);
-      if (lane_bits(load(v.scores + c) >= splat(least)) == 0) continue;
-    } else if (m == kLanes && lane_bits(load(v.scores + c) > none) == 0) {
-      continue;
-    }
-    for (int64_t i = c; i < c + m; ++i) {
-      const uint32_t rank = rank_of(v.scores[i]);
-      if (rank == 0 || rank < choice.rank) continue;
-      if (rank == choice.rank && (choice.equal == 0 || skip-- > 0)) continue;
-      add(i);
-    }
-  }
+  for_ranks(v, choice.rank == 0 ? 1 : choice.rank, ~0u, [&](int64_t c, uint32_t rank) {
+    if (rank != choice.rank || (choice.equal > 0 && skip-- <= 0)) add(c);
+  });
   for (int64_t c = v.last_begin; c < v.used; ++c) add(c);
   params.lens[row] = static_cast<int32_t>(n);
   for (; n < params.slots; ++n) ids[n] = -1;

@@ -5,14 +5,14 @@
 
 namespace attnforge {
 
-// Lists of keys: ids [batch, heads, slots] contiguous, lens [batch, heads] or null, log_bias like
-// ids or null. heads is 1, the KV heads or the query heads.
+// Lists of keys: ids [batch, heads, slots], lens [batch, heads] or null, log_bias like ids or null.
+// heads is 1, the KV heads or the query heads. One list lies `stride` entries behind the other.
 struct KeyLists {
   const int32_t* ids = nullptr;
   const int32_t* lens = nullptr;
   const float* log_bias = nullptr;
   int64_t heads = 1;
-  int64_t slots = 0;
+  int64_t slots = 0, stride = 0;
 };
 
 struct IndexedFwdParams {
@@ -46,8 +46,10 @@ struct PageScoresParams {
   const int32_t* table = nullptr;  // [batch, columns]; null: pages lie by sequence
   int64_t table_stride = 0, pages = 0;
   const int32_t* used = nullptr;  // [batch] pages in use, or null
-  float* out = nullptr;           // [batch, heads_q, seqlen_q, columns]
+  bool grouped = false;           // the largest of the query heads of a KV head
+  float* out = nullptr;           // [batch, heads_q (grouped: heads_k), seqlen_q, columns]
   int64_t columns = 0;
+  void* workspace = nullptr;
 };
 
 enum class SelectKind : int32_t { kTopK = 0, kThreshold, kTopP };
@@ -66,6 +68,39 @@ struct SelectParams {
   int32_t* ids = nullptr;   // [rows, slots], -1 behind
   int32_t* lens = nullptr;  // [rows]
   int64_t slots = 0;
+};
+
+// Columns of select_columns as the runs of ids that they stand for: column c is starts[c] ..
+// starts[c + 1] - 1. What stands in `tail` behind the last run is there for every row.
+struct ExpandRunsParams {
+  const int32_t* columns = nullptr;  // [rows, most], -1 behind
+  const int32_t* lens = nullptr;     // [rows] columns of a row, or null: all of them
+  int64_t rows = 0, most = 0;
+  const int32_t* starts = nullptr;  // [rows / share, runs + 1], rising
+  int64_t runs = 0, share = 1;
+  int64_t tail_begin = 0, tail_end = 0;
+  int32_t* ids = nullptr;    // [rows, slots]; behind a length nothing is written
+  int32_t* sizes = nullptr;  // [rows]
+  int64_t slots = 0;
+};
+
+// The nearest of centroids for rows: the first largest of <x, c> - shift.
+struct NearestParams {
+  const float* x = nullptr;      // [heads, rows, dim]
+  const float* c = nullptr;      // [heads, clusters, dim]
+  const float* shift = nullptr;  // [heads, clusters], or null: 0
+  int64_t heads = 0, rows = 0, clusters = 0, dim = 0;
+  int64_t* labels = nullptr;  // [heads, rows]
+  void* workspace = nullptr;
+};
+
+// Sums of the rows of each label, in the order of the rows, and how many there are.
+struct ClusterSumsParams {
+  const float* x = nullptr;         // [heads, rows, dim]
+  const int64_t* labels = nullptr;  // [heads, rows]
+  int64_t heads = 0, rows = 0, clusters = 0, dim = 0;
+  float* sums = nullptr;      // [heads, clusters, dim]
+  int32_t* counts = nullptr;  // [heads, clusters]
 };
 
 // Signs of projections: bit j of the code of table l is <x - mean, planes[:, l * bits + j]> > 0.
@@ -118,6 +153,14 @@ struct LshRetrieveParams {
   float* log_bias = nullptr;  // like ids
   int64_t slots = 0;
   void* workspace = nullptr;
+};
+
+// One query per sequence over what it retrieves, each key weighed by its log_bias, and over the
+// keys before `begin` and from `end` on, up to `length`, as they are.
+struct LshAttendParams {
+  LshRetrieveParams find;  // its outputs and workspace are not used
+  FlashFwdParams flash;
+  const int32_t* length = nullptr;  // [batch]
 };
 
 }  // namespace attnforge

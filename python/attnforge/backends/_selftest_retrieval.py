@@ -97,7 +97,7 @@ def _scores(
     for score in (run, reference):
         results.append([q.new_empty((2, _HEADS, _ROWS, _KEYS), dtype=torch.float32) for _ in calls])
         for options, out in zip(calls, results[-1], strict=True):
-            score(q, *operands, *options, _DIM**-0.5, out)
+            score(q, *operands, *options, _DIM**-0.5, *([] if of_keys else [False]), out)
     return results[0], results[1]
 
 

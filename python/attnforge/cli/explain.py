@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 import attnforge
+from attnforge import policies
 
 __all__ = ["parse_shape", "register"]
 
@@ -33,6 +34,25 @@ def _window(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r}; want left,right", param_hint="--window") from None
 
 
+def _step(name: str, budget: int, q: str, k: str, v: str) -> tuple[Any, list[Any]]:
+    """The step of a policy of a budget, with its shapes."""
+    rows = parse_shape(q, "--q")
+    keys = parse_shape(k, "--k") if k else rows
+    values = parse_shape(v, "--v") if v else keys
+    for option, shape in (("--q", rows), ("--k", keys), ("--v", values)):
+        if len(shape) != 4 or not shape[2]:
+            raise typer.BadParameter(f"{shape} is no batch,rows,heads,head_dim of a step",
+                                     param_hint=option)  # fmt: skip
+    # A budget of MagicPIG follows from its tables; a layer of PyramidKV stands for the others.
+    options: dict[str, Any] = {} if name == "lsh" else {"budget": budget}
+    if name == "pyramidkv":
+        options["layers"] = 1
+    try:
+        return policies.POLICIES[name](**options).attend, [rows, keys, values]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from None
+
+
 def _arguments(
     function: str, q: str, k: str, v: str, batch: int, parts: int
 ) -> tuple[list[Any], dict[str, Any]]:
@@ -54,7 +74,10 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def explain(
-        function: str = typer.Argument(help=f"One of {', '.join(_FUNCTIONS)}."),
+        function: str = typer.Argument(
+            help=f"One of {', '.join(_FUNCTIONS)}, or a sparse decode policy: "
+            f"{', '.join(policies.POLICIES)}."
+        ),
         q: str = typer.Option(..., help="Shape of q (or of one part), as 1,4096,32,128."),
         k: str = typer.Option("", help="Shape of k; default: that of q."),
         v: str = typer.Option("", help="Shape of v; default: that of k."),
@@ -68,17 +91,30 @@ def register(app: typer.Typer) -> None:
         lengths: bool = typer.Option(False, "--seqused", help="With per-sequence key counts."),
         batch: int = typer.Option(1, help="Sequences of a varlen call."),
         parts: int = typer.Option(2, help="Parts of merge_states."),
+        budget: int = typer.Option(1024, help="Keys that a policy attends to."),
         backend: str = typer.Option("", help="Force a backend, as backend= does."),
         as_json: bool = typer.Option(False, "--json", help="The same as JSON."),
     ) -> None:
         """Say which kernel a call would use and why every other one is rejected.
 
+        Of a policy: whether a step over so many keys is dense, and from where on it is not.
+
         Exit code 1 if no kernel can serve the call.
         """
-        if function not in _FUNCTIONS:
-            raise typer.BadParameter(f"{function!r} is none of {', '.join(_FUNCTIONS)}")
-        args, options = _arguments(function, q, k, v, batch, parts)
-        if function != "merge_states":
+        asked: Any
+        if function in policies.POLICIES:
+            if causal or window or softcap or alibi or sinks or lengths:
+                raise typer.BadParameter("a step of a policy has none of --causal, --window, "
+                                         "--softcap, --alibi, --sinks, --seqused")  # fmt: skip
+            asked, args = _step(function, budget, q, k, v)
+            options: dict[str, Any] = {}
+        elif function in _FUNCTIONS:
+            asked = getattr(attnforge, function)
+            args, options = _arguments(function, q, k, v, batch, parts)
+        else:
+            known = ", ".join((*_FUNCTIONS, *policies.POLICIES))
+            raise typer.BadParameter(f"{function!r} is none of {known}")
+        if function in _FUNCTIONS and function != "merge_states":
             heads = (args[0][-2],)
             count = (args[0][0],) if function != "flash_attention_varlen" else (batch,)
             used = "cache_seqlens" if function == "flash_decode" else "seqused_k"
@@ -95,9 +131,7 @@ def register(app: typer.Typer) -> None:
         if backend:
             options["backend"] = backend
         try:
-            answer = attnforge.explain(
-                getattr(attnforge, function), *args, dtype=dtype, device=device, **options
-            )
+            answer = attnforge.explain(asked, *args, dtype=dtype, device=device, **options)
         except (TypeError, ValueError) as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from error

@@ -14,8 +14,9 @@ from attnforge.registry.select import device_arch, launcher
 from attnforge.registry.spec import Request
 
 __all__ = [
-    "key_scores", "lsh_encode", "lsh_insert", "lsh_retrieve", "lsh_truncate", "page_scores",
-    "request", "select_columns",
+    "cluster_sums", "expand_runs", "key_scores", "lsh_attend", "lsh_encode", "lsh_insert",
+    "lsh_retrieve", "lsh_truncate", "nearest", "page_scores", "request", "select_columns",
+    "served_by",
 ]  # fmt: skip
 
 
@@ -25,15 +26,21 @@ def _meta(x: Tensor, head_dim: int = 0, group: int = 1, *used: str) -> tuple[Any
 
 def request(op: str, meta: tuple[Any, ...]) -> Request:
     """The Request that an operator's metadata stands for."""
-    device, dtype, head_dim, group, used = meta
+    device, dtype, head_dim, group, used, *v_head_dim = meta
     kind, arch = device_arch(device)
     dims = (("head_dim", head_dim), ("group", group)) if head_dim else ()
+    dims += tuple(("v_head_dim", n) for n in v_head_dim)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Request(op, kind, arch, dtype, dims, frozenset(used), deterministic)
 
 
-def _alloc_scores(q: Tensor, columns: int) -> Tensor:
-    shape = (q.shape[0], q.shape[2], q.shape[1], columns)
+def served_by(x: Tensor, backend: str | None = None) -> str | None:
+    """The choice for operators that have no kernel for GPUs: the reference serves them there."""
+    return "reference" if x.device.type != "cpu" or backend == "reference" else None
+
+
+def _alloc_scores(q: Tensor, columns: int, heads: int | None = None) -> Tensor:
+    shape = (q.shape[0], q.shape[2] if heads is None else heads, q.shape[1], columns)
     return q.new_empty(shape, dtype=_flash_ops._stat_dtype(q.dtype))
 
 
@@ -69,20 +76,29 @@ def _page_scores(
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
+    grouped: bool,
     backend: str | None,
 ) -> Tensor:
-    out = _alloc_scores(q, (low if block_table is None else block_table).shape[1])
     names = {"paged": block_table is not None, "seqused_k": used is not None}
     meta = _meta(q, q.shape[3], q.shape[2] // low.shape[-2], *(n for n, on in names.items() if on))
+    out = _page_scores_fake(q, low, high, block_table, used, scale, grouped)
     launch = launcher("page_scores", meta, request, backend)
-    launch(q, low, high, block_table, used, scale, out)
+    launch(q, low, high, block_table, used, scale, grouped, out)
     return out
 
 
 def _page_scores_fake(
-    q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, *rest: Any
+    q: Tensor,
+    low: Tensor,
+    high: Tensor,
+    block_table: Tensor | None,
+    used: Tensor | None,
+    scale: float,
+    grouped: bool,
+    *rest: Any,
 ) -> Tensor:
-    return _alloc_scores(q, (low if block_table is None else block_table).shape[1])
+    columns = (low if block_table is None else block_table).shape[1]
+    return _alloc_scores(q, columns, low.shape[-2] if grouped else None)
 
 
 def _alloc_select(scores: Tensor, slots: int) -> tuple[Tensor, Tensor]:
@@ -101,6 +117,51 @@ def _select(scores: Tensor, used: Tensor | None, *rest: Any) -> tuple[Tensor, Te
 
 def _select_fake(scores: Tensor, used: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return _alloc_select(scores, rest[-2])
+
+
+def _alloc_runs(columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    ids = columns.new_empty((columns.shape[0], slots))
+    return ids, columns.new_empty((columns.shape[0],))
+
+
+def _expand(
+    columns: Tensor,
+    lens: Tensor | None,
+    starts: Tensor,
+    tail_begin: int,
+    tail_end: int,
+    slots: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    outputs = _alloc_runs(columns, slots)
+    launch = launcher("expand_runs", _meta(columns), request, backend)
+    launch(columns, lens, starts, tail_begin, tail_end, *outputs)
+    return outputs
+
+
+def _expand_fake(columns: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _alloc_runs(columns, rest[-2])
+
+
+def _alloc_labels(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+def _nearest(x: Tensor, centroids: Tensor, shift: Tensor | None, backend: str | None) -> Tensor:
+    labels = _alloc_labels(x)
+    launcher("nearest", _meta(x), request, backend)(x, centroids, shift, labels)
+    return labels
+
+
+def _alloc_sums(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    counts = x.new_empty((x.shape[0], clusters), dtype=torch.int32)
+    return x.new_empty((x.shape[0], clusters, x.shape[2])), counts
+
+
+def _sums(x: Tensor, labels: Tensor, clusters: int, backend: str | None) -> tuple[Tensor, Tensor]:
+    outputs = _alloc_sums(x, clusters)
+    launcher("cluster_sums", _meta(x), request, backend)(x, labels, *outputs)
+    return outputs
 
 
 def _alloc_codes(x: Tensor, planes: Tensor, bits: int, tables: int) -> Tensor:
@@ -172,6 +233,28 @@ def _retrieve_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _alloc_hits(args[4], args[5].shape[1])
 
 
+def _lsh_attend(
+    starts: Tensor,
+    table_ids: Tensor,
+    bits: int,
+    codes: Tensor,
+    q: Tensor,
+    k: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """rest: the other arguments of ``lsh_retrieve``, v, length, scale, backend."""
+    *options, v, length, scale, backend = rest
+    outputs = _alloc_attend(q, v)
+    meta = (*_meta(q, q.shape[3], q.shape[2] // k.shape[2]), v.shape[3])
+    launch = launcher("lsh_attend", meta, request, backend)
+    launch(starts, table_ids, bits, codes, q, k, *options, v, length, scale, *outputs)
+    return outputs
+
+
+def _alloc_attend(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _flash_ops.alloc_fwd(q, v, False)[:2]
+
+
 key_scores = _ops.define(
     "key_scores(Tensor q, Tensor k, Tensor? block_table, Tensor? cache_seqlens, Tensor? counts, "
     "float softmax_scale, str? backend) -> Tensor",
@@ -180,7 +263,7 @@ key_scores = _ops.define(
 )
 page_scores = _ops.define(
     "page_scores(Tensor q, Tensor low, Tensor high, Tensor? block_table, Tensor? used, "
-    "float softmax_scale, str? backend) -> Tensor",
+    "float softmax_scale, bool grouped, str? backend) -> Tensor",
     _page_scores,
     _page_scores_fake,
 )
@@ -190,6 +273,23 @@ select_columns = _ops.define(
     "-> (Tensor ids, Tensor lens)",
     _select,
     _select_fake,
+)
+expand_runs = _ops.define(
+    "expand_runs(Tensor columns, Tensor? lens, Tensor starts, SymInt tail_begin, SymInt tail_end, "
+    "SymInt slots, str? backend) -> (Tensor ids, Tensor sizes)",
+    _expand,
+    _expand_fake,
+)
+nearest = _ops.define(
+    "nearest(Tensor x, Tensor centroids, Tensor? shift, str? backend) -> Tensor",
+    _nearest,
+    lambda x, *rest: _alloc_labels(x),
+)
+cluster_sums = _ops.define(
+    "cluster_sums(Tensor x, Tensor labels, SymInt clusters, str? backend) "
+    "-> (Tensor sums, Tensor counts)",
+    _sums,
+    lambda x, labels, clusters, backend: _alloc_sums(x, clusters),
 )
 lsh_encode = _ops.define(
     "lsh_encode(Tensor x, Tensor? mean, Tensor planes, int bits, int tables, str? backend) "
@@ -214,4 +314,11 @@ lsh_retrieve = _ops.define(
     "str? backend) -> (Tensor ids, Tensor lens, Tensor log_bias)",
     _retrieve,
     _retrieve_fake,
+)
+lsh_attend = _ops.define(
+    "lsh_attend(Tensor starts, Tensor table_ids, int bits, Tensor codes, Tensor q, Tensor k, "
+    "Tensor? mean, Tensor norms, Tensor begin, Tensor end, int min_hits, float clip, Tensor v, "
+    "Tensor length, float softmax_scale, str? backend) -> (Tensor out, Tensor lse)",
+    _lsh_attend,
+    lambda *args: _alloc_attend(args[4], args[12]),
 )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge.ops import _checks, retrieval
+from attnforge.ops import _checks, _retrieval_ops, retrieval
 from attnforge.ops._checks import _name, _shape, fail
 from attnforge.ops.flash import flash_attention, merge_states
 from attnforge.ops.indexed import indexed_attention
@@ -287,6 +287,8 @@ class CentroidIndex:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Slots of k and v to attend to: ids [B, H, N] ascending and lens [B, H].
 
+        What stands behind a length is undefined.
+
         budget: a share of the clustered keys, the same number for every head: the best by their
         cluster. Else threshold, a log share, or the calibrated one. The tail is always there.
         """
@@ -294,7 +296,8 @@ class CentroidIndex:
         if budget is None:
             limit = self.threshold if threshold is None else torch.as_tensor(threshold)
             limit = self._limits(limit.reshape(-1).to(scores), scores).squeeze(-1)
-            return self._slots(*retrieval.select_threshold(scores, limit, backend=backend))
+            chosen = retrieval.select_threshold(scores, limit, backend=backend)
+            return self._slots(*chosen, backend)
         if not 0.0 <= budget <= 1.0:
             fail("centroid_attention", f"budget is {budget!r}; want a share of keys, 0 .. 1")
         labels = self.labels.repeat_interleave(scores.shape[1] // self.labels.shape[1], 1)
@@ -303,30 +306,16 @@ class CentroidIndex:
         count = math.ceil(budget * self.clustered) + tail
         return retrieval.select_topk(own, count, last=tail, backend=backend)
 
-    def _slots(self, clusters: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    def _slots(self, clusters: Tensor, lens: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
         """Clusters [B, H, C] as the slots of their keys, ascending, and those of the tail."""
-        group = clusters.shape[1] // self.counts.shape[1]
-        counts = self.counts.long().repeat_interleave(group, 1)
-        column = torch.arange(clusters.shape[2], device=clusters.device)
-        at = clusters.long().clamp_min(0)
-        size = counts.gather(-1, at) * (column < lens.unsqueeze(-1))
-        ends = size.cumsum(-1)
-        # A slot less its place in the list is the same for all keys of a cluster.
-        shift = (counts.cumsum(-1) - counts).gather(-1, at) - (ends - size)
-        tail = self.length - self.clustered
-        total = ends[..., -1:]
-        width = self.length
-        if total.device.type == "cpu" and total.numel():  # else reading it would wait
-            width = int(total.max()) + tail
-        place = torch.arange(width, device=clusters.device).expand(*total.shape[:2], width)
-        # How many clusters end at or before a place: a count of ends, summed up.
-        marks = torch.zeros(*total.shape[:2], width + 1, dtype=torch.int64, device=total.device)
-        marks.scatter_add_(-1, ends.clamp_max(width), torch.ones_like(ends))
-        which = marks.cumsum(-1)[..., :width]
-        slot = place + shift.gather(-1, which.clamp_max(clusters.shape[2] - 1))
-        slot = torch.where(place < total, slot, place - total + self.clustered)
-        slot = torch.where(place < total + tail, slot, -1)
-        return slot.to(torch.int32), (total.squeeze(-1) + tail).to(torch.int32)
+        lead, last = clusters.shape[:2], clusters.shape[2]
+        ends = torch.nn.functional.pad(self.counts.cumsum(-1, dtype=torch.int32), (1, 0))
+        ids, sizes = _retrieval_ops.expand_runs(
+            clusters.reshape(-1, last), lens.reshape(-1), ends.reshape(-1, ends.shape[-1]),
+            self.clustered, self.length, self.length,
+            _retrieval_ops.served_by(clusters, backend),
+        )  # fmt: skip
+        return ids.view(*lead, self.length), sizes.view(lead)
 
     # ---- files ----
 

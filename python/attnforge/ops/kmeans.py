@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnforge.ops import _retrieval_ops
 from attnforge.ops._checks import _shape, fail
 
 __all__ = ["Clusters", "assign", "kmeans"]
 
 METRICS = ("cosine", "euclidean")
-_CHUNK = 1 << 19  # scores held at once: 2 MiB stay in a core's cache
-_RUN = 64  # columns whose largest is found in vectors
 
 
 class Clusters(NamedTuple):
@@ -48,47 +47,22 @@ def _directions(x: Tensor) -> Tensor:
     return unit
 
 
-def _first_largest(scores: Tensor) -> Tensor:
-    """The column of each row's largest score [n, runs * _RUN], of equals the first: [n].
-
-    torch's amax runs in vectors, its argmax does not: so one run alone is searched by argmax.
-    """
-    runs = scores.view(scores.shape[0], -1, _RUN)
-    at = runs.amax(-1).argmax(-1)
-    own = runs[torch.arange(scores.shape[0], device=scores.device), at]
-    return at * _RUN + own.argmax(-1)
-
-
 def _nearest(x: Tensor, c: Tensor, metric: str) -> Tensor:
     """x [H, n, D] (unit rows for cosine), c [H, C, D] -> labels [H, n]."""
-    heads, n, _ = x.shape
-    # Whole runs: more copies of the first centroid, which wins against them.
-    c = torch.cat([c, c[:, :1].expand(-1, -c.shape[1] % _RUN, -1)], 1)
+    shift = None
     if metric == "cosine":
-        c, shift = _directions(c), None
+        c = _directions(c)
     else:
-        shift = c.square().sum(-1).unsqueeze(1) / 2
-    labels = torch.empty((heads, n), dtype=torch.int64, device=x.device)
-    step = max(1, _CHUNK // c.shape[1])
-    for h in range(heads):
-        for start in range(0, n, step):
-            scores = x[h, start : start + step] @ c[h].T
-            if shift is not None:
-                scores -= shift[h]
-            labels[h, start : start + step] = _first_largest(scores)
+        shift = c.square().sum(-1) / 2
+    labels: Tensor = _retrieval_ops.nearest(x, c, shift, _retrieval_ops.served_by(x))
     return labels
 
 
 def _means(x: Tensor, labels: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     """Centroids and counts of a labelling; an empty cluster keeps its old centroid."""
-    heads, clusters, dim = old.shape
-    flat = labels + clusters * torch.arange(heads, device=x.device).unsqueeze(1)
-    sums = torch.zeros(heads * clusters, dim, dtype=x.dtype, device=x.device)
-    sums.index_add_(0, flat.flatten(), x.flatten(0, 1))
-    counts = torch.bincount(flat.flatten(), minlength=heads * clusters)
-    mean = sums / counts.clamp_min(1).unsqueeze(-1).to(x.dtype)
-    found = torch.where(counts.unsqueeze(-1) > 0, mean, old.flatten(0, 1))
-    return found.view_as(old), counts.view(heads, clusters).to(torch.int32)
+    sums, counts = _retrieval_ops.cluster_sums(x, labels, old.shape[1], _retrieval_ops.served_by(x))
+    sums /= counts.clamp_min(1).unsqueeze(-1)
+    return torch.where(counts.unsqueeze(-1) > 0, sums, old), counts
 
 
 def assign(x: Tensor, centroids: Tensor, metric: str = "cosine") -> Tensor:

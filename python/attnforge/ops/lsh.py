@@ -206,29 +206,43 @@ class LSHIndex:
 
         Entries behind a length are undefined. Keys of sink and window are not among them.
         """
+        found: tuple[Tensor, Tensor, Tensor] = _retrieval_ops.lsh_retrieve(
+            *self._look_up(q), self.min_hits, clip, self._choice()
+        )
+        return found
+
+    def _ends(self) -> list[int]:
+        """Of each sequence, where the keys that may be sampled end."""
+        both = zip(self.hashed, self.lengths, strict=True)
+        return [max(0, min(h, n - self.window)) for h, n in both]
+
+    def _look_up(self, q: Tensor) -> tuple[Any, ...]:
+        """What the look-up of q [B, 1, Hq, D] is asked: tables, codes, keys and their bounds."""
         top = q.float().abs().amax(-1, keepdim=True)
         # A power of two changes no sign and keeps the projections from overflowing.
         scale = torch.exp2(-torch.floor(torch.log2(top.clamp_min(1e-30))))
         # All queries as the rows of one product.
-        rows = (q.float() * scale).reshape(1, -1, 1, q.shape[3])
-        codes = self.encode(rows).view(q.shape[0], q.shape[2], self.num_tables)
-        ends = [max(0, min(h, n - self.window)) for h, n in zip(self.hashed, self.lengths,
-                                                              strict=True)]  # fmt: skip
+        codes = self.encode((q.float() * scale).reshape(1, -1, 1, q.shape[3]))
+        codes = codes.view(q.shape[0], q.shape[2], self.num_tables)
+        ends = self._ends()
         begin, end = (
             torch.tensor(x, dtype=torch.int32, device=q.device)
             for x in ([self.sink] * len(ends), ends)
         )
-        found: tuple[Tensor, Tensor, Tensor] = _retrieval_ops.lsh_retrieve(
-            self.starts, self.ids, self.num_bits, codes, q, self.k, self.mean, self.norms,
-            begin, end, self.min_hits, clip, self._choice(),
-        )  # fmt: skip
-        return found
+        return (self.starts, self.ids, self.num_bits, codes, q, self.k, self.mean, self.norms,
+                begin, end)  # fmt: skip
+
+    def _fused(self, q: Tensor, backend: str | None) -> str | None:
+        """The backend of look-up and attention in one operator; "" where they are two."""
+        chosen = {x for x in (self._choice(), _choice("lsh_attention", backend)) if x}
+        if q.device.type != "cpu" or len(chosen) > 1 or not chosen <= {"cpu", "reference"}:
+            return ""
+        return next(iter(chosen), None)
 
     def static(self) -> Tensor:
         """Ids [B, 1, N] of the keys that are attended to exactly, -1 behind."""
         lists = []
-        for h, n in zip(self.hashed, self.lengths, strict=True):
-            end = max(0, min(h, n - self.window))
+        for end, n in zip(self._ends(), self.lengths, strict=True):
             lists.append([*range(min(self.sink, n)), *range(max(self.sink, end), n)])
         longest = max(map(len, lists), default=0)
         padded = [own + [-1] * (longest - len(own)) for own in lists]
@@ -277,6 +291,15 @@ def lsh_attention(
     if not 0.0 <= clip < 1.0:
         fail(op, f"clip is {clip!r}; want a probability below 1; 0 turns it off")
     q = q.detach()
+    fused = index._fused(q, backend)
+    if fused != "":
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        _checks.scalars(op, scale, 0.0)
+        length = torch.tensor(index.lengths, dtype=torch.int32)
+        out, lse = _retrieval_ops.lsh_attend(
+            *index._look_up(q), index.min_hits, clip, index.v, length, scale, fused
+        )
+        return (out, lse) if return_lse else out
     ids, lens, log_bias = index.retrieve(q, clip=clip)
     parts = [
         indexed_attention(q, index.k, index.v, ids=own, lens=count, log_bias=bias,

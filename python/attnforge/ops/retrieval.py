@@ -125,6 +125,7 @@ def score_pages(
     *,
     block_table: Tensor | None = None,
     used: Tensor | None = None,
+    grouped: bool = False,
     softmax_scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -132,8 +133,9 @@ def score_pages(
 
     q [B, Sq, Hq, D]. page_min, page_max: [B, N, Hk, D], or [P, Hk, D] as ``paged_append`` keeps
     them, with block_table [B, N]; floating, rounded outwards if in 16 bits (``page_bounds``).
-    used: int32 [B] pages in use; the others are -inf. Returns fp32 [B, Hq, Sq, N]. Source: Quest,
-    Tang et al., 2024, algorithm 1.
+    used: int32 [B] pages in use; the others are -inf. grouped: the largest bound of the query heads
+    of each KV head. Returns fp32 [B, Hq, Sq, N], or [B, Hk, Sq, N] grouped. Source: Quest, Tang et
+    al., 2024, algorithm 1.
     """
     op = "score_pages"
     rank = 4 if block_table is None else 3
@@ -150,7 +152,7 @@ def score_pages(
     _checks.lengths(op, "used", used, q, q.shape[0])
     scale = _scale(op, q, softmax_scale)
     scores: Tensor = _retrieval_ops.page_scores(
-        q, page_min, page_max, block_table, used, scale, _choice(op, backend)
+        q, page_min, page_max, block_table, used, scale, grouped, _choice(op, backend)
     )
     return scores
 

@@ -64,8 +64,7 @@ class LServe(Quest):
     def _choose(self, q: Tensor, k: Tensor, layer: int, count: int) -> Tensor:
         """int32 [B, Hk, budget / page size] pages."""
         low, high, parts = self._bounds(k, layer)
-        scores = retrieval.score_pages(q[:, -1:], low, high)[:, :, 0, :parts]
-        best = retrieval.by_group(scores, k.shape[2]).amax(2)
+        best = retrieval.score_pages(q[:, -1:], low, high, grouped=True)[:, :, 0]
         best = torch.nn.functional.pad(best, (0, count * self.parts - parts), value=-torch.inf)
         best = best.view(*best.shape[:2], count, self.parts).amax(-1)
         page = torch.arange(count, device=k.device)

@@ -25,7 +25,7 @@ class Quest(Policy):
         self.page_size, self.grouped = page_size, grouped
 
     def _bounds(self, k: Tensor, layer: int) -> tuple[Tensor, Tensor, int]:
-        """Buffers of bounds and how many pages they hold; whole pages are computed once."""
+        """The bounds of all pages and how many there are; whole pages are computed once."""
         size, keys = self.page_size, k.shape[1]
         pages = -(-keys // size)
         low, high, done = self.state.get(layer, (k[:, :0], k[:, :0], 0))
@@ -41,14 +41,12 @@ class Quest(Policy):
             new = retrieval.page_bounds(k[:, done * size :], size)
             low[:, done:pages], high[:, done:pages] = new
         self.state[layer] = (low, high, keys // size)
-        return low, high, pages
+        return low[:, :pages], high[:, :pages], pages
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Keys of the best pages; ids of keys past the end are ignored by the attention."""
         low, high, pages = self._bounds(k, layer)
-        scores = retrieval.score_pages(q[:, -1:], low, high)[:, :, 0]
-        if self.grouped:
-            scores = retrieval.by_group(scores, k.shape[2]).amax(2)
+        scores = retrieval.score_pages(q[:, -1:], low, high, grouped=self.grouped)[:, :, 0]
         used = torch.full(scores.shape[:-1], pages, dtype=torch.int32, device=k.device)
         count = min(max(1, self.budget // self.page_size), pages)
         ids, _ = retrieval.select_topk(scores, count, lens=used, last=1)

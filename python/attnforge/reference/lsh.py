@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["encode", "inclusion", "insert", "retrieve", "truncate"]
+__all__ = ["attend", "encode", "inclusion", "insert", "retrieve", "truncate"]
 
 _LEAST = 1e-12  # of an inclusion probability that is a divisor
 
@@ -151,3 +151,47 @@ def retrieve(
             lens[b, h] = n
             ids[b, h, :n] = found.to(torch.int32)
             log_bias[b, h, :n] = -u.log()
+
+
+def attend(
+    starts: Tensor,
+    table_ids: Tensor,
+    bits: int,
+    codes: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mean: Tensor | None,
+    norms: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    min_hits: int,
+    clip: float,
+    v: Tensor,
+    length: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill out [B, 1, Hq, Dv] and lse [B, Hq, 1]: what is retrieved, and all keys that cannot be.
+
+    Those are the keys before ``begin`` and from ``end`` on, up to ``length``; their log-bias is 0.
+    """
+    batch, _, heads, _ = q.shape
+    group = heads // k.shape[2]
+    ids = torch.empty((batch, heads, k.shape[1]), dtype=torch.int32, device=q.device)
+    log_bias = torch.empty(ids.shape, dtype=torch.float32, device=q.device)
+    lens = torch.empty(ids.shape[:2], dtype=torch.int32, device=q.device)
+    retrieve(starts, table_ids, bits, codes, q, k, mean, norms, begin, end, min_hits, clip, ids,
+             lens, log_bias)  # fmt: skip
+    for b in range(batch):
+        key = torch.arange(int(length[b]), device=q.device)
+        exact = key[(key < begin[b]) | (key >= end[b])]
+        for h in range(heads):
+            n = int(lens[b, h])
+            at = torch.cat([exact, ids[b, h, :n].long()])
+            bias = torch.cat([log_bias.new_zeros(exact.shape), log_bias[b, h, :n]]).double()
+            rows, values = (x[b, at, h // group].double() for x in (k, v))
+            s = scale * rows @ q[b, 0, h].double() + bias
+            total = torch.logsumexp(s, 0) if len(s) else s.new_tensor(-math.inf)
+            lse[b, h, 0] = total
+            out[b, 0, h] = torch.exp(s - total.nan_to_num(neginf=0.0)) @ values

@@ -8,7 +8,7 @@ from torch import Tensor
 from attnforge._params import PagedCache, SelectParams
 from attnforge.reference import paged
 
-__all__ = ["key_scores", "page_scores", "select_columns"]
+__all__ = ["expand_runs", "key_scores", "page_scores", "select_columns"]
 
 
 def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -56,9 +56,13 @@ def page_scores(
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
+    grouped: bool,
     out: Tensor,
 ) -> None:
-    """Fill out [B, Hq, Sq, N]: sum over channels of max(q low, q high)."""
+    """Fill out [B, Hq, Sq, N]: sum over channels of max(q low, q high).
+
+    grouped: the largest over the query heads of each KV head, [B, Hk, Sq, N].
+    """
     for b in range(q.shape[0]):
         ends = [low[b], high[b]]
         if block_table is not None:
@@ -68,7 +72,10 @@ def page_scores(
         a, c = (x.to(out.dtype).permute(1, 0, 2).repeat_interleave(group, 0) for x in ends)
         x = scale * q[b].to(out.dtype).transpose(0, 1)  # [Hq, Sq, D]
         each = torch.maximum(x.unsqueeze(2) * a.unsqueeze(1), x.unsqueeze(2) * c.unsqueeze(1))
-        out[b] = each.sum(-1)
+        found = each.sum(-1)
+        if grouped:
+            found = found.view(out.shape[1], group, *found.shape[1:]).amax(1)
+        out[b] = found
         if used is not None:
             column = torch.arange(out.shape[-1], device=out.device)
             out[b].masked_fill_(column >= used[b], -torch.inf)
@@ -114,6 +121,37 @@ def select_columns(
     found = torch.nn.functional.pad(found, (0, max(0, slots - columns)), value=columns)[:, :slots]
     ids.copy_(torch.where(found < columns, found, -1))
     lens.copy_(chosen.sum(-1).clamp_max(slots))
+
+
+def expand_runs(
+    columns: Tensor,
+    lens: Tensor | None,
+    starts: Tensor,
+    tail_begin: int,
+    tail_end: int,
+    ids: Tensor,
+    sizes: Tensor,
+) -> None:
+    """Fill ids [R, slots] with the runs of columns [R, N] and then the tail, -1 behind; sizes [R].
+
+    Column c is starts[c] .. starts[c + 1] - 1 of starts [R / share, runs + 1].
+    """
+    rows, slots = ids.shape
+    ends = starts.repeat_interleave(rows // starts.shape[0], 0).long()
+    at = columns.long().clamp(0, ends.shape[1] - 2)
+    real = columns == at
+    if lens is not None:
+        real &= torch.arange(columns.shape[1], device=ids.device) < lens.unsqueeze(-1)
+    first = torch.where(real, ends.gather(-1, at), 0)
+    size = torch.where(real, ends.gather(-1, at + 1) - first, 0)
+    tail = size.new_tensor([[tail_begin, max(0, tail_end - tail_begin)]]).expand(rows, -1)
+    first, size = torch.cat([first, tail[:, :1]], 1), torch.cat([size, tail[:, 1:]], 1)
+    stop = size.cumsum(-1)
+    place = torch.arange(slots, device=ids.device).expand(rows, -1).contiguous()
+    which = torch.searchsorted(stop, place, right=True).clamp_max(size.shape[1] - 1)
+    id_ = place + (first - (stop - size)).gather(-1, which)
+    ids.copy_(torch.where(place < stop[:, -1:], id_, -1))
+    sizes.copy_(stop[:, -1].clamp_max(slots))
 
 
 def _fewest(scores: Tensor, key: Tensor, free: Tensor, order: Tensor, mass: float) -> Tensor:

@@ -16,7 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attnforge
 from attnforge import CentroidIndex, LSHIndex, policies
-from attnforge.ops.kmeans import kmeans
 from attnforge.testing.bench import QUICK_REPEATS, REPEATS, Case, Goal, Workload
 
 __all__ = ["Shape", "build", "sweep", "table"]
@@ -35,12 +34,14 @@ class Shape:
     head_dim: int = 128
     bits: int = 10
     tables: int = 150
+    planes: bool = False  # K and V as transformers keeps them: a head behind the other
 
     @property
     def name(self) -> str:
         own = f"-k{self.bits}-l{self.tables}" if self.kind in ("lsh", "encode") else ""
         if self.kind in ("centroid", "quest", "indexed"):
             own = f"-{self.budget:g}"
+        own += "-planes" if self.planes else ""
         return f"{self.kind}-b{self.batch}-s{self.keys}{own}"
 
     @property
@@ -51,10 +52,11 @@ class Shape:
             "quest": f"Quest, {self.budget:.0%} of keys",
             "indexed": f"listed keys, {self.budget:.0%}",
             "encode": f"hashing ({self.bits}, {self.tables})",
-            "kmeans": "k-means to 5%, 10 iterations",
+            "kmeans": "an index by k-means to 5%, 10 iterations",
         }[self.kind]
         heads = f"{self.heads_q}q/{self.heads_k}kv D{self.head_dim}"
-        return f"{what}, {self.batch} x {self.keys} keys, {heads}"
+        where = ", heads apart" if self.planes else ""
+        return f"{what}, {self.batch} x {self.keys} keys, {heads}{where}"
 
     @property
     def work(self) -> int:
@@ -72,7 +74,10 @@ def _tensors(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     b, s, d = shape.batch, shape.keys, shape.head_dim
     q = torch.randn(b, 1, shape.heads_q, d, generator=g).bfloat16()
     k = torch.randn(b, s, shape.heads_k, d, generator=g).bfloat16()
-    return q, k, torch.randn(b, s, shape.heads_k, d, generator=g).bfloat16()
+    v = torch.randn(b, s, shape.heads_k, d, generator=g).bfloat16()
+    if shape.planes:
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    return q, k, v
 
 
 def _step(shape: Shape, backend: str | None) -> Workload:
@@ -122,9 +127,9 @@ def _encode(shape: Shape, backend: str | None) -> Workload:
 
 
 def _kmeans(shape: Shape, backend: str | None) -> Workload:
-    _, k, _ = _tensors(shape)
-    rows = k.transpose(1, 2).reshape(-1, shape.keys, shape.head_dim)
-    return Workload(lambda: kmeans(rows, shape.keys // 20, iterations=10), {})
+    _, k, v = _tensors(shape)
+    # With what goes around it: keys copied and sorted by cluster.
+    return Workload(lambda: CentroidIndex.fit(k, v, iterations=10, window=0), {})
 
 
 def build(shape: Shape, backend: str | None = None) -> Workload:
@@ -166,6 +171,7 @@ def table(quick: bool = False) -> list[Case]:
         _case(Shape("lsh", long, bits=9, tables=120), n),
         _case(Shape("centroid", long), n),
         _case(Shape("quest", long, budget=0.05), n),
+        _case(Shape("quest", long, budget=0.05, planes=True), n),
         _case(Shape("indexed", long), n),
         _case(Shape("encode", 16384), n),
         _case(Shape("kmeans", 32768), 1),

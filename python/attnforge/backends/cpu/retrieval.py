@@ -31,13 +31,21 @@ def indexed_fwd(
     """Launcher of ``indexed_fwd``. Slots that no list uses are cut off: room is made for all."""
     if p.block_table is None:
         k, v = _unit(k), _unit(v)
-    lists = [p.ids, p.lens, p.log_bias]
+    lists = [_plain(p.ids), _plain(p.log_bias)]
     if p.lens is not None and p.lens.numel():
         most = max(0, int(p.lens.max()))
-        if most < p.ids.shape[2]:
-            lists = [x if x is None or x.dim() == 2 else x[..., :most] for x in lists]
+        lists = [None if x is None else x[..., :most] for x in lists]
+    ids, log_bias = lists
     _native_op("indexed_fwd")(
-        *(_unit(q), k, v, *map(_plain, (*lists, p.block_table, p.cache_seqlens))),
+        *(
+            _unit(q),
+            k,
+            v,
+            ids,
+            _plain(p.lens),
+            log_bias,
+            *map(_plain, (p.block_table, p.cache_seqlens)),
+        ),
         *(p.softmax_scale, out, lse, _low(out_lo)),
     )
 
@@ -89,12 +97,13 @@ def page_scores(
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
+    grouped: bool,
     out: Tensor,
 ) -> None:
     """Launcher of ``page_scores``."""
     _native_op("page_scores")(
-        *(_unit(q), low.contiguous(), high.contiguous(), *map(_plain, (block_table, used))),
-        *(scale, out),
+        *(*map(_unit, (q, low, high)), *map(_plain, (block_table, used))),
+        *(scale, grouped, out),
     )
 
 
@@ -109,6 +118,25 @@ def select_columns(
         *(scores.contiguous(), _plain(used), _KINDS.index(p.kind), p.k, _plain(p.threshold)),
         *(p.mass, p.first, p.last, ids, lens),
     )
+
+
+def expand_runs(
+    columns: Tensor, lens: Tensor | None, starts: Tensor, begin: int, end: int, *outputs: Tensor
+) -> None:
+    """Launcher of ``expand_runs``."""
+    _native_op("expand_runs")(
+        columns.contiguous(), _plain(lens), starts.contiguous(), begin, end, *outputs
+    )
+
+
+def nearest(x: Tensor, centroids: Tensor, shift: Tensor | None, labels: Tensor) -> None:
+    """Launcher of ``nearest``."""
+    _native_op("nearest")(x.contiguous(), centroids.contiguous(), _plain(shift), labels)
+
+
+def cluster_sums(x: Tensor, labels: Tensor, *outputs: Tensor) -> None:
+    """Launcher of ``cluster_sums``."""
+    _native_op("cluster_sums")(x.contiguous(), labels.contiguous(), *outputs)
 
 
 def lsh_encode(x: Tensor, mean: Tensor | None, planes: Tensor, bits: int, codes: Tensor) -> None:
@@ -138,6 +166,18 @@ def lsh_retrieve(
     )
 
 
+def lsh_attend(
+    starts: Tensor, ids: Tensor, bits: int, codes: Tensor, q: Tensor, k: Tensor, *rest: Any
+) -> None:
+    """Launcher of ``lsh_attend``."""
+    mean, norms, begin, end, min_hits, clip, v, length, *others = rest
+    _native_op("lsh_attend")(
+        *(starts, ids, bits, codes.contiguous(), _unit(q), _unit(k)),
+        *map(_plain, (mean, norms, begin, end)),
+        *(min_hits, clip, _unit(v), length.contiguous(), *others),
+    )
+
+
 _COMMON = (
     Device("cpu"),
     Dtypes(torch.float32, torch.bfloat16, torch.float16),
@@ -152,7 +192,8 @@ _BWD = (
 )
 _WIDE_DIM = Dim("head_dim", 8, 576, 8)
 _HASHED = Dim("head_dim", 8, 256, 8)
-_CPU = (_COMMON[0], _COMMON[2])  # of operators on int16 codes
+_CPU = (_COMMON[0], _COMMON[2])  # of operators on int16 codes and int32 lists
+_FLOAT32 = (_COMMON[0], Dtypes(torch.float32), _COMMON[2])
 
 
 def _spec(kind: str, requires: Any, notes: str, common: Any = _COMMON) -> KernelSpec:
@@ -177,8 +218,16 @@ SPECS = (
     ),
     _spec("page_scores", (_WIDE_DIM, Features("paged", "seqused_k")), "bounds read once per group"),
     _spec("select_columns", (), "histograms of the scores' bits, no sort"),
+    _spec("expand_runs", (), "runs written in vectors", _CPU),
+    _spec("nearest", (), "a product whose largest columns are kept, not stored", _FLOAT32),
+    _spec("cluster_sums", (), "rows added in their order, channels in slices", _FLOAT32),
     _spec("lsh_encode", (_HASHED,), "signs taken from the tiles of a product"),
     _spec("lsh_insert", (), "buckets shifted in place", _CPU),
     _spec("lsh_truncate", (), "ends of buckets dropped in place", _CPU),
     _spec("lsh_retrieve", (_HASHED,), "a byte counter per key, probabilities in vectors"),
+    _spec(
+        "lsh_attend",
+        (_HASHED, Dim("v_head_dim", 8, 1024, 8)),
+        "a row of K for the weight and the logit, a head per task",
+    ),
 )

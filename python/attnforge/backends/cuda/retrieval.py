@@ -92,9 +92,16 @@ def key_scores(
 
 def page_scores(
     q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, used: Tensor | None,
-    scale: float, out: Tensor,
+    scale: float, grouped: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    """Launcher of ``page_scores``."""
+    """Launcher of ``page_scores``; the largest of a group is a second launch."""
+    if grouped:
+        batch, rows, heads_q, _ = q.shape
+        heads, columns = low.shape[-2], out.shape[3]
+        each = out.new_empty((batch, heads_q, rows, columns))
+        page_scores(q, low, high, block_table, used, scale, False, each)
+        torch.amax(each.view(batch, heads, heads_q // heads, rows, columns), 2, out=out)
+        return
     with _gpu.on(q.device):
         flash._operator("page_scores")(
             q if q.stride(-1) == 1 else q.contiguous(),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnforge._params import FlashTape, IndexedGrads, IndexedParams, SelectParams
 from attnforge.backends.reference.flash import _REQUIRES, _plain
-from attnforge.reference import lsh, selection
+from attnforge.reference import clusters, lsh, selection
 from attnforge.reference import retrieval as reference
 from attnforge.registry.spec import KernelSpec
 
@@ -51,6 +51,23 @@ def select_columns(
         selection.select_columns(scores, used, p, ids, lens)
 
 
+def expand_runs(*args: Any) -> None:
+    """Launcher of ``expand_runs``."""
+    selection.expand_runs(*args)
+
+
+def nearest(x: Tensor, *rest: Any) -> None:
+    """Launcher of ``nearest``."""
+    with _plain(x):
+        clusters.nearest(x, *rest)
+
+
+def cluster_sums(x: Tensor, *rest: Any) -> None:
+    """Launcher of ``cluster_sums``."""
+    with _plain(x):
+        clusters.sums(x, *rest)
+
+
 def lsh_encode(x: Tensor, *rest: Any) -> None:
     """Launcher of ``lsh_encode``."""
     with _plain(x):
@@ -73,7 +90,13 @@ def lsh_retrieve(*args: Any) -> None:
         lsh.retrieve(*args)
 
 
-_ANYWHERE = _REQUIRES[:1]  # of operators on int16 codes
+def lsh_attend(*args: Any) -> None:
+    """Launcher of ``lsh_attend``."""
+    with _plain(args[4]):
+        lsh.attend(*args)
+
+
+_ANYWHERE = _REQUIRES[:1]  # of operators on int16 codes and int32 lists
 
 
 def _spec(kind: str, notes: str, requires: Any = _REQUIRES) -> KernelSpec:
@@ -94,8 +117,12 @@ SPECS = (
     _spec("key_scores", "a matrix product, one sequence at a time"),
     _spec("page_scores", "every product of q and a bound at once"),
     _spec("select_columns", "a stable sort of whole rows"),
+    _spec("expand_runs", "places of all ids from the ends of runs", _ANYWHERE),
+    _spec("nearest", "chunks of a matrix product and their largest columns"),
+    _spec("cluster_sums", "index_add"),
     _spec("lsh_encode", "a matrix product and its signs"),
     _spec("lsh_insert", "tables made anew", _ANYWHERE),
     _spec("lsh_truncate", "tables made anew", _ANYWHERE),
     _spec("lsh_retrieve", "counts hits one bucket at a time; probabilities in float64"),
+    _spec("lsh_attend", "a look-up, then one softmax over each head's keys"),
 )

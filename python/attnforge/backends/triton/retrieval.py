@@ -213,13 +213,18 @@ def key_scores(
 
 def page_scores(
     q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, used: Tensor | None,
-    scale: float, out: Tensor,
+    scale: float, grouped: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    """Launcher of ``page_scores``."""
+    """Launcher of ``page_scores``; the largest of a group is a second launch."""
     if out.numel() == 0:
         return
     batch, rows, heads_q, dim = q.shape
     heads, columns = low.shape[-2], out.shape[3]
+    if grouped:
+        each = out.new_empty((batch, heads_q, rows, columns))
+        page_scores(q, low, high, block_table, used, scale, False, each)
+        torch.amax(each.view(batch, heads, heads_q // heads, rows, columns), 2, out=out)
+        return
     width = padded(dim) if dim <= 512 else 1024
     block = 4096 // width  # the two bounds of a page: 64 registers of a thread
     tiles = _tiles(columns, block)
