@@ -307,6 +307,11 @@ def _sorted_codes(
     return order.int(), torch.searchsorted(numbers, bounds, out_int32=True)
 
 
+def _copy(x: Tensor) -> Tensor:
+    """In one piece, and another one, whatever ``x`` is."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _place(starts: Tensor, ids: Tensor, old: tuple[Tensor, Tensor], new: tuple[Any, ...],
            first_table: int, bits: int) -> None:  # fmt: skip
     """Puts ids of some tables, from ``first_table`` on, to where their new starts say."""
@@ -331,7 +336,7 @@ def lsh_insert(
     with _on(ids.device):
         for at in range(0, tables, step):
             some = slice(at, at + step)
-            old = starts[:, :, :, some].contiguous(), ids[:, :, :, some].contiguous()
+            old = _copy(starts[:, :, :, some]), _copy(ids[:, :, :, some])
             fresh, begins = _sorted_codes(codes[..., some], first, count, segments, segment, bits)
             added = begins.unfold(-1, (1 << bits) + 1, 1 << bits)  # by segment
             added = (added - added[..., :1]).transpose(2, 3)
@@ -350,7 +355,7 @@ def lsh_truncate(starts: Tensor, ids: Tensor, bits: int, length: Tensor) -> None
     with _on(ids.device):
         for at in range(0, tables, step):
             some = slice(at, at + step)
-            old = starts[:, :, :, some].contiguous(), ids[:, :, :, some].contiguous()
+            old = _copy(starts[:, :, :, some]), _copy(ids[:, :, :, some])
             chunk, tiles = old[1].shape[3], _tiles(buckets, block)
             sizes = starts.new_empty((batch, heads, segments, chunk, buckets))
             _kernel("tables", "kept_sizes")[(batch * heads * segments * chunk * tiles,)](
