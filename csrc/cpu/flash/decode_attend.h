@@ -111,7 +111,10 @@ template <class E>
 struct Ahead {
   RowsAhead<E> k, v;
 
-  AF_INLINE_MEMBER void part(int64_t first, int64_t n) { k.part(first, n), v.part(first, n); }
+  // n rows from one head of a key on.
+  AF_INLINE_MEMBER void begin(int64_t key, int64_t head, int64_t n) {
+    k.key = v.key = key, k.head = v.head = head, k.left = v.left = n;
+  }
 };
 
 template <class Keys>

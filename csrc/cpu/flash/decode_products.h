@@ -9,16 +9,13 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 constexpr int64_t kRows = 4;  // rows of a register group
 
-// Accumulators of a product: half of the registers, or what leaves room for operands.
-constexpr int kSums = kLanes == 16 ? 16 : 8;
-
 // ---- QK: scores [key][kRows] ----
 
 // Keys per step: the dot products of kDotKeys keys and four rows fill whole vectors.
-constexpr int kDotKeys = kSums / kRows;
+constexpr int kDotKeys = kLanes == 16 ? 4 : 2;
 
-// Rows prefetched at a time: more of them would not find room among the misses under way.
-constexpr int64_t kAheadRows = 4;
+// Rows prefetched at a time: what finds no room among the misses under way is dropped.
+constexpr int64_t kAheadRows = 2;
 
 template <int R, class T>
 AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKeys], int64_t dim,
@@ -131,8 +128,10 @@ template <int R, class Keys>
 [[gnu::noinline]] static void weigh(const float* p, const Keys& keys, int64_t n, int64_t dim,
                                     RowsAhead<typename Keys::Element> ahead, float* o,
                                     int64_t ldo) {
-  constexpr int kColumns = R == 3 ? kSums / 4 : kSums / R;  // vectors
-  const int64_t share = ceil_div(ahead.left * kColumns * kLanes, dim);
+  constexpr int kColumns = kLanes == 16 || R <= 2 ? 4 : 2;  // vectors
+  // Rows per step of columns; small numbers are divided faster.
+  const uint32_t share =
+      static_cast<uint32_t>(ahead.left * kColumns * kLanes + dim - 1) / static_cast<uint32_t>(dim);
   int64_t d = 0;
   for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
     ahead.step(share);

@@ -8,15 +8,20 @@
 //
 //   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
 //              read from memory once, from cache once per four rows
-//   chunk      8 KiB of K and as much V: scores [key][4], online softmax on that layout, then P V
+//   chunk      16 KiB of K and as much V of a head, 32 KiB of all heads of a task, at least 8 keys:
+//              scores [key][4], online softmax on that layout, then P V
 //   QK         dot products, 2 (4 with 32 registers) keys x 4 rows of accumulators; a transposing
 //              tree reduces a vector's worth of them at once
-//   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
+//   PV         4 rows x 2 (4 with 32 registers, or with few rows) vectors of columns in registers
+//              over the chunk's keys
 //   bf16       widened in pairs, even and odd elements apart: a shift and a mask. Q is stored in
 //              that order; O is accumulated in it and put right when it is written
 //   fp8        the same order, whatever type Q has beside it
 //   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
 //              the range, so that a memory page is walked once. Planes of heads go one by one
+//   prefetch   a chunk ahead and token by token, K beside Q K and V beside P V; with one or two
+//   rows
+//              per head, which are bound by memory alone, a head ahead
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
@@ -231,24 +236,29 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
   auto locate = [&](int64_t key0, typename Store::Places& at) {
     kv.locate(first, key0, min64(plan.chunk, hi - key0), at);
   };
-  // n keys from key0 on of `count` heads, as they will be walked.
+  // Keys from key0 on of `count` heads, as they will be walked.
   auto rows_at = [&](int64_t key0, const typename Store::Places& at, int64_t head, int64_t count) {
     const auto keys = kv.keys(first, key0, head, at);
     return Ahead<typename Store::Element>{kv.k_rows(keys, count, p.head_dim),
                                           kv.v_rows(keys, count, p.v_head_dim)};
   };
+  Ahead<typename Store::Element> coming{};
   if (lo < hi) {
     locate(lo, places[here]);
-    auto rows = rows_at(lo, places[here], head0, near ? 1 : heads);
-    const int64_t n = min64(plan.chunk, hi - lo) * rows.k.heads;
-    rows.part(0, n);
-    rows.k.step(n);
-    rows.v.step(n);
+    coming = rows_at(lo, places[here], head0, near ? 1 : heads);
+    coming.begin(0, 0, min64(plan.chunk, hi - lo) * coming.k.heads);
+    coming.k.step(coming.k.left);
+    coming.v.step(coming.v.left);
   }
   for (int64_t key0 = lo; key0 < hi; key0 += plan.chunk, here ^= 1) {
     const int64_t key_end = min64(key0 + plan.chunk, hi);
     const int64_t next = max64(0, min64(plan.chunk, hi - key_end));
-    if (next > 0) locate(key_end, places[here ^ 1]);
+    int64_t at_key = 0, at_head = 0;  // the first row of the next chunk that is still to come
+    if (next > 0) {
+      locate(key_end, places[here ^ 1]);
+      coming = rows_at(key_end, places[here ^ 1], head0, near ? 1 : heads);
+    }
+    const int64_t keys_each = next / heads, heads_each = next % heads;
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t head = head0 + h;
       const Sequence seq = p.seqused_head ? sequence(p, batch, head) : first;
@@ -260,15 +270,16 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
                     [](auto*, int64_t) {});
         }
       }
-      Ahead<typename Store::Element> ahead{};
+      Ahead<typename Store::Element> ahead = coming;
       if (near && h + 1 < heads) {
         ahead = rows_at(key0, places[here], head + 1, 1);
-        ahead.part(0, key_end - key0);
-      } else if (next > 0) {
-        ahead = rows_at(key_end, places[here ^ 1], head0, near ? 1 : heads);
-        ahead.part(near ? 0 : h * next, next);
+        ahead.begin(0, 0, key_end - key0);
+      } else {
+        ahead.begin(at_key, at_head, next);
+        at_key += keys_each, at_head += heads_each;
+        if (at_head >= heads) at_head -= heads, ++at_key;
       }
-      for (int64_t g = 0; g < row_groups; ++g, ahead.k.left = ahead.v.left = 0) {
+      for (int64_t g = 0; g < row_groups; ++g, ahead.begin(0, 0, 0)) {
         attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, ahead);
       }
     }

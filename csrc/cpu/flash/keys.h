@@ -27,10 +27,6 @@ struct RowsAhead {
   int64_t stride, head_stride, dim, heads;
   int64_t key, head, left;  // the next one, and how many there are
 
-  // Row number `first` and those behind it, n in all.
-  AF_INLINE_MEMBER void part(int64_t first, int64_t n) {
-    key = first / heads, head = first % heads, left = n;
-  }
   AF_INLINE_MEMBER void step(int64_t n) {
     n = min64(n, left);
     left -= n;

@@ -227,7 +227,7 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
                          part.l + r,
                          part.o + r * y.ldo};
       attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, ahead, each);
-      ahead.k.left = ahead.v.left = 0;
+      ahead.begin(0, 0, 0);
     }
   }
 }

@@ -71,7 +71,7 @@ AF_INLINE void score_run(const KeyScoresParams& params, const Store& kv, int64_t
       if (rest > 0 && r0 == 0) {
         const auto next = kv.keys(seq, key + kStep, kv_head, places[here ^ 1]);
         ahead = kv.k_rows(next, 1, p.head_dim);
-        ahead.part(0, min64(kStep, rest));
+        ahead.left = min64(kStep, rest);
       }
       dispatch_rows(count, [&](auto r) {
         scores<decltype(r)::value>(q, ldq, keys, n, p.head_dim, ahead, s);
