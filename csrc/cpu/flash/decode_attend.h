@@ -24,10 +24,17 @@ struct RowGroup {
   bool same;       // all rows see [lo, hi)
 };
 
-AF_INLINE VecF repeat4(const float* x) {
+// Four lanes again and again.
+AF_INLINE VecF repeat4(Vec4 x) {
+#if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
+  return (VecF)_mm512_broadcast_f32x4((__m128)x);
+#elif ATTNFORGE_LANES == 8 && defined(__AVX__)
+  return (VecF)_mm256_set_m128((__m128)x, (__m128)x);
+#else
   VecF v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x[i % kRows];
+  for (int i = 0; i < kLanes; ++i) v[i] = x[i % 4];
   return v;
+#endif
 }
 
 // Online softmax on [key][kRows] scores; n keys, padded here to a whole vector with -inf.
@@ -37,27 +44,25 @@ AF_INLINE void softmax_group(float* s, int64_t n, float* m, float* l, float* alp
   fill(s, n * kRows, padded * kRows, -kInf);
   VecF top = splat(-kInf);
   for (int64_t c = 0; c < padded; c += kStep) top = vmax(load(s + c * kRows), top);
-  Vec4 tops = fold4(top, [](auto a, auto b) { return a > b ? a : b; });
-  float base[kRows], step[kRows];
-  bool moved = false;
-  for (int64_t r = 0; r < kRows; ++r) {
-    float m_new = tops[r] > m[r] ? tops[r] : m[r];
-    step[r] = m_new == m[r] ? 0.0f : m[r] - m_new;
-    moved |= m_new != m[r];
-    m[r] = m_new;
-    base[r] = m_new == -kInf ? 0.0f : m_new;
+  const Vec4 tops = fold4(top, [](auto a, auto b) { return a > b ? a : b; });
+  const Vec4 was = load4(m), none{}, empty = none - kInf;
+  const Vec4 now = tops > was ? tops : was;
+  store4(m, now);
+  const auto moved = now != was;
+  Vec4 factor = none + 1.0f;
+  if (moved[0] | moved[1] | moved[2] | moved[3]) {
+    const VecF power = exp2(repeat4(moved ? was - now : none));
+    factor = fold4(power, [](auto a, auto) { return a; });
   }
-  VecF factor = splat(1.0f);
-  if (moved) factor = exp2(repeat4(step));
-  for (int64_t r = 0; r < kRows; ++r) alpha[r] = factor[r];
-  VecF bases = repeat4(base), sum{};
+  store4(alpha, factor);
+  const VecF bases = repeat4(now == empty ? none : now);
+  VecF sum{};
   for (int64_t c = 0; c < padded; c += kStep) {
     VecF prob = exp2(load(s + c * kRows) - bases);
     store(s + c * kRows, prob);
     sum += prob;
   }
-  Vec4 sums = fold4(sum, [](auto a, auto b) { return a + b; });
-  for (int64_t r = 0; r < kRows; ++r) l[r] = l[r] * alpha[r] + sums[r];
+  store4(l, load4(l) * factor + fold4(sum, [](auto a, auto b) { return a + b; }));
 }
 
 // Scores [key][kRows] of n keys from key0 on to weights, row by row, where a call does more than
@@ -85,7 +90,7 @@ AF_INLINE void weigh_seen(const FlashProblem& p, const Sequence& seq, const RowG
                           int64_t r, Interval seen, const float* s, Keys keys) {
   const RowMods mods = row_mods(p, seq, rows.head[r], rows.query[r]);
   for (int64_t j = seen.lo; j < seen.hi; ++j, s += kRows, keys.skip(1)) {
-    if (sees(mods, j)) weigh<1>(s, keys, 1, p.v_head_dim, rows.o + r * rows.ldo, rows.ldo);
+    if (sees(mods, j)) weigh<1>(s, keys, 1, p.v_head_dim, {}, rows.o + r * rows.ldo, rows.ldo);
   }
 }
 
@@ -101,10 +106,21 @@ template <class Keys>
   return reduce_add(poison) == 0.0f;
 }
 
+// What is prefetched meanwhile: K beside Q K, V beside P V.
+template <class E>
+struct Ahead {
+  RowsAhead<E> k, v;
+
+  // n rows from one head of a key on.
+  AF_INLINE_MEMBER void begin(int64_t key, int64_t head, int64_t n) {
+    k.key = v.key = key, k.head = v.head = head, k.left = v.left = n;
+  }
+};
+
 template <class Keys>
 AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence& seq,
                       const RowGroup& rows, Keys keys, const float* rotated, int64_t key0,
-                      int64_t key_end, bool prefetch) {
+                      int64_t key_end, const Ahead<typename Keys::Element>& ahead) {
   int64_t lo = max64(key0, rows.lo), hi = min64(key_end, rows.hi);
   if (lo >= hi) return;
   const int64_t n = hi - lo;
@@ -114,13 +130,12 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
     constexpr int kCount = decltype(r)::value;
     if constexpr (!Keys::kPages) {  // pages hold keys that were rotated as they were written
       if (rotated) {
-        const DenseKeys<float> turned{rotated + (lo - key0) * rows.ldq, nullptr, rows.ldq, 0,
-                                      nullptr};
-        scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, p.v_head_dim, false, s);
+        const DenseKeys<float> turned{rotated + (lo - key0) * rows.ldq, nullptr, rows.ldq, 0};
+        scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, {}, s);
         return;
       }
     }
-    scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+    scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, ahead.k, s);
   });
   const int64_t flat = round_up(n * kRows, kLanes);
   fill(s, n * kRows, flat, 0.0f);
@@ -162,7 +177,7 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
   const bool each = some_hidden && !finite_values(keys, n, p.v_head_dim);
   if (!masked && !each) {
     dispatch_rows(rows.rows, [&](auto r) {
-      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, rows.o, rows.ldo);
+      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, ahead.v, rows.o, rows.ldo);
     });
     return;
   }
@@ -175,7 +190,7 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
     if (each) {
       weigh_seen(p, seq, rows, r, {first, end}, weights, seen);
     } else {
-      weigh<1>(weights, seen, end - first, p.v_head_dim, rows.o + r * rows.ldo, rows.ldo);
+      weigh<1>(weights, seen, end - first, p.v_head_dim, {}, rows.o + r * rows.ldo, rows.ldo);
     }
   }
 }

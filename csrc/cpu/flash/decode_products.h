@@ -3,18 +3,19 @@
 #pragma once
 
 #include "cpu/flash/keys.h"
-#include "cpu/micro/pack.h"
 #include "cpu/simd/float8.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-constexpr int64_t kRows = 4;                              // rows of a register group
-constexpr int64_t kColumnVectors = kLanes == 16 ? 4 : 2;  // PV: 16 or 8 accumulators
+constexpr int64_t kRows = 4;  // rows of a register group
 
 // ---- QK: scores [key][kRows] ----
 
 // Keys per step: the dot products of kDotKeys keys and four rows fill whole vectors.
 constexpr int kDotKeys = kLanes == 16 ? 4 : 2;
+
+// Rows prefetched at a time: what finds no room among the misses under way is dropped.
+constexpr int64_t kAheadRows = 2;
 
 template <int R, class T>
 AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKeys], int64_t dim,
@@ -56,24 +57,22 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   for (int i = 0; i < kDotKeys * kRows; i += kLanes) store(s + i, sum_each(acc + i));
 #pragma GCC unroll 4
   for (int j = 0; j < kDotKeys; ++j) {
-    for (int r = 0; r < kRows && watch[j].any(); ++r) s[j * kRows + r] = __builtin_nanf("");
+    for (int r = 0; r < R && watch[j].any(); ++r) s[j * kRows + r] = __builtin_nanf("");
   }
 }
 
-// noclone: GCC's copy for constant arguments keeps pointers in vectors, and those on the stack.
+// `ahead` is walked meanwhile. noclone: GCC's copy for constant arguments keeps pointers in
+// vectors, and those on the stack.
 template <int R, class Keys>
 [[gnu::noinline, gnu::noclone]] static void scores(const float* q, int64_t ldq, const Keys& keys,
-                                                   int64_t n, int64_t dim, int64_t v_dim,
-                                                   bool prefetch, float* s) {
+                                                   int64_t n, int64_t dim,
+                                                   RowsAhead<typename Keys::Element> ahead,
+                                                   float* s) {
   for (int64_t c = 0; c < n; c += kDotKeys) {
+    if (c % kAheadRows == 0) ahead.step(kAheadRows);
     const typename Keys::Element* k[kDotKeys];
     for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
-      const int64_t key = min64(c + j, n - 1);
-      k[j] = keys.k_row(key);
-      if (prefetch) {
-        prefetch_row(keys.v_row(key), v_dim);
-        if (keys.next_k) prefetch_row(keys.next_row(key), dim);
-      }
+      k[j] = keys.k_row(min64(c + j, n - 1));
     }
     dot_keys<R>(q, ldq, k, dim, s + c * kRows);
   }
@@ -88,7 +87,7 @@ AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_
   VecF acc[R][NV];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
   NanWatch<typename Keys::Element> watch[(NV + 1) / 2];
   for (int64_t c = 0; c < n; ++c, p += kRows) {
@@ -104,7 +103,7 @@ AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       VecF weight = splat(p[r]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[r][j] = fma(weight, x[j], acc[r][j]);
     }
   }
@@ -119,23 +118,32 @@ AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) store(o + r * ldo + j * kLanes, acc[r][j]);
 }
 
+// As many columns at a time as there are accumulators, then pairs, then what pairs leave: the order
+// of Q K and of O. `ahead` is walked meanwhile.
 template <int R, class Keys>
 [[gnu::noinline]] static void weigh(const float* p, const Keys& keys, int64_t n, int64_t dim,
-                                    float* o, int64_t ldo) {
+                                    RowsAhead<typename Keys::Element> ahead, float* o,
+                                    int64_t ldo) {
+  constexpr int kColumns = kLanes == 16 || R <= 2 ? 4 : 2;  // vectors
+  // Rows per step of columns; small numbers are divided faster.
+  const uint32_t share =
+      static_cast<uint32_t>(ahead.left * kColumns * kLanes + dim - 1) / static_cast<uint32_t>(dim);
   int64_t d = 0;
-  for (; d + kColumnVectors * kLanes <= dim; d += kColumnVectors * kLanes) {
-    weigh_columns<R, kColumnVectors>(p, keys, n, d, 0, o + d, ldo);
+  for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
+    ahead.step(share);
+    weigh_columns<R, kColumns>(p, keys, n, d, 0, o + d, ldo);
   }
-  if constexpr (kColumnVectors > 2) {  // pairs, as many as there are: the order of Q K and of O
+  if constexpr (kColumns > 2) {
     for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
       weigh_columns<R, 2>(p, keys, n, d, 0, o + d, ldo);
     }
   }
   for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, keys, n, d, dim - d, o + d, ldo);
+  ahead.step(ahead.left);
 }
 
 template <int N>

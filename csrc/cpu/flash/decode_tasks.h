@@ -8,15 +8,20 @@
 //
 //   rows       all heads of a group (and all queries) of a kv head, four at a time: K and V are
 //              read from memory once, from cache once per four rows
-//   chunk      8 KiB of K and as much V: scores [key][4], online softmax on that layout, then P V
+//   chunk      16 KiB of K and as much V of a head, 32 KiB of all heads of a task, at least 8 keys:
+//              scores [key][4], online softmax on that layout, then P V
 //   QK         dot products, 2 (4 with 32 registers) keys x 4 rows of accumulators; a transposing
 //              tree reduces a vector's worth of them at once
-//   PV         4 rows x 2 (or 4) vectors of columns in registers over the chunk's keys
+//   PV         4 rows x 2 (4 with 32 registers, or with few rows) vectors of columns in registers
+//              over the chunk's keys
 //   bf16       widened in pairs, even and odd elements apart: a shift and a mask. Q is stored in
 //              that order; O is accumulated in it and put right when it is written
 //   fp8        the same order, whatever type Q has beside it
 //   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
 //              the range, so that a memory page is walked once. Planes of heads go one by one
+//   prefetch   a chunk ahead and token by token, K beside Q K and V beside P V; with one or two
+//   rows
+//              per head, which are bound by memory alone, a head ahead
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
@@ -35,7 +40,12 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kSplitKeys = 2048;  // 1-2 MiB of K and V: tasks enough for any core count at 32k
-constexpr int64_t kChunkBytes = 8 << 10;  // of K: with V and the next K a part of L1
+constexpr int64_t kChunkBytes = 16 << 10;  // of K, or of V: a part of L1
+// Of K of a task's heads, or of V, at a time; beyond eight memory pages of each, keys come at half
+// the bandwidth (Zen 3). A token's part that a task takes is all of it, or a memory page: what the
+// hardware fetches beside it is not for others.
+constexpr int64_t kKeysBytes = 32 << 10;
+constexpr int64_t kTokenBytes = 4 << 10;
 constexpr int64_t kMaxSplitKeys = 1 << 20;
 constexpr int64_t kInlineBytes = 128 << 10;  // smaller problems are done before a thread wakes up
 
@@ -67,12 +77,14 @@ AF_INLINE Plan make_plan(const FlashFwdParams& params, int64_t bits, bool planes
     }
   }
   const int64_t row_bytes = max64(1, p.head_dim * bits / 8);
-  const int64_t chunk = max64(8, min64(kMaxChunk, kChunkBytes / row_bytes / 8 * 8));
+  const int64_t most_heads = planes ? 1 : max64(1, min64(p.heads_k, kTokenBytes / row_bytes));
+  const int64_t keys = min64(kChunkBytes, kKeysBytes / most_heads) / row_bytes;
+  const int64_t chunk = max64(8, min64(kMaxChunk, keys / 8 * 8));
   plan.chunk = chosen(params.tiles.chunk_keys, chunk, 8, kMaxChunk);
   int64_t bytes = p.batch * p.heads_k * p.seqlen_k * (p.head_dim + p.v_head_dim) * bits / 8;
   plan.threads = bytes * max64(1, plan.rows / kRows) < kInlineBytes ? 1 : threads;
   int64_t wanted = ceil_div(4 * plan.threads, p.batch * plan.splits);
-  plan.heads = planes ? 1 : ceil_div(p.heads_k, min64(p.heads_k, wanted));
+  plan.heads = min64(most_heads, ceil_div(p.heads_k, min64(p.heads_k, wanted)));
   plan.ranges = ceil_div(p.heads_k, plan.heads);
   plan.ldq = round_up(p.head_dim, kLanes);
   plan.ldo = round_up(p.v_head_dim, kLanes);
@@ -217,23 +229,40 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
   const Interval own = split_keys_of(params, plan.split_keys, batch, split);
   hi = min64(hi, own.hi);
   lo = own.lo + max64(0, lo - own.lo) / plan.chunk * plan.chunk;
+  // Few rows are bound by memory: what is prefetched far ahead then finds no room among the misses.
+  const bool near = first.q_len * plan.group < 3;
   typename Store::Places places[2];
   int64_t here = 0;
-  if (lo < hi) kv.locate(first, lo, min64(plan.chunk, hi - lo), places[here]);
+  auto locate = [&](int64_t key0, typename Store::Places& at) {
+    kv.locate(first, key0, min64(plan.chunk, hi - key0), at);
+  };
+  // Keys from key0 on of `count` heads, as they will be walked.
+  auto rows_at = [&](int64_t key0, const typename Store::Places& at, int64_t head, int64_t count) {
+    const auto keys = kv.keys(first, key0, head, at);
+    return Ahead<typename Store::Element>{kv.k_rows(keys, count, p.head_dim),
+                                          kv.v_rows(keys, count, p.v_head_dim)};
+  };
+  Ahead<typename Store::Element> coming{};
+  if (lo < hi) {
+    locate(lo, places[here]);
+    coming = rows_at(lo, places[here], head0, near ? 1 : heads);
+    coming.begin(0, 0, min64(plan.chunk, hi - lo) * coming.k.heads);
+    coming.k.step(coming.k.left);
+    coming.v.step(coming.v.left);
+  }
   for (int64_t key0 = lo; key0 < hi; key0 += plan.chunk, here ^= 1) {
     const int64_t key_end = min64(key0 + plan.chunk, hi);
-    if (key_end < hi) {
-      kv.locate(first, key_end, min64(plan.chunk, hi - key_end), places[here ^ 1]);
+    const int64_t next = max64(0, min64(plan.chunk, hi - key_end));
+    int64_t at_key = 0, at_head = 0;  // the first row of the next chunk that is still to come
+    if (next > 0) {
+      locate(key_end, places[here ^ 1]);
+      coming = rows_at(key_end, places[here ^ 1], head0, near ? 1 : heads);
     }
+    const int64_t keys_each = next / heads, heads_each = next % heads;
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t head = head0 + h;
       const Sequence seq = p.seqused_head ? sequence(p, batch, head) : first;
-      auto keys = kv.keys(seq, key0, head, places[here]);
-      if (h + 1 < heads) {
-        kv.then(keys, seq, key0, head + 1, places[here]);
-      } else if (key0 + 2 * plan.chunk <= hi) {
-        kv.then(keys, seq, key0 + plan.chunk, head0, places[here ^ 1]);
-      }
+      const auto keys = kv.keys(seq, key0, head, places[here]);
       const RowGroup* mine = w.groups + h * groups_of(plan);
       if (w.rotated) {
         if constexpr (!Store::Keys::kPages) {
@@ -241,8 +270,17 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
                     [](auto*, int64_t) {});
         }
       }
-      for (int64_t g = 0; g < row_groups; ++g) {
-        attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, g == 0);
+      Ahead<typename Store::Element> ahead = coming;
+      if (near && h + 1 < heads) {
+        ahead = rows_at(key0, places[here], head + 1, 1);
+        ahead.begin(0, 0, key_end - key0);
+      } else {
+        ahead.begin(at_key, at_head, next);
+        at_key += keys_each, at_head += heads_each;
+        if (at_head >= heads) at_head -= heads, ++at_key;
+      }
+      for (int64_t g = 0; g < row_groups; ++g, ahead.begin(0, 0, 0)) {
+        attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, ahead);
       }
     }
   }

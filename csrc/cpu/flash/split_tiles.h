@@ -129,12 +129,14 @@ AF_INLINE void run_split_tiles(const FlashFwdParams& params, const Store& kv,
   auto length_of = [&](int64_t batch) {
     return round_up(split_length(params, kSplitKeys, batch), plan.tiles.block_n);
   };
+  // Heads one after another over the same keys: what one head's rows bring along stays in L3.
   parallel_tasks(workers, plan.pairs * plan.splits, [&](int64_t task, int64_t worker) {
-    const int64_t pair = task / plan.splits, split = task % plan.splits;
-    const Sequence seq = sequence(p, pair / p.heads_k, pair % p.heads_k);
+    const int64_t kv_head = task % p.heads_k, split = task / p.heads_k % plan.splits;
+    const int64_t batch = task / p.heads_k / plan.splits, pair = batch * p.heads_k + kv_head;
+    const Sequence seq = sequence(p, batch, kv_head);
     const int64_t keys = length_of(seq.batch), lo = split * keys;
     if (!served_here(params, seq) || seq.q_len == 0 || (split > 0 && lo >= seq.k_len)) return;
-    run_split_tiles(params, plan, kv, seq, pair % p.heads_k, {lo, min64(seq.k_len, lo + keys)},
+    run_split_tiles(params, plan, kv, seq, kv_head, {lo, min64(seq.k_len, lo + keys)},
                     Arena{scratch + worker * bytes}, partials.at(pair, split));
   });
   parallel_tasks(workers, plan.pairs, [&](int64_t pair, int64_t) {

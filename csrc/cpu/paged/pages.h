@@ -25,8 +25,6 @@ struct PageKeys {
   static constexpr bool kPages = true, kCodes = kIsCode<E>;
   const E *k, *v;              // of the head
   const int64_t *k_at, *v_at;  // rows from there
-  const E* next_k;             // null: nothing
-  const int64_t* next_at;
   // Of the head, at code_at of each key; null: 1 and 0. each: they differ from key to key.
   const float *k_scale, *v_scale, *k_zero, *v_zero;
   const int64_t* code_at;
@@ -34,8 +32,7 @@ struct PageKeys {
 
   AF_INLINE_MEMBER const E* k_row(int64_t j) const { return k + k_at[j]; }
   AF_INLINE_MEMBER const E* v_row(int64_t j) const { return v + v_at[j]; }
-  AF_INLINE_MEMBER const E* next_row(int64_t j) const { return next_k + next_at[j]; }
-  AF_INLINE_MEMBER void skip(int64_t n) { k_at += n, v_at += n, next_at += n, code_at += n; }
+  AF_INLINE_MEMBER void skip(int64_t n) { k_at += n, v_at += n, code_at += n; }
 
   AF_INLINE_MEMBER float scale_of(const float* scales, int64_t j) const {
     return scales ? scales[code_at[j]] : 1.0f;
@@ -132,8 +129,6 @@ struct PageStore {
             static_cast<const E*>(pool.v.data) + head * pool.v.head_stride,
             at.k,
             at.v,
-            nullptr,
-            at.k,
             of(pool.k_scale),
             of(pool.v_scale),
             of(pool.k_zero),
@@ -141,10 +136,11 @@ struct PageStore {
             at.code,
             each()};
   }
-  AF_INLINE_MEMBER void then(Keys& keys, const Sequence&, int64_t, int64_t head,
-                             const Places& at) const {
-    keys.next_k = static_cast<const E*>(pool.k.data) + head * pool.k.head_stride;
-    keys.next_at = at.k;
+  AF_INLINE_MEMBER RowsAhead<E> k_rows(const Keys& keys, int64_t heads, int64_t dim) const {
+    return {keys.k, keys.k_at, 0, pool.k.head_stride, dim, heads, 0, 0, 0};
+  }
+  AF_INLINE_MEMBER RowsAhead<E> v_rows(const Keys& keys, int64_t heads, int64_t dim) const {
+    return {keys.v, keys.v_at, 0, pool.v.head_stride, dim, heads, 0, 0, 0};
   }
 };
 

@@ -7,8 +7,8 @@
 //   split      kSplitEntries entries of a KV head are a task, as in decode; the partial results are
 //              merged in ascending order. Ragged lists balance, since tasks are taken one by one
 //   rows       up to kRowBlock rows go over a split together; more rows than that do not split
-//   gather     the rows of a chunk's V and of the next chunk's K are prefetched while its scores
-//              are computed: their addresses are known, unlike those of a walk
+//   gather     the next chunk's rows are prefetched while one is computed: their addresses are
+//              known, unlike those of a walk
 //   bytes      (D + Dv) * entries of the union * element size: what bounds decode
 //
 // A row of a union is -inf at keys of other heads. A value there may be NaN or infinite, and
@@ -104,12 +104,11 @@ struct Rows {
     keys.k = row_ptr<const T>(k, own, 0, head), keys.v = row_ptr<const T>(v, own, 0, head);
     return keys;
   }
-  // Places of n listed keys; behind them the last one again, up to `padded`.
-  AF_INLINE_MEMBER void locate(int64_t batch, const int32_t* list, int64_t n, int64_t padded,
-                               int64_t* k, int64_t* v) const {
+  AF_INLINE_MEMBER void locate(int64_t batch, const int32_t* list, int64_t n, int64_t* k,
+                               int64_t* v) const {
     const PagePool& pool = params.pool;
-    for (int64_t j = 0; j < padded; ++j) {
-      const int64_t key = list[min64(j, n - 1)];
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t key = list[j];
       if (!paged()) {
         k[j] = key * params.flash.k.seq_stride, v[j] = key * params.flash.v.seq_stride;
         continue;
@@ -153,10 +152,10 @@ AF_INLINE void add_bias(const Layout& y, const Four& four, int64_t q_len, const 
 template <class T>
 AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& four,
                             const PageKeys<T>& keys, const float* bias, int64_t n, bool biased,
-                            bool prefetch, bool each) {
+                            const Ahead<T>& ahead, bool each) {
   float s[(kMaxChunk + kLanes) * kRows], alpha[kRows];
   dispatch_rows(four.rows, [&](auto r) {
-    scores<decltype(r)::value>(four.q, y.ldq, keys, n, p.head_dim, p.v_head_dim, prefetch, s);
+    scores<decltype(r)::value>(four.q, y.ldq, keys, n, p.head_dim, ahead.k, s);
   });
   if (biased) add_bias(y, four, p.seqlen_q, bias, n, s);
   softmax_group(s, n, four.m, four.l, alpha);
@@ -167,7 +166,7 @@ AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& 
   }
   if (!each) {
     dispatch_rows(four.rows, [&](auto r) {
-      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, four.o, y.ldo);
+      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, ahead.v, four.o, y.ldo);
     });
     return;
   }
@@ -176,7 +175,7 @@ AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& 
     PageKeys<T> one = keys;
     for (int64_t c = 0; c < n; ++c, one.skip(1)) {
       if (bias[c * y.group + head] == -kInf) continue;
-      weigh<1>(s + c * kRows + r, one, 1, p.v_head_dim, four.o + r * y.ldo, y.ldo);
+      weigh<1>(s + c * kRows + r, one, 1, p.v_head_dim, {}, four.o + r * y.ldo, y.ldo);
     }
   }
 }
@@ -201,19 +200,24 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
   fill(part.o, row0 * y.ldo, (row0 + rows) * y.ldo, 0.0f);
   int64_t k_at[2][kMaxChunk], v_at[2][kMaxChunk], here = 0;
   PageKeys<T> keys = kv.keys(batch, head);
+  auto rows_at = [&](int64_t place, int64_t n) {
+    return Ahead<T>{{keys.k, k_at[place], 0, 0, p.head_dim, 1, 0, 0, n},
+                    {keys.v, v_at[place], 0, 0, p.v_head_dim, 1, 0, 0, n}};
+  };
   if (lo < hi) {
     const int64_t n = min64(y.chunk, hi - lo);
-    kv.locate(batch, g.keys + lo, n, y.chunk, k_at[0], v_at[0]);
-    for (int64_t j = 0; j < n; ++j) prefetch_row(keys.k + k_at[0][j], p.head_dim);
+    kv.locate(batch, g.keys + lo, n, k_at[0], v_at[0]);
+    auto start = rows_at(0, n);
+    start.k.step(n);
+    start.v.step(n);
   }
   for (int64_t e = lo; e < hi; e += y.chunk, here ^= 1) {
-    const int64_t n = min64(y.chunk, hi - e), rest = hi - e - y.chunk;
-    keys.k_at = k_at[here], keys.v_at = v_at[here], keys.next_k = nullptr;
-    keys.next_at = k_at[here];
-    if (rest > 0) {
-      kv.locate(batch, g.keys + e + y.chunk, min64(y.chunk, rest), y.chunk, k_at[here ^ 1],
-                v_at[here ^ 1]);
-      keys.next_k = keys.k, keys.next_at = k_at[here ^ 1];
+    const int64_t n = min64(y.chunk, hi - e), next = min64(y.chunk, hi - e - n);
+    keys.k_at = k_at[here], keys.v_at = v_at[here];
+    Ahead<T> ahead{};
+    if (next > 0) {
+      kv.locate(batch, g.keys + e + n, next, k_at[here ^ 1], v_at[here ^ 1]);
+      ahead = rows_at(here ^ 1, next);
     }
     for (int64_t r = row0; r < row0 + rows; r += kRows) {
       const Four four = {r,
@@ -222,7 +226,8 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
                          part.m + r,
                          part.l + r,
                          part.o + r * y.ldo};
-      attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, r == row0, each);
+      attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, ahead, each);
+      ahead.begin(0, 0, 0);
     }
   }
 }

@@ -53,11 +53,16 @@ AF_INLINE void score_run(const KeyScoresParams& params, const Store& kv, int64_t
     if (lo < hi) kv.locate(seq, lo, min64(kStep, hi - lo), places[here]);
     for (int64_t key = lo; key < hi; key += kStep, here ^= 1) {
       const int64_t n = min64(kStep, hi - key), rest = hi - key - kStep;
-      auto keys = kv.keys(seq, key, kv_head, places[here]);
+      const auto keys = kv.keys(seq, key, kv_head, places[here]);
       if (rest > 0) kv.locate(seq, key + kStep, min64(kStep, rest), places[here ^ 1]);
-      if (rest >= kStep) kv.then(keys, seq, key + kStep, kv_head, places[here ^ 1]);
+      RowsAhead<typename Store::Element> ahead{};
+      if (rest > 0 && r0 == 0) {
+        const auto next = kv.keys(seq, key + kStep, kv_head, places[here ^ 1]);
+        ahead = kv.k_rows(next, 1, p.head_dim);
+        ahead.left = min64(kStep, rest);
+      }
       dispatch_rows(count, [&](auto r) {
-        scores<decltype(r)::value>(q, ldq, keys, n, p.head_dim, 0, r0 == 0, s);
+        scores<decltype(r)::value>(q, ldq, keys, n, p.head_dim, ahead, s);
       });
       for (int64_t r = 0; r < count; ++r) {
         const Row row = row_of(p, kv_head, r0 + r);
