@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/flash_routes.h"
 #include "bindings/mods.h"
 #include "bindings/tensors.h"
 
@@ -27,10 +28,12 @@ void set_tiles(const Tiles& tiles, std::initializer_list<int64_t*> fields) {
   }
 }
 
-void run_decode(FlashFwdParams& params) {
-  Tensor scratch = workspace(kernels().flash_decode_workspace(params, workers().num_threads));
+template <class Params>
+void run(int64_t (*size)(const Params&, int64_t), void (*kernel)(const Params&, const Workers&),
+         Params& params) {
+  Tensor scratch = workspace(size(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
-  kernels().flash_decode(params, workers());
+  kernel(params, workers());
 }
 
 void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -56,18 +59,7 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   params.q = ref(q, p.q_dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
   params.out = ref(out, p.out_dtype), params.out_lo = ref(out_lo, p.out_dtype);
   params.lse = stat(lse);
-  // The route is chosen per sequence, so that a request's result does not depend on its neighbours.
-  bool many = p.seqlen_q * (p.heads_q / p.heads_k) > kFewRows;
-  if (many) {
-    params.route = RowRoute::kManyRows;
-    Tensor scratch = workspace(kernels().flash_fwd_workspace(params, workers().num_threads));
-    params.workspace = scratch.mutable_data_ptr();
-    kernels().flash_fwd(params, workers());
-  }
-  if (!many || cu_seqlens_q) {
-    params.route = RowRoute::kFewRows;
-    run_decode(params);
-  }
+  run_flash_routes(params, [&](auto size, auto kernel) { run(size, kernel, params); });
 }
 
 void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -89,7 +81,7 @@ void flash_decode(const Tensor& q, const Tensor& k, const Tensor& v,
   params.lse = stat(lse);
   if (num_splits > 0)
     params.split_keys = std::max<int64_t>(1, (p.seqlen_k + num_splits - 1) / num_splits);
-  run_decode(params);
+  run(kernels().flash_decode_workspace, kernels().flash_decode, params);
 }
 
 void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k,
@@ -124,9 +116,7 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
   if (dlse) params.dlse = stat(*dlse);
   params.delta = stat(delta);
   set_mod_grads(params, {dcolumns, drows, dbias, drel_bias, drow_scale});
-  Tensor scratch = workspace(kernels().flash_bwd_workspace(params, workers().num_threads));
-  params.workspace = scratch.mutable_data_ptr();
-  kernels().flash_bwd(params, workers());
+  run(kernels().flash_bwd_workspace, kernels().flash_bwd, params);
 }
 
 void merge_states(const Tensor& outs, const Tensor& lses, const Tensor& out, const Tensor& lse) {

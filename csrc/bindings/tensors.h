@@ -41,16 +41,20 @@ inline Workers workers() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads};
 }
 
-// Asks for huge pages for what lies in a large new tensor: panels are walked in an order that costs
+// Asks for huge pages for what lies in large new memory: panels are walked in an order that costs
 // a TLB entry per few KiB otherwise, and first touches of small pages take longer than the writes.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& t, [[maybe_unused]] int64_t bytes) {
+inline void advise_huge_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = 2 << 20;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   uintptr_t end = (begin + bytes) / kHugePage * kHugePage;
   begin = (begin + kHugePage - 1) / kHugePage * kHugePage;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+inline void advise_huge_pages(const Tensor& t, int64_t bytes) {
+  advise_huge_pages(t.const_data_ptr(), bytes);
 }
 
 // Scratch memory from torch's allocator.

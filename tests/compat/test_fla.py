@@ -287,3 +287,29 @@ def test_what_is_not_served_is_named(call: Any, name: str) -> None:
         call(qkv(1), torch.sigmoid(drawn(1, T, H, seed=4)))
     tuned = fla.chunk_simple_gla(*qkv(1), chunk_size=32)[0]
     assert torch.equal(tuned, fla.chunk_simple_gla(*qkv(1))[0])
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, CU])
+def test_window_of_no_keys(cu_seqlens: Tensor | None) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(1))
+    out = fla.parallel_attn(
+        q, k, v, window_size=0, cu_seqlens=cu_seqlens, sink_bias=torch.zeros(H)
+    )  # fmt: skip
+    out.sum().backward()
+    for x in (out, q.grad, k.grad, v.grad):
+        assert x is not None
+        assert not x.any()
+    with pytest.raises(ValueError, match="window_size is -1"):
+        fla.parallel_attn(q, k, v, window_size=-1)
+
+
+def test_former_name_of_state_v_first() -> None:
+    arguments = (*qkv(1), log_gate(1, T, H))
+    with pytest.warns(DeprecationWarning, match="state_v_first"):
+        _, state = fla.chunk_simple_gla(
+            *arguments, output_final_state=True, transpose_state_layout=True
+        )
+    _, want = fla.chunk_simple_gla(*arguments, output_final_state=True)
+    assert torch.equal(state, want.transpose(-1, -2))
+    with pytest.raises(ValueError, match="beside state_v_first"):
+        fla.chunk_simple_gla(*arguments, state_v_first=True, transpose_state_layout=True)

@@ -228,7 +228,13 @@ def test_whole_cache_by_default() -> None:
         ({"cache_seqlens": None}, "cache_seqlens"),
         ({"rotary_sin": None}, "rotary_cos and rotary_sin"),
         ({"k": None, "v": None}, "rotary_cos"),
-        ({"cache_leftpad": torch.zeros(1, dtype=torch.int32)}, "cache_leftpad"),
+        (
+            {
+                "block_table": torch.zeros(1, 1, dtype=torch.int32),
+                "cache_leftpad": torch.zeros(1, dtype=torch.int32),
+            },
+            "cache_leftpad",
+        ),
         (
             {
                 "block_table": torch.zeros(1, 1, dtype=torch.int32),
@@ -271,3 +277,42 @@ def test_padding_goes_and_comes_back() -> None:
     unused[1, 0] = 1
     assert unpad_input(x, mask, unused)[2].tolist() == [0, 2, 3, 7]
     assert unpad_input(x, mask, unused)[4].tolist() == [2, 0, 4]
+
+
+@pytest.mark.parametrize("new", [0, 1])
+def test_a_full_table_is_a_runtime_error(new: int) -> None:
+    q, cache, table = drawn(1, 1, 1, 8), drawn(2, 4, 1, 8), torch.zeros(1, 1, dtype=torch.int32)
+    keys = drawn(1, 1, 1, 8) if new else None
+    lengths = torch.tensor([5 - new], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="block_table with room for 4"):
+        flash_attn_with_kvcache(
+            q, cache, cache.clone(), keys, keys, cache_seqlens=lengths, block_table=table
+        )
+
+
+def test_leftpad_moves_no_rotated_position() -> None:
+    """Rotation is relative: keys behind padding are those of an empty cache."""
+    q, k, v = (drawn(1, 4, 2, 16, seed=n) for n in range(3))
+    angle = drawn(1, 8, seed=3) * torch.arange(9.0).unsqueeze(1)
+    outs = []
+    for padding in (0, 3):
+        cache = torch.full((2, 1, 9, 2, 16), NAN)
+        cache[:, :, :padding] = 5.0
+        pad = torch.tensor([padding], dtype=torch.int32)
+        outs.append(
+            flash_attn_with_kvcache(
+                q, *cache, k, v, angle.cos(), angle.sin(), cache_seqlens=pad, cache_leftpad=pad,
+                causal=True,
+            )
+        )  # fmt: skip
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+
+
+def test_pages_have_no_backward() -> None:
+    pages, cu = drawn(1, 4, 1, 16), torch.tensor([0, 3], dtype=torch.int32)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    q = drawn(3, 1, 16, seed=1, grad=True)
+    out = flash_attn_varlen_func(q, pages, pages, cu, cu, 3, 3, causal=True, block_table=table)
+    close(out, plain(q, *(pages[0, :3],) * 2, band(3, 3, True)))
+    with pytest.raises(RuntimeError, match="block_table"):
+        out.sum().backward()

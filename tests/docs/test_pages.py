@@ -10,7 +10,7 @@ import pytest
 from attnforge.testing import docs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md"])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "bench" / "README.md"])
 
 
 def test_generated_parts_are_up_to_date() -> None:

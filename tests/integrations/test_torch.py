@@ -115,13 +115,69 @@ def test_dropout_follows_the_seed() -> None:
         assert not torch.equal(results[0], F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
 
 
-def test_jagged_tensors() -> None:
-    parts = [[drawn(n, 4, 16, seed=10 * i + n) for n in (3, 1, 6)] for i in range(3)]
-    nested = [torch.nested.nested_tensor(p, layout=torch.jagged) for p in parts]
+def jagged(lengths: tuple[int, ...], heads: int, seed: int, holes: bool = False) -> Tensor:
+    """[B, S, H, 16] over a leaf of rows, its ``base``; with holes, of NaN between the sequences."""
+    sizes = torch.tensor(lengths)
+    offsets = 9 * torch.arange(len(lengths) + 1) if holes else F.pad(sizes.cumsum(0), (1, 0))
+    rows = torch.full((int(offsets[-1]), heads, 16), torch.nan)
+    for first, n in zip(offsets, lengths, strict=False):
+        rows[first : first + n] = drawn(n, heads, 16, seed=seed + n)
+    rows.requires_grad_()
+    x = torch.nested.nested_tensor_from_jagged(rows, offsets, sizes if holes else None)
+    x.base = rows
+    return x
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_jagged_tensors(holes: bool) -> None:
+    """Outputs and gradients of each sequence alone, in float64."""
+    lengths = ((3, 1, 6), (5, 1, 8), (5, 1, 8))
+    nested = [
+        jagged(n, heads, 10 * i, holes)
+        for i, (n, heads) in enumerate(zip(lengths, (4, 2, 2), strict=True))
+    ]
+    out, lse = af.nested_attention(*nested, causal=True, window_size=(3, 0), return_lse=True)
+    dout = torch.nested.nested_tensor_from_jagged(drawn(10, 4, 16, seed=9), out.offsets())
+    grads = torch.autograd.grad((out * dout).values().sum(), [x.base for x in nested])
+    for b, (got, stats, d) in enumerate(zip(*(x.unbind() for x in (out, lse, dout)), strict=True)):
+        parts = [x.unbind()[b][: n[b]].detach().double().requires_grad_() for x, n in
+                 zip(nested, lengths, strict=True)]  # fmt: skip
+        q, k, v = (x.transpose(0, 1) for x in parts)
+        k, v = (x.repeat_interleave(2, 0) for x in (k, v))
+        at = torch.arange(q.shape[1]).view(-1, 1) + k.shape[1] - q.shape[1]
+        key = torch.arange(k.shape[1])
+        scores = q @ k.mT / 4
+        scores = scores.masked_fill((key > at) | (key < at - 3), -torch.inf)
+        want = (torch.softmax(scores, -1) @ v).transpose(0, 1)
+        close(got, want)
+        close(stats.transpose(0, 1), torch.logsumexp(scores, -1))
+        want.backward(d.double())
+        for x, n, grad, part in zip(nested, lengths, grads, parts, strict=True):
+            first = int(x.offsets()[b])
+            close(grad[first : first + n[b]], part.grad)
+            if holes:
+                assert not grad[first + n[b] : first + 9].any()
+
+
+def test_jagged_tensors_by_sdpa() -> None:
+    nested = [jagged((3, 1, 6), 4, 10 * i, holes=True) for i in range(3)]
     with af.sdpa(strict=True):
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in nested), is_causal=True)
-    for got, *qkv in zip(out.transpose(1, 2).unbind(), *parts, strict=True):
-        close(got.transpose(0, 1), exact(*(x.transpose(0, 1) for x in qkv), is_causal=True))
+    for got, *qkv in zip(out.transpose(1, 2).unbind(), *(x.unbind() for x in nested), strict=True):
+        parts = (x[: got.shape[0]].transpose(0, 1) for x in qkv)
+        close(got.transpose(0, 1), exact(*parts, is_causal=True))
+
+
+def test_what_nested_attention_refuses() -> None:
+    x = jagged((3, 1), 2, 0)
+    with pytest.raises(ValueError, match=r"k is torch\.strided of 4 dims"):
+        af.nested_attention(x, drawn(2, 3, 2, 16), x)
+    with pytest.raises(ValueError, match=r"q is nested torch\.jagged"):
+        af.nested_attention(x.transpose(1, 2), x, x)
+    with pytest.raises(ValueError, match="k and v differ"):
+        af.nested_attention(x, x, jagged((1, 3), 2, 0))
+    with pytest.raises(TypeError, match="v is None"):
+        af.nested_attention(x, x, None)
 
 
 def test_what_is_not_served_runs_as_before() -> None:

@@ -10,7 +10,8 @@
 Nothing changes until one of these is called. `sdpa` sees Python calls on any device and serves
 what torch's function does; `register` (torch 2.13) works below autograd, so that C++ callers and
 `nn.MultiheadAttention` are served too, and takes the calls for which torch picks its flash kernel.
-`varlen_attn` and `flex_attention` have the signatures of `torch.nn.attention`.
+`varlen_attn` and `flex_attention` have the signatures of `torch.nn.attention`; `nested_attention`
+takes jagged nested tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnforge.integrations._nested import nested_attention
 from attnforge.integrations._torch_provider import register, top_left
 from attnforge.ops._checks import fail
 from attnforge.ops._features import drawn_seed
@@ -31,7 +33,14 @@ from attnforge.ops.flash import flash_attention, flash_attention_varlen
 from attnforge.ops.paged import paged_attention
 from attnforge.ops.selection import BlockSelection
 
-__all__ = ["flex_attention", "register", "scaled_dot_product_attention", "sdpa", "varlen_attn"]
+__all__ = [
+    "flex_attention",
+    "nested_attention",
+    "register",
+    "scaled_dot_product_attention",
+    "sdpa",
+    "varlen_attn",
+]
 
 _ORIGINAL: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -52,18 +61,18 @@ def _not_served(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | N
 
 
 def _jagged(query: Any, key: Any, value: Any, is_causal: bool, options: dict[str, Any]) -> Tensor:
-    """Attention of jagged [B, H, S, D], whose sequences differ in length."""
-    rows = [x.transpose(1, 2) for x in (query, key, value)]  # [B, S, H, D], ragged in S
-    cu_q, cu_k = (x.offsets().to(torch.int32) for x in rows[:2])
-    if is_causal and not torch.equal(cu_q, cu_k):
+    """Attention of jagged [B, H, S, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if is_causal and not torch.equal(_lengths(q), _lengths(k)):
         fail("scaled_dot_product_attention", "is_causal is True with nested queries and keys of "
              "different lengths; want equal lengths, as torch aligns to the top left")  # fmt: skip
-    out = flash_attention_varlen(
-        *(x.values() for x in rows), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, causal=is_causal,
-        **options,
-    )  # fmt: skip
-    nested = torch.nested.nested_tensor_from_jagged(out, rows[0].offsets())
-    return nested.transpose(1, 2)
+    out: Tensor = nested_attention(q, k, v, causal=is_causal, **options)
+    return out.transpose(1, 2)
+
+
+def _lengths(x: Any) -> Any:
+    lengths = x.lengths()
+    return x.offsets().diff() if lengths is None else lengths
 
 
 def _batched(x: Tensor, lead: torch.Size) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = [
     "Result",
     "backwards",
     "known",
+    "old_state_name",
     "run",
 ]
 
@@ -21,6 +24,29 @@ _TUNING = {
     *("chunk_size", "chunk_indices", "cu_seqlens_cpu", "checkpoint_level", "disable_recompute"),
 }
 Result = tuple[Tensor, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def old_state_name(function: Function) -> Function:
+    """``function`` that knows ``state_v_first`` by its former name, ``transpose_state_layout``."""
+
+    @wraps(function)
+    def renamed(*args: Any, **options: Any) -> Any:
+        if "transpose_state_layout" in options:
+            if "state_v_first" in options:
+                fail(
+                    function.__name__,
+                    "transpose_state_layout is given beside state_v_first; want one of the names",
+                )
+            warnings.warn(
+                "transpose_state_layout has been renamed to state_v_first",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            options["state_v_first"] = options.pop("transpose_state_layout")
+        return function(*args, **options)
+
+    return renamed  # type: ignore[return-value]
 
 
 def known(op: str, rest: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from attnforge.compat.fla._common import Result, known, run
+from attnforge.compat.fla._common import Result, known, old_state_name, run
 from attnforge.ops import delta as _delta
 from attnforge.ops._checks import fail
 
@@ -77,6 +77,7 @@ fused_chunk_delta_rule = chunk_delta_rule
 fused_recurrent_delta_rule = chunk_delta_rule
 
 
+@old_state_name
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -145,6 +146,7 @@ def fused_recurrent_gated_delta_rule(
 fused_recurrent_gdn = fused_recurrent_gated_delta_rule
 
 
+@old_state_name
 def chunk_kda(
     q: Tensor,
     k: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge.compat.fla._common import Result, backwards, known, run
+from attnforge.compat.fla._common import Result, backwards, known, old_state_name, run
 from attnforge.ops import linear as _linear
 from attnforge.ops._checks import fail
 from attnforge.ops.gsa import gsa
@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 
+@old_state_name
 def chunk_gla(
     q: Tensor,
     k: Tensor,
@@ -45,6 +46,7 @@ def chunk_gla(
 fused_chunk_gla = chunk_gla
 
 
+@old_state_name
 def fused_recurrent_gla(
     q: Tensor,
     k: Tensor,

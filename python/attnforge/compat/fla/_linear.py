@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnforge.compat.fla._common import Result, known, run
+from attnforge.compat.fla._common import Result, known, old_state_name, run
 from attnforge.ops import linear as _linear
 from attnforge.ops._checks import fail
 
@@ -76,6 +76,7 @@ def fused_recurrent_linear_attn(
     )
 
 
+@old_state_name
 def chunk_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -125,6 +126,7 @@ def fused_chunk_simple_gla(
     )
 
 
+@old_state_name
 def fused_recurrent_simple_gla(
     q: Tensor,
     k: Tensor,
@@ -162,6 +164,7 @@ def parallel_simple_gla(
     return chunk_simple_gla(q, k, v, g, scale=scale, cu_seqlens=cu_seqlens, **rest)
 
 
+@old_state_name
 def chunk_retention(
     q: Tensor,
     k: Tensor,
@@ -187,6 +190,7 @@ def chunk_retention(
 fused_chunk_retention = chunk_retention
 
 
+@old_state_name
 def fused_recurrent_retention(
     q: Tensor,
     k: Tensor,

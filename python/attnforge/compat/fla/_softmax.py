@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnforge.compat.fla._common import known
+from attnforge.ops._checks import fail
 from attnforge.ops.flash import flash_attention, flash_attention_varlen
 
 __all__ = [
@@ -32,12 +33,17 @@ def parallel_attn(
     """Causal softmax attention, ``attnforge.flash_attention``.
 
     g [B, T, HQ]: log forget gates (Forgetting Transformer). window_size: keys that a row sees, its
-    own among them. sink_bias [HQ]: a logit per head that takes part in the softmax.
+    own among them; with 0 it sees none. sink_bias [HQ]: a logit per head in the softmax.
     """
     known("parallel_attn", rest)
     options: dict[str, Any] = {"causal": True, "softmax_scale": scale, "sinks": sink_bias}
     if window_size is not None:
-        options["window_size"] = (window_size - 1, 0)
+        if window_size < 0:
+            fail("parallel_attn", f"window_size is {window_size}; want at least 0, or None")
+        options["window_size"] = (max(window_size - 1, 0), 0)
+        if window_size == 0:
+            sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            options["seqused_k"] = torch.zeros(sequences, dtype=torch.int32, device=q.device)
     if cu_seqlens is None:
         if g is not None:
             options["log_forget"] = g.float()

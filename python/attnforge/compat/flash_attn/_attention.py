@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import Function
 
 from attnforge.ops._checks import fail
 from attnforge.ops._features import drawn_seed
@@ -86,6 +87,20 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, **options: Any) -> Any:
     return flash_attn_func(q, k, v, *args, **options)
 
 
+class _NoGradient(Function):  # type: ignore[misc, unused-ignore]
+    """Its first argument, of which a gradient for the others is an error and not a zero."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *_: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        fail("flash_attn_varlen_func", "backward() came through a block_table; want packed k and v "
+             "where gradients are needed: attention over pages serves inference",
+             RuntimeError)  # fmt: skip
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -107,7 +122,7 @@ def flash_attn_varlen_func(
     """``attnforge.flash_attention_varlen`` of packed q [Tq, Hq, D], k, v [Tk, Hk, D].
 
     With block_table [B, max_pages], k and v are pages [P, page_size, Hk, D] and cu_seqlens_k gives
-    lengths alone: ``attnforge.paged_attention``, without gradient and dropout.
+    lengths alone: ``attnforge.paged_attention``, without dropout; its backward is an error.
     """
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if block_table is not None:
@@ -115,9 +130,12 @@ def flash_attn_varlen_func(
             fail("flash_attn_varlen_func", f"dropout_p is {dropout_p} beside a block_table; want "
                  "0: attention over pages serves inference")  # fmt: skip
         found = paged_attention(
-            q, k, v, block_table=block_table, cache_seqlens=cu_seqlens_k.diff(),
-            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q, **options,
+            *(x.detach() for x in (q, k, v)), block_table=block_table,
+            cache_seqlens=cu_seqlens_k.diff(), cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q, **options,
         )  # fmt: skip
+        out: Tensor = _NoGradient.apply(found[0], q, k, v)  # type: ignore[no-untyped-call, unused-ignore]
+        found = (out, found[1])
     else:
         found = flash_attention_varlen(
             q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

@@ -5,6 +5,8 @@ A contiguous cache is a paged one whose pages are its rows, so one path serves b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,8 +63,8 @@ def _refuse(
         fail(_OP, "rotary_cos is given without k; want new keys: those in the cache are rotated")
     if block_table is not None and cache_batch_idx is not None:
         fail(_OP, "cache_batch_idx is given beside a block_table; want one of them")
-    if cache_leftpad is not None and (block_table is not None or rotary[0] is not None):
-        fail(_OP, "cache_leftpad is given beside a block_table or rotary_cos; want neither")
+    if cache_leftpad is not None and block_table is not None:
+        fail(_OP, "cache_leftpad is given beside a block_table; want one of them")
 
 
 def flash_attn_with_kvcache(
@@ -94,9 +96,11 @@ def flash_attn_with_kvcache(
     cache_batch_idx: [B] int32, the row of the cache that each sequence uses.
     cache_leftpad: [B] int32; keys before it are not seen. Contiguous caches only.
     rotary_cos, rotary_sin: [positions, rotary_dim / 2], of the new keys and of q, whose rows stand
-        at cache_seqlens on, or with neither causal nor a window all at cache_seqlens.
+        at cache_seqlens on, or with neither causal nor a window all at cache_seqlens; padding
+        moves no position.
 
-    Returns out [B, Sq, Hq, D], with return_softmax_lse (out, lse [B, Hq, Sq]). No gradient.
+    Returns out [B, Sq, Hq, D], with return_softmax_lse (out, lse [B, Hq, Sq]). No gradient. Raises
+    RuntimeError where a block_table has no room for the keys, as flash-attn does.
     """
     tables = (rotary_cos, rotary_sin)
     _refuse(k, v, tables, cache_leftpad, block_table, cache_batch_idx, cache_seqlens)
@@ -108,7 +112,7 @@ def flash_attn_with_kvcache(
         rows = rows if cache_batch_idx is None else cache_batch_idx.to(torch.int32)
         block_table = rows.unsqueeze(1)
     rope = None
-    with torch.no_grad():
+    with torch.no_grad(), _room_errors():
         if rotary_cos is not None and rotary_sin is not None:
             rope = (rotary_cos.float().unsqueeze(0), rotary_sin.float().unsqueeze(0))
             ordered = causal or tuple(window_size) != (-1, -1)
@@ -140,6 +144,17 @@ def flash_attn_with_kvcache(
             batch = q.shape[0]
             found = flash_decode(q, k_cache[:batch], v_cache[:batch], cache_seqlens=used, **options)
     return found if return_softmax_lse else found[0]
+
+
+@contextmanager
+def _room_errors() -> Iterator[None]:
+    """flash-attn raises RuntimeError where a block_table has too little room."""
+    try:
+        yield
+    except ValueError as error:
+        if "room for" not in str(error):
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def _leftpad(q: Tensor, k_cache: Tensor, cache_leftpad: Tensor) -> dict[str, Tensor]:
