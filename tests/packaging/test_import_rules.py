@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "backends.*": {
         *("_native", "_native_cuda", "_params", "_settings", "reference", "registry"),
         *("triton_kernels", "_files", "jit"),
-        *("backends._block_lists", "backends._gpu", "backends._selftest"),  # shared by all
+        # Shared by all.
+        *("backends._block_lists", "backends._gpu", "backends._key_lists", "backends._selftest"),
     },
     "triton_kernels": set(),
     "__init__": {"_version", "backends", "jit", "ops", "paged_cache", "registry", "tuning"},
