@@ -171,13 +171,18 @@ class Ring(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         q, k, v, _, _ = ctx.saved_tensors
         share = ctx.share
         tops, (dq, *own) = _sums(ctx, (dout, dlse))
-        # Gradients of the keys at hand follow them one step behind and end at their owner.
+        hop = None
+        # Gradients of the keys at hand follow them one step behind and end at their owner. They
+        # travel while the next part is computed, to which they are added when both are there.
         for source, held in _rounds((k, v), share):
             grads = [torch.zeros_like(x) for x in own]
             _differentiate(ctx, tops, held, source, (dq, *grads))
+            if hop is not None:
+                own = hop.wait()
             for total, part in zip(own, grads, strict=True):
                 total += part
-            own = _send(own, share).wait() if share.world > 1 else own
+            hop = _send(own, share) if share.world > 1 else None
+        own = own if hop is None else hop.wait()
         return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype), None, None
 
 
