@@ -51,7 +51,8 @@ ALLOWED |= {
     "diagnose": PUBLIC | BUILD_FACTS,
     # tune_flash calls launchers; policies are measured alone and in a language model
     "testing": PUBLIC | BUILD_FACTS | {"_params", "integrations", "policies"},
-    "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "testing"},
+    # explain knows the policies by name
+    "cli": PUBLIC | BUILD_FACTS | {"diagnose", "integrations", "policies", "testing"},
     # learned gates and policies for a model; JAX calls the native library without torch
     "integrations": PUBLIC | {"nn", "policies", "_native"},
     "nn": PUBLIC,

@@ -106,7 +106,8 @@ _NOT_ASKED = {
     ),
     **dict.fromkeys(("indexed_fwd", "indexed_bwd", "key_scores", "page_scores"), _LISTED),
     **dict.fromkeys(
-        ("select_columns", "lsh_encode", "lsh_insert", "lsh_truncate", "lsh_retrieve"),
+        ("select_columns", "lsh_encode", "lsh_insert", "lsh_truncate", "lsh_retrieve", "lsh_attend",
+         "expand_runs", "nearest", "cluster_sums"),
         frozenset(_FEATURES.values()),
     ),
     # No scores, no mask: what its functions take, all of its kernels have.
