@@ -28,7 +28,9 @@ def request(op: str, meta: tuple[Any, ...]) -> Request:
     """The Request that an operator's metadata stands for."""
     device, dtype, head_dim, group, used, *v_head_dim = meta
     kind, arch = device_arch(device)
-    dims = (("head_dim", head_dim), ("group", group)) if head_dim else ()
+    dims: tuple[tuple[str, int], ...] = ()
+    if head_dim:
+        dims = (("head_dim", head_dim), ("group", group))
     dims += tuple(("v_head_dim", n) for n in v_head_dim)
     deterministic = torch.are_deterministic_algorithms_enabled()
     return Request(op, kind, arch, dtype, dims, frozenset(used), deterministic)
