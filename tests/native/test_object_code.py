@@ -34,8 +34,16 @@ STACK_BUDGET = {
     "scan_block<": 45,
     # Spills of kda's backward (sums over channel gates): known, small beside its loops.
     "HeadBackward<": 24,
+    # One vector of unpacked nibbles (avx2), one or two around fp8's software conversion (baseline).
+    "scores<": 4,
+    # 8 accumulators, bounds of two keys and what widens fp16: 6 on avx2, the rest on baseline.
+    "bound_pages<": 39,
 }
 
+RESULT = re.compile(r"\S+\s+[xyz]mm(\d+)\b")  # the register that an instruction writes
+CLEARED = re.compile(r"v?p?xor(?:ps|pd|d|q)?\s+([xyz]mm\d+)(?:,\1)+$")
+STORE = re.compile(r"v?mov\S+\s+[A-Z]+ PTR \[[^]]*\],[xyz]mm(\d+)$")
+ELEMENT = re.compile(r"v?(?:movss|movd|movq|movsd)\s")
 MULTIPLY = re.compile(r"vf(?:n?m(?:add|sub))\d+ps|v?mulps")
 VECTOR = re.compile(r"\b[xyz]mm\d+")
 JUMP = re.compile(r"j[a-z]+\s+([0-9a-f]+)\b")
@@ -97,6 +105,24 @@ def product_loops(function: Function) -> list[list[str]]:
     ]
 
 
+def settles(body: list[str]) -> list[bool]:
+    """For each instruction of a loop body, whether it stores a vector that the loop has computed.
+
+    Not so a register that the loop leaves alone or has just cleared, nor one element: so begins
+    and fills the array of a tail, which has fewer elements than a vector.
+    """
+    written = {m[1] for m in map(RESULT.match, body) if m}
+    constant = {n: n not in written for n in map(str, range(32))}
+    found = []
+    for text in body:
+        result, cleared = RESULT.match(text), CLEARED.match(text)
+        store = STORE.match(text)
+        found.append(store is None or not (ELEMENT.match(text) or constant[store[1]]))
+        if result:
+            constant[result[1]] = cleared is not None or result[1] not in written
+    return found
+
+
 def spills(function: Function, body: list[str]) -> list[str]:
     """Vector instructions of a loop body that touch a stack slot and should not.
 
@@ -106,11 +132,12 @@ def spills(function: Function, body: list[str]) -> list[str]:
     """
     framed = any(re.match(r"mov\s+rbp,rsp", text) for _, text in function.code)
     touching: dict[str, list[tuple[bool, str]]] = {}  # slot -> (writes it, instruction)
-    for text in body:
+    for text, settled in zip(body, settles(body), strict=True):
         slot = SLOT["rsp"].search(text) or (framed and SLOT["rbp"].search(text))
         if VECTOR.search(text) and slot:
             operands = text.split(None, 1)[1].split(",")
-            touching.setdefault(slot[0], []).append((slot[0] in operands[0], text))
+            writes = settled and slot[0] in operands[0]
+            touching.setdefault(slot[0], []).append((writes, text))
     strict = any(name in function.name for name in MICRO_KERNELS)
     return [
         text

@@ -136,7 +136,10 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file(cache: Path) -> None:
     for turn in range(8):
         process = writer(1000 * turn, 1, -1)
         wait_ready(process)
-        time.sleep(0.02 + 0.013 * turn)
+        while not any(e.problem.bucket["rows"] >= 1000 * turn for e in store.read(file)):
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(0.013 * turn)
         process.send_signal(signal.SIGKILL)
         process.wait()
         with warnings.catch_warnings():
@@ -144,7 +147,7 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file(cache: Path) -> None:
             found = {e.problem.bucket["rows"] for e in store.read(file)}
         assert known <= found  # nothing that was there is lost
         known = found
-    assert len(known) > 8
+    assert len(known) >= 8
     store.merge(OP, DEVICE, [entry()])  # and the lock of the dead is free
 
 

@@ -128,7 +128,7 @@ template <int R, class Keys>
 [[gnu::noinline]] static void weigh(const float* p, const Keys& keys, int64_t n, int64_t dim,
                                     RowsAhead<typename Keys::Element> ahead, float* o,
                                     int64_t ldo) {
-  constexpr int kColumns = kLanes == 16 || R <= 2 ? 4 : 2;  // vectors
+  constexpr int kColumns = kLanes == 16 || (kLanes == 8 && R <= 2) ? 4 : 2;  // vectors
   // Rows per step of columns; small numbers are divided faster.
   const uint32_t share =
       static_cast<uint32_t>(ahead.left * kColumns * kLanes + dim - 1) / static_cast<uint32_t>(dim);
