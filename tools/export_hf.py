@@ -24,7 +24,7 @@ NAME = "attnforge"
 KEPT = (
     *("__init__.py", "_files.py", "_ops.py", "_params.py", "_settings.py", "_version.py", "jit.py"),
     *("ops", "reference", "registry", "tuning", "paged_cache"),
-    *("backends/__init__.py", "backends/_gpu.py", "backends/_block_lists.py"),
+    *("backends/__init__.py", "backends/_gpu.py", "backends/_*_lists.py"),
     *("backends/_selftest*.py", "backends/reference", "backends/triton"),
 )
 OURS, THEIRS = "_library", "_ops"  # `_ops` is the name of the module that the builder generates
