@@ -68,9 +68,12 @@ class Counter:
 
             return run
 
-        dist.batch_isend_irecv = counted_points
-        dist.all_gather_into_tensor = counted_gather
-        dist.all_to_all_single = counted_scatter
+        for name, counted in (
+            ("batch_isend_irecv", counted_points),
+            ("all_gather_into_tensor", counted_gather),
+            ("all_to_all_single", counted_scatter),
+        ):
+            setattr(dist, name, counted)
         _ring._send, _ring._Hop.wait = watched_send, watched_wait  # type: ignore[assignment]
         _ring._attend, _ring._differentiate = map(counting, (_ring._attend, _ring._differentiate))
 

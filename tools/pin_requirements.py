@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib.metadata import distribution
 from pathlib import Path
 
-import tomllib
+import tomllib  # type: ignore[import-not-found]  # 3.11
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name

@@ -70,6 +70,7 @@ def stages() -> list[Stage]:
                 ("ruff", "check", *code),
                 ("ruff", "format", "--check", *code),
                 ("mypy",),
+                ("mypy", "tools", "bench"),
                 ("clang-format", "--dry-run", "-Werror", *native_sources()),
             ),
         ),

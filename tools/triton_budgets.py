@@ -217,10 +217,10 @@ def launch_cope(dout: torch.Tensor, tape: Any, p: Any) -> None:
     """Every kernel of the cope family, with a table for all heads."""
     from attnforge.backends.triton import cope
 
-    emb = torch.zeros(1, dout.shape[-1], 64)
-    cope.fwd(*tape[:3], emb, p, tape.out, tape.lse, tape.out_lo)
-    grads = (*map(torch.zeros_like, tape[:3]), torch.zeros_like(emb))
-    cope.bwd(dout, tape.lse, tape, emb, p, grads)
+    emb, (q, k, v) = torch.zeros(1, dout.shape[-1], 64), tape[:3]
+    cope.fwd(q, k, v, emb, p, tape.out, tape.lse, tape.out_lo)
+    dq, dk, dv, demb = map(torch.zeros_like, (q, k, v, emb))
+    cope.bwd(dout, tape.lse, tape, emb, p, (dq, dk, dv, demb))
 
 
 def _problem(variant: Variant) -> tuple[Any, ...]:
@@ -294,7 +294,7 @@ def launch(variant: Variant) -> None:
         return
     learned = [getattr(p.score_mods, name) for name in GRAD_MODS]
     rest = [q.new_empty(0) if x is None else torch.zeros_like(x) for x in learned]
-    grads = FlashGrads(*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]), *rest)
+    grads = FlashGrads._make([*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]), *rest])
     flash.fwd(q, k, v, p, out, lse, low)
     if variant.dtype.itemsize > 1:
         flash.bwd(torch.zeros_like(out), lse, FlashTape(q, k, v, out, lse, low), p, grads)
@@ -345,8 +345,9 @@ def block_sparse(head_dim: int, q_block: int, kv_block: int) -> None:
     ids = torch.zeros(2, k.shape[2], -(-q.shape[1] // q_block), 5, dtype=torch.int32)
     lists = BlockLists(ids, None, q_block, kv_block)
     launchers.fwd(q, k, v, p, lists, out, lse, low)
-    grads = (*map(torch.zeros_like, (q, k, v)), torch.zeros(q.shape[2]))
-    launchers.bwd(out, lse, FlashTape(q, k, v, out, lse, low), p, lists, grads)
+    dq, dk, dv = map(torch.zeros_like, (q, k, v))
+    tape = FlashTape(q, k, v, out, lse, low)
+    launchers.bwd(out, lse, tape, p, lists, (dq, dk, dv, torch.zeros(q.shape[2])))
 
 
 def indexed(head_dim: int, rows: int, per_query_head: bool) -> None:
@@ -360,7 +361,8 @@ def indexed(head_dim: int, rows: int, per_query_head: bool) -> None:
     p = IndexedParams(ids, ids[..., 0], bias, None, used, 0.1)
     lse, low = torch.zeros(2, 8, rows), q.clone()
     pages = p._replace(block_table=torch.zeros(2, 6, dtype=torch.int32))
-    launchers.indexed_fwd(q, *[k.view(12, 16, 2, head_dim)] * 2, pages, q, lse, q.new_empty(0))
+    paged = k.view(12, 16, 2, head_dim)
+    launchers.indexed_fwd(q, paged, paged, pages, q, lse, q.new_empty(0))
     launchers.indexed_fwd(q, k, k, p, q, lse, low)
     tape, grads = FlashTape(q, k, k, q, lse, low), IndexedGrads(q, k, k.clone(), bias)
     launchers.indexed_bwd(q, None, tape, p, grads)
@@ -375,7 +377,7 @@ def choices(head_dim: int) -> None:
     used, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8, 1, 96)
     counts = torch.zeros(2, 2, 96, dtype=torch.int32)
     launchers.key_scores(q, k, None, None, counts, 0.1, out)
-    launchers.page_scores(q, k, k, None, used, 0.1, out)
+    launchers.page_scores(q, k, k, None, used, 0.1, False, out)
     ids, lens = torch.zeros(16, 10, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
     for kind in ("topk", "threshold", "topp"):
         p = SelectParams(kind, 10, out[0, 0, 0, :1], 0.9, 1, 2)
@@ -482,7 +484,7 @@ def main() -> None:
     options = parser.parse_args()
     import triton
 
-    rows = {}
+    rows: dict[str, Any] = {}
     for arch in ARCHS:
         for variant in (variant for variant in VARIANTS if arch in variant.archs):
             mine = row_name(arch, variant, "")

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from attnforge import backends as _backends
-from attnforge import jit
 from attnforge import registry as _registry
 from attnforge import tuning as _tuning
 from attnforge._version import __version__
+from attnforge.ops import _nsa_ops as _nsa_ops  # its operators; what calls them waits
 from attnforge.ops import reductions, retrieval
 from attnforge.ops.block_sparse import block_sparse_attention
-from attnforge.ops.block_sparse_decode import block_sparse_decode
-from attnforge.ops.compressed import compressed_attention
 from attnforge.ops.cope import cope_attention
 from attnforge.ops.delta import delta_rule, delta_step, gated_delta_rule, kda
 from attnforge.ops.flash import (
@@ -28,9 +26,7 @@ from attnforge.ops.flash import (
     flash_decode,
     merge_states,
 )
-from attnforge.ops.gsa import gsa
 from attnforge.ops.indexed import indexed_attention
-from attnforge.ops.inverse import invert_selection
 from attnforge.ops.linear import (
     gla,
     lightning_attention,
@@ -39,16 +35,9 @@ from attnforge.ops.linear import (
     retention,
     simple_gla,
 )
-from attnforge.ops.linear_models import additive_gla, mamba2_ssd
-from attnforge.ops.moba import moba_attention, moba_select
-from attnforge.ops.msa import msa_select
-from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
 from attnforge.ops.paged import cascade_attention, paged_append, paged_attention
-from attnforge.ops.pooling import pool_blocks
 from attnforge.ops.scan import hgrn
-from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
 from attnforge.ops.selection import BlockSelection
-from attnforge.ops.tables import rope_tables, t5_rel_bias
 from attnforge.registry import (
     Config,
     KernelSpec,
@@ -62,9 +51,21 @@ from attnforge.registry import (
 from attnforge.tuning import trace_shapes
 
 if _TYPE_CHECKING:
+    from attnforge import jit
     from attnforge.ops import patterns
+    from attnforge.ops.block_sparse_decode import block_sparse_decode
     from attnforge.ops.centroid import CentroidIndex, centroid_attention
+    from attnforge.ops.compressed import compressed_attention
+    from attnforge.ops.gsa import gsa
+    from attnforge.ops.inverse import invert_selection
+    from attnforge.ops.linear_models import additive_gla, mamba2_ssd
     from attnforge.ops.lsh import LSHIndex, lsh_attention
+    from attnforge.ops.moba import moba_attention, moba_select
+    from attnforge.ops.msa import msa_select
+    from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
+    from attnforge.ops.pooling import pool_blocks
+    from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
+    from attnforge.ops.tables import rope_tables, t5_rel_bias
     from attnforge.ops.yoso import yoso_attention
     from attnforge.paged_cache import PagedKVCache
     from attnforge.tuning.runner import tune
@@ -77,10 +78,30 @@ _LATER = {
     "CentroidIndex": ".ops.centroid",
     "LSHIndex": ".ops.lsh",
     "PagedKVCache": ".paged_cache",
+    "additive_gla": ".ops.linear_models",
+    "block_sparse_decode": ".ops.block_sparse_decode",
     "centroid_attention": ".ops.centroid",
+    "compressed_attention": ".ops.compressed",
+    "gated_combine": ".ops.nsa",
+    "gsa": ".ops.gsa",
+    "invert_selection": ".ops.inverse",
+    "jit": ".jit",
     "lsh_attention": ".ops.lsh",
+    "mamba2_ssd": ".ops.linear_models",
+    "moba_attention": ".ops.moba",
+    "moba_select": ".ops.moba",
+    "msa_select": ".ops.msa",
+    "nsa_attention": ".ops.nsa",
+    "nsa_select": ".ops.nsa",
     "paged_cache": ".paged_cache",
     "patterns": ".ops.patterns",
+    "pool_blocks": ".ops.pooling",
+    "rope_tables": ".ops.tables",
+    "seer_attention": ".ops.seer",
+    "seer_loss": ".ops.seer",
+    "seer_select": ".ops.seer",
+    "seer_targets": ".ops.seer",
+    "t5_rel_bias": ".ops.tables",
     "tune": ".tuning.runner",
     "yoso_attention": ".ops.yoso",
 }
@@ -92,7 +113,7 @@ def __getattr__(name: str) -> _Any:
     import importlib
 
     module = importlib.import_module(_LATER[name], __name__)
-    found = module if module.__name__.endswith(f".{name}") else getattr(module, name)
+    found = vars(module).get(name, module)
     globals()[name] = found
     return found
 

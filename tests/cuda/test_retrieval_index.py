@@ -105,6 +105,8 @@ def test_page_scores_through_a_table() -> None:
     table = order.view(2, 5).int()
     got = retrieval.score_pages(q, *stored, block_table=table, backend="emulated")
     assert same_bits(got, retrieval.score_pages(q, low, high, backend="emulated"))
+    tops = retrieval.score_pages(q, *stored, block_table=table, grouped=True, backend="emulated")
+    assert same_bits(tops, got.unflatten(1, (2, 2)).amax(2))
     table[1, 2] = 1 << 20
     for a, b in zip(*both(retrieval.score_pages, q, *stored, block_table=table), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

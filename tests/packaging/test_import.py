@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET_MS = 150.0  # over torch
-BUDGET_PART = 0.2  # of torch's own import, where a slow machine makes that more
+BUDGET_PART = 0.15  # of torch's own import, where a slow machine makes that more
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -21,11 +21,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_time() -> None:
-    # Without collections: whether a full one, of all of torch's objects, falls into our import or
-    # behind it is chance.
     code = (
-        "import gc, time; gc.disable(); "
-        "t = time.perf_counter(); import torch; u = time.perf_counter(); "
+        "import time; t = time.perf_counter(); import torch; u = time.perf_counter(); "
         "import attnforge; print(1e3 * (u - t), 1e3 * (time.perf_counter() - u))"
     )
     # The least of some runs: the machine may be busy, the import is the same every time.
@@ -52,3 +49,14 @@ def test_import_is_silent_and_lazy() -> None:
     )
     done = python(code)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_what_waits_is_there() -> None:
+    """Names that are imported at their first use are what they say, and so are modules."""
+    code = (
+        "import attnforge\n"
+        "from types import ModuleType\n"
+        "found = {name: getattr(attnforge, name) for name in attnforge.__all__}\n"
+        "print(*sorted(name for name, x in found.items() if isinstance(x, ModuleType)))\n"
+    )
+    assert python(code).stdout.split() == ["jit", "patterns", "reductions", "retrieval"]

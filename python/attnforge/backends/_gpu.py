@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["contiguous", "decode_splits", "entry_splits", "on", "rows", "stream"]
+__all__ = ["contiguous", "decode_splits", "entry_splits", "on", "rows", "stream", "top_of_groups"]
 
 SPLIT = 2048  # keys of a decode's split unless the caller wants another number of them
 _TILE = 64  # keys: splits have at least so many
@@ -41,6 +41,12 @@ def rows(x: Tensor) -> Tensor:
 def contiguous(x: Tensor | None) -> Tensor | None:
     """``x`` in one piece; None stays."""
     return None if x is None else x.contiguous()
+
+
+def top_of_groups(each: Tensor, out: Tensor) -> None:
+    """out [B, Hkv, rows, columns]: the largest of each group of heads of each [B, Hq, ...]."""
+    batch, heads, rows, columns = out.shape
+    torch.amax(each.view(batch, heads, -1, rows, columns), 2, out=out)
 
 
 def decode_splits(keys: int, num_splits: int) -> int:

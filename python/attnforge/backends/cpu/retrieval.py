@@ -37,17 +37,10 @@ def indexed_fwd(
         lists = [None if x is None else x[..., :most] for x in lists]
     ids, log_bias = lists
     _native_op("indexed_fwd")(
-        *(
-            _unit(q),
-            k,
-            v,
-            ids,
-            _plain(p.lens),
-            log_bias,
-            *map(_plain, (p.block_table, p.cache_seqlens)),
-        ),
-        *(p.softmax_scale, out, lse, _low(out_lo)),
-    )
+        _unit(q), k, v, ids, _plain(p.lens), log_bias,
+        *map(_plain, (p.block_table, p.cache_seqlens)),
+        p.softmax_scale, out, lse, _low(out_lo),
+    )  # fmt: skip
 
 
 def indexed_bwd(

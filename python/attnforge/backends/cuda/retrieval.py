@@ -96,11 +96,9 @@ def page_scores(
 ) -> None:  # fmt: skip
     """Launcher of ``page_scores``; the largest of a group is a second launch."""
     if grouped:
-        batch, rows, heads_q, _ = q.shape
-        heads, columns = low.shape[-2], out.shape[3]
-        each = out.new_empty((batch, heads_q, rows, columns))
+        each = out.new_empty((out.shape[0], q.shape[2], *out.shape[2:]))
         page_scores(q, low, high, block_table, used, scale, False, each)
-        torch.amax(each.view(batch, heads, heads_q // heads, rows, columns), 2, out=out)
+        _gpu.top_of_groups(each, out)
         return
     with _gpu.on(q.device):
         flash._operator("page_scores")(

@@ -223,7 +223,7 @@ def page_scores(
     if grouped:
         each = out.new_empty((batch, heads_q, rows, columns))
         page_scores(q, low, high, block_table, used, scale, False, each)
-        torch.amax(each.view(batch, heads, heads_q // heads, rows, columns), 2, out=out)
+        _gpu.top_of_groups(each, out)
         return
     width = padded(dim) if dim <= 512 else 1024
     block = 4096 // width  # the two bounds of a page: 64 registers of a thread
