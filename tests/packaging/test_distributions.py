@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnforge.backends.jit import _headers
 
@@ -34,6 +35,29 @@ q = torch.randn(1, 3, 2, 16)
 out = attnforge.flash_attention(q, q, q, causal=True{extra})
 assert out.shape == q.shape and out.isfinite().all()
 print(attnforge.__file__)
+"""
+
+# Forward and backward in three dtypes against float64, a recurrence, pages, and a compiled call.
+UNDER = """
+import torch, attnforge
+torch.manual_seed(0)
+for dtype, digits in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+    grads = []
+    for kind, name in ((dtype, "cpu"), (torch.float64, "reference")):
+        torch.manual_seed(1)
+        x = [torch.randn(2, 37, 4, 32).to(dtype).to(kind).requires_grad_() for _ in range(3)]
+        out = attnforge.flash_attention(*x, causal=True, backend=name)
+        out.sum().backward()
+        grads.append([out.detach(), *(t.grad for t in x)])
+    for got, want in zip(*grads):
+        assert got.dtype == dtype
+        assert (got.double() - want).abs().max() <= digits * want.abs().max(), dtype
+q, k, v = torch.randn(3, 1, 70, 2, 16).unbind(0)
+got, want = (attnforge.linear_attention(q, k, v, backend=name) for name in ("cpu", "reference"))
+torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+attend = lambda a: attnforge.flash_attention(a, k, v)
+assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(q), attend(q))
+print(torch.__version__, attnforge.__version__)
 """
 
 
@@ -133,8 +157,8 @@ def native(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("native")
-    # One level, no CUDA: the others take minutes and show nothing that the tests of kernels do not.
-    only = "-DATTNFORGE_CUDA=off -DATTNFORGE_ISA_LEVELS=baseline"
+    # One level, in haste, no CUDA: the rest takes minutes and shows what the tests of kernels show.
+    only = "-DATTNFORGE_CUDA=off -DATTNFORGE_ISA_LEVELS=baseline -DATTNFORGE_OPTIMIZE=-O0"
     wheel, log = build_wheel(unpacked, out / "dist", CMAKE_ARGS=only)
     return install(wheel, out / "venv", log)
 
@@ -227,6 +251,31 @@ def test_wheel_works_in_a_clean_environment(native: Installed) -> None:
         assert "cpu" in json.dumps(listed)
     host = "from attnforge import _host; print(_host.build_info())"
     assert "'isa_levels': ['baseline']" in run(native.python, "-c", host, cwd=native.root)
+
+
+def test_wheel_works_under_another_torch(native: Installed, tmp_path: Path) -> None:
+    """The file that was built beside one torch, under the one that ATTNFORGE_OTHER_TORCH names."""
+    version = os.environ.get("ATTNFORGE_OTHER_TORCH", "")
+    if not version or version == torch.__version__.split("+")[0]:
+        pytest.skip("ATTNFORGE_OTHER_TORCH names no other release of torch")
+    if shutil.disk_usage(tmp_path).free < 12 << 30:
+        pytest.skip("no room for another torch, 6 GB with its CUDA libraries")
+    root = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", root, cwd=tmp_path)
+    pip = (sys.executable, "-m", "pip", "--python", root / "bin/python", "install", "-q")
+    done = subprocess.run(
+        [*map(str, pip), "--no-compile", f"torch=={version}", "numpy"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if done.returncode:
+        pytest.skip(f"torch {version} could not be had: {done.stderr.strip()[-500:]}")
+    run(*pip, "--no-deps", "--no-index", native.wheel, cwd=tmp_path)
+    shown = run(root / "bin/python", "-c", UNDER, cwd=tmp_path)
+    assert shown.split()[0].split("+")[0] == version, shown
+    shutil.rmtree(root)
 
 
 def test_without_a_compiler_the_python_part_installs(pure: Installed) -> None:
