@@ -22,7 +22,7 @@ namespace {
 struct HeadScratch {
   uint8_t* counts;  // of a segment
   int32_t* ids;     // [keys]
-  float* s;         // like ids, a vector more: logits, then weights, base 2
+  float* s;         // like ids, to a whole kNR: logits, then weights, base 2
   float* o;
 };
 
@@ -31,7 +31,7 @@ AF_INLINE HeadScratch take_scratch(Arena& a, const LshAttendParams& params) {
   HeadScratch w;
   w.counts = a.take<uint8_t>(params.find.tables.segment);
   w.ids = a.take<int32_t>(p.seqlen_k);
-  w.s = a.take<float>(p.seqlen_k + kLanes);
+  w.s = a.take<float>(p.seqlen_k + kNR);
   w.o = a.take<float>(round_up(p.v_head_dim, kLanes));
   return w;
 }
@@ -40,22 +40,6 @@ AF_INLINE int64_t scratch_bytes(const LshAttendParams& params) {
   Arena a{nullptr};
   take_scratch(a, params);
   return a.used;
-}
-
-// s becomes 2^(s - m); returns their sum.
-AF_INLINE float softmax_list(float* s, int64_t n, float& m) {
-  fill(s, n, round_up(n, kLanes), -kInf);
-  VecF top = splat(-kInf);
-  for (int64_t i = 0; i < n; i += kLanes) top = vmax(top, load(s + i));  // a NaN may go on
-  m = reduce_max(top);
-  const VecF base = splat(m == -kInf ? 0.0f : m);
-  VecF sum{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const VecF weight = exp2(load(s + i) - base);
-    store(s + i, weight);
-    sum += weight;
-  }
-  return reduce_add(sum);
 }
 
 // o += a x + b y, in the pair order of T.
@@ -116,8 +100,9 @@ AF_INLINE void attend_head(const LshAttendParams& params, int64_t batch, int64_t
   };
   for_products<T>(find, batch, kv_head, query, w.ids, exact, exactly);
   for_products<T>(find, batch, kv_head, query, w.ids + exact, n - exact, weighed);
-  float m;
-  const float l = softmax_list(w.s, n, m);
+  fill(w.s, n, round_up(n, kNR), -kInf);
+  float m = -kInf, l = 0.0f;
+  softmax_row(w.s, round_up(n, kNR), m, l);
   weigh_values<T>(params, batch, kv_head, w, n);
   const DenseStore<T> plain{params.flash.k, params.flash.v};
   finish_row(params.flash, plain, sequence(p, batch), head, 0, m, l, 0.0f, w.o);
