@@ -46,6 +46,17 @@ def test_every_function_is_compiled(header: Path) -> None:
     assert {name for name in functions if not re.search(rf"ptx::{name}\b", used)} == set()
 
 
+def test_launchers_allocate_nothing_and_wait_for_nothing() -> None:
+    """All that is asked of the CUDA runtime; each of it may stand in a captured graph."""
+    sources = [*(ROOT / "csrc" / "cuda").rglob("*"), *(ROOT / "csrc" / "bindings").glob("*cuda*")]
+    text = "".join(p.read_text() for p in sources if p.suffix in {".h", ".cu", ".cpp"})
+    assert set(re.findall(r"\b(cu(?:da)?[A-Z]\w*)\(", text)) == {
+        *("cudaDeviceGetAttribute", "cudaDriverGetVersion", "cudaFuncSetAttribute"),
+        *("cudaGetDevice", "cudaGetDriverEntryPointByVersion", "cudaGetErrorString"),
+        *("cudaGetLastError", "cudaRuntimeGetVersion"),
+    }
+
+
 def test_assembly_stands_in_one_place() -> None:
     """Inline PTX is in `csrc/cuda/ptx/` and nowhere else below `csrc/cuda/`."""
     cuda = ROOT / "csrc" / "cuda"

@@ -8,6 +8,7 @@
 // the tensor's bounds, so they are zeros.
 #pragma once
 
+#include "cuda/ptx/memory.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
 #include "cuda/tile/element.h"
@@ -23,6 +24,7 @@ struct PanelTile {
   static constexpr int kPerChunk = 16 / kSize, kPeriod = 8;
   static constexpr int kSteps = kDim * kSize / 32;   // products along a row
   static constexpr int kChunks = kPanels * kPeriod;  // of a row
+  static constexpr int kRowBytes = kPanels * 128;
   static constexpr int kPanelBytes = kRows * 128, kBytes = kPanels * kPanelBytes;
   static_assert(kSize <= 2 && kDim * kSize % 32 == 0 && kRows % 8 == 0);
 
@@ -57,12 +59,23 @@ struct PanelTile {
   }
 };
 
+// Zeros in the rows of a tile from `first` on, by threads `rank` of `threads`; then
+// ptx::fence_proxy_async and a barrier.
+template <class Tile>
+AF_DEVICE void clear_rows(const Tile& tile, int first, int rank, int threads AF_SITE) {
+  for (int n = first * Tile::kChunks + rank; n < Tile::kRows * Tile::kChunks; n += threads) {
+    ptx::store_shared(tile.chunk(n / Tile::kChunks, n % Tile::kChunks), ptx::U32x4 {} AF_PASS_SITE);
+  }
+}
+
 // Starts the copy of a tile by one thread: a box of one panel's columns each, at (y, z, w) of the
-// tensor's outer dimensions. kBytes land on the barrier.
+// tensor's outer dimensions. 128 bytes of each of the box's rows and panels land on the barrier,
+// kBytes if it has kRows.
 template <class Tile>
 AF_DEVICE void load_panels(const Tile& tile, const TensorMap& map, uint32_t barrier, int y, int z,
                            int w AF_SITE) {
-#pragma unroll
+  // Long rows in a loop: addresses of nine boxes at once would spill from a producer's registers.
+#pragma unroll(Tile::kPanels <= 4 ? Tile::kPanels : 1)
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     ptx::tma_load_4d(tile.base + static_cast<uint32_t>(panel * Tile::kPanelBytes), &map, barrier,
                      Tile::kPanelColumns * panel, y, z, w AF_PASS_SITE);

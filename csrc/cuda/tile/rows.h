@@ -13,7 +13,7 @@ namespace attnforge::cuda {
 
 struct RowTile {
   int first;  // row of the tile's first one among the sequence's q_len * pack
-  int rows;   // all of them, q_len * pack
+  int rows;   // where they end there: q_len * pack, or earlier where the tile does
   int pack, first_head;
 
   AF_DEVICE int query(int r) const { return (first + r) / pack; }

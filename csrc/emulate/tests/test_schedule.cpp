@@ -1,4 +1,5 @@
 // The order of work of persistent blocks (csrc/cuda/flash/sm90/schedule.h).
+#include "cuda/flash/sm90/maps.h"
 #include "cuda/flash/sm90/schedule.h"
 #include "cuda/launch.h"
 #include "testing.h"
@@ -12,10 +13,11 @@ constexpr int kBlock = 128;
 __global__ void visit(const __grid_constant__ FlashProblem p,
                       const __grid_constant__ Sm90Schedule schedule, uint32_t* ticket,
                       uint32_t* order, uint32_t* visits) {
-  schedule.each(p, kBlock, kBlock, [&](const RowWork& w) {
+  schedule.each(p, kBlock, [&](const RowWork& w) {
     if (threadIdx.x != 0) return;
     const int pair = w.seq.batch * schedule.grid.heads + w.rows.first_head / schedule.grid.pack;
-    const auto id = static_cast<uint32_t>(pair * schedule.grid.tiles + w.rows.first / kBlock);
+    const auto id =
+        static_cast<uint32_t>(pair * schedule.grid.tiles + w.rows.first / schedule.rows);
     order[ptx::fetch_add_global(ticket, 1)] = id;
     ptx::fetch_add_global(visits + id, 1);
   });
@@ -92,6 +94,42 @@ EMULATOR_TEST(schedule_leaves_out_what_sequences_have_not) {
     const uint32_t batch = id / 8, tile = id % 4;
     REQUIRE(visits[id] == (batch == 0 || (batch == 2 && tile < 2)));
   }
+}
+
+// Counts the rows that a tile has, by head and query.
+__global__ void count_rows(const __grid_constant__ FlashProblem p,
+                           const __grid_constant__ Sm90Schedule schedule, uint32_t* rows) {
+  schedule.each(p, kBlock, [&](const RowWork& w) {
+    for (int r = static_cast<int>(threadIdx.x); r < kBlock; r += 32) {
+      if (!w.rows.exists(r)) continue;
+      ptx::fetch_add_global(rows + w.rows.head(r) * p.seqlen_q + w.rows.query(r), 1);
+    }
+  });
+}
+
+EMULATOR_TEST(heads_that_do_not_divide_a_tile_share_it) {
+  for (const int group : {3, 7, 16, 96}) {
+    FlashFwdParams params;
+    FlashProblem& p = params.problem = problem(1, 50, 2 * group);
+    p.heads_k = 2;
+    params.q.head_stride = 64;
+    const Sm90Box box = q_box(params, kBlock);
+    REQUIRE(box.heads == group && box.rows == kBlock / group);
+    const auto schedule = Sm90Schedule::of(p, kBlock, box.heads);
+    REQUIRE(schedule.rows == box.heads * box.rows);
+    REQUIRE(schedule.work == 2 * ceil_div(50, box.rows));
+    std::vector<uint32_t> rows(100 * group);
+    ATTNFORGE_LAUNCH(count_rows, dim3(5), dim3(32), 0, nullptr, p, schedule, rows.data());
+    for (const uint32_t n : rows) REQUIRE(n == 1);
+  }
+  FlashFwdParams params;
+  params.q.head_stride = 64;
+  params.problem = problem(1, 65, 7);  // rows of one head fill more than half of a tile
+  params.problem.heads_k = 1;
+  REQUIRE(q_box(params, kBlock).heads == 1);
+  params.problem = problem(1, 5, 200);  // more heads than rows
+  params.problem.heads_k = 1;
+  REQUIRE(q_box(params, kBlock).heads == 1);
 }
 
 }  // namespace

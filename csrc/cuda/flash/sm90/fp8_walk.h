@@ -87,6 +87,10 @@ struct Sm90Fp8Walk {
       v_stages().init(Team::kWarps, kTransposers);
       ptx::fence_mbarrier_init();
     }
+    if (schedule.rows < kBlockM) {  // what no box fills has to be numbers
+      clear_rows(q_tile(), schedule.rows, static_cast<int>(threadIdx.x), Team::kBlockThreads);
+      ptx::fence_proxy_async();
+    }
     ptx::sync_threads();
   }
 
@@ -155,10 +159,10 @@ struct Sm90Fp8Walk {
   }
   template <class F>
   AF_DEVICE void each(const F& f) const {
-    schedule.each(params.problem, kBlockM, kBlockN, f);
+    schedule.each(params.problem, kBlockN, f);
   }
   AF_DEVICE void load_rows(const RowWork& work, int piece) const {
-    q_stage().acquire(piece, QTile::kBytes);
+    q_stage().acquire(piece, static_cast<uint32_t>(schedule.rows * QTile::kRowBytes));
     load_panels(q_tile(), maps.q, q_stage().full(piece),
                 params.q.head_stride == 0 ? 0 : work.rows.first_head,
                 static_cast<int>(work.seq.q_row) + work.rows.first_query(),

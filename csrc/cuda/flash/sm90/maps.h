@@ -19,12 +19,12 @@ struct Sm90Box {
   int heads, rows;
 };
 
-// Of tiles of Q. Rows of short sequences share them with the other heads of their group, if boxes
-// can.
+// Of tiles of Q. Rows of short sequences share them with the other heads of their group, whole
+// queries of which a box holds (Sm90Schedule::rows).
 inline Sm90Box q_box(const FlashFwdParams& params, int block_m) {
   const FlashProblem& p = params.problem;
   const int group = static_cast<int>(p.heads_q / p.heads_k);
-  const bool pack = p.seqlen_q <= block_m / 2 && block_m % group == 0 && params.q.head_stride != 0;
+  const bool pack = p.seqlen_q <= block_m / 2 && group <= block_m && params.q.head_stride != 0;
   return pack ? Sm90Box{group, block_m / group} : Sm90Box{1, block_m};
 }
 

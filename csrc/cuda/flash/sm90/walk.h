@@ -77,13 +77,17 @@ struct Sm90Walk {
       v_stages().init(Team::kWarps);
       ptx::fence_mbarrier_init();
     }
+    if (schedule.rows < kBlockM) {  // what no box fills has to be numbers
+      clear_rows(q_tile(), schedule.rows, static_cast<int>(threadIdx.x), Team::kBlockThreads);
+      ptx::fence_proxy_async();
+    }
     ptx::sync_threads();
   }
 
   // The producer: tiles in the order in which consumers release their stages.
   AF_DEVICE void produce() const {
     int n = 0, piece = 0;  // key tiles and pieces of work so far
-    schedule.each(params.problem, kBlockM, kBlockN, [&](const RowWork& work) {
+    schedule.each(params.problem, kBlockN, [&](const RowWork& work) {
       const int count = work.keys.tiles(kBlockN);
       const int batch = work.seq.batch, row = static_cast<int>(work.seq.k_row) + work.keys.lo;
       const auto load_keys = [&](int j) {
@@ -99,7 +103,7 @@ struct Sm90Walk {
                     params.v.batch_stride == 0 ? 0 : batch);
       };
       if (count > 0) load_keys(0);  // before Q, whose memory the last results may still leave by
-      q_stage().acquire(piece, QTile::kBytes);
+      q_stage().acquire(piece, static_cast<uint32_t>(schedule.rows * QTile::kRowBytes));
       load_panels(q_tile(), maps.q, q_stage().full(piece),
                   params.q.head_stride == 0 ? 0 : work.rows.first_head,
                   static_cast<int>(work.seq.q_row) + work.rows.first_query(),
@@ -121,7 +125,7 @@ struct Sm90Walk {
   AF_DEVICE void consume(const Finish& finish) const {
     int n = 0, piece = 0;
     if (kTile.turns) Turns<Team::kGroups>::start(Team::group());
-    schedule.each(params.problem, kBlockM, kBlockN, [&](const RowWork& work) {
+    schedule.each(params.problem, kBlockN, [&](const RowWork& work) {
       Result result = {RowSums<1>::none(), {}};
       zero<1, kValueDim / 8>(result.out);
       q_stage().wait(piece);
