@@ -8,7 +8,9 @@
 //              merged in ascending order. Ragged lists balance, since tasks are taken one by one
 //   rows       up to kRowBlock rows go over a split together; more rows than that do not split
 //   gather     the next chunk's rows are prefetched while one is computed: their addresses are
-//              known, unlike those of a walk
+//              known, unlike those of a walk. First a line of each: rows of [B, S, H, D] lie two to
+//              a memory page, and walks of the page tables that are asked for together run side by
+//              side, while a product between two of them makes them wait for each other
 //   bytes      (D + Dv) * entries of the union * element size: what bounds decode
 //
 // A row of a union is -inf at keys of other heads. A value there may be NaN or infinite, and
@@ -27,6 +29,8 @@ namespace {
 
 constexpr int64_t kSplitEntries = 1024;
 constexpr int64_t kRowBlock = 16;
+// Of K in a chunk: rows that lie a power of two apart share few sets of L1.
+constexpr int64_t kGatherBytes = 4 << 10;
 
 struct Layout {
   int64_t units, group, rows, blocks;  // units: (batch, KV head); rows: padded to kRows
@@ -49,7 +53,7 @@ AF_INLINE Layout make_layout(const IndexedFwdParams& params, int64_t element_byt
   y.split = y.blocks == 1 ? kSplitEntries : max64(1, y.capacity);
   y.splits = max64(1, ceil_div(y.capacity, y.split));
   const int64_t row_bytes = p.head_dim * element_bytes;
-  y.chunk = max64(8, min64(kMaxChunk, kChunkBytes / row_bytes / 8 * 8));
+  y.chunk = max64(8, min64(kMaxChunk, kGatherBytes / row_bytes / 8 * 8));
   y.ldq = round_up(p.head_dim, kLanes);
   y.ldo = round_up(p.v_head_dim, kLanes);
   return y;
@@ -120,6 +124,12 @@ struct Rows {
     }
   }
 };
+
+// A line of every row that will be walked.
+template <class T>
+AF_INLINE void touch(const RowsAhead<T>& ahead) {
+  for (int64_t j = 0; j < ahead.left; ++j) __builtin_prefetch(ahead.rows + ahead.at[j], 0, 2);
+}
 
 // ---- tasks ----
 
@@ -218,6 +228,7 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
     if (next > 0) {
       kv.locate(batch, g.keys + e + n, next, k_at[here ^ 1], v_at[here ^ 1]);
       ahead = rows_at(here ^ 1, next);
+      touch(ahead.k), touch(ahead.v);
     }
     for (int64_t r = row0; r < row0 + rows; r += kRows) {
       const Four four = {r,

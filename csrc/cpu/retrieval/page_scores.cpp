@@ -3,8 +3,9 @@
 //   bound     sum over channels of max(q low, q high) = max(0, q) high + min(0, q) low: two chains
 //             of FMAs per row and page, kDotKeys pages x four rows of accumulators, as in decode.
 //             Where infinite bounds meet a 0 of q the sum is not finite: then the formula itself
-//   order     bounds of all heads of a page lie together, so a task walks kPageBlock pages of all
-//             heads at once and asks for the next block meanwhile
+//   order     that of memory: where bounds of all heads of a page lie together, a task walks
+//             kPageBlock pages of all heads at once, else one head after the other. The next block
+//             is asked for meanwhile
 //   group     with `grouped` the largest bound of the query heads of a KV head is written
 //
 //   bytes     2 D elements per page and KV head       flops   4 D per row and page
@@ -20,7 +21,7 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kPageRun = 256;   // pages of a task
-constexpr int64_t kPageBlock = 16;  // pages of all heads that are walked together: 128 KiB at most
+constexpr int64_t kPageBlock = 16;  // pages at a time; of all heads 128 KiB at most
 
 // What is max(0, q) of each row, and min(0, q): sum max(q low, q high) is two chains of FMAs.
 struct SplitQuery {
@@ -202,10 +203,13 @@ AF_INLINE void score_pages(const PageScoresParams& params, const PageQueries& qu
       params.used ? max64(0, min64(params.used[batch], params.columns)) : params.columns;
   const int64_t lo = run * kPageRun, end = min64(params.columns, lo + kPageRun),
                 hi = max64(lo, min64(end, used));
-  // Bounds of all heads of a page lie beside each other.
-  for (int64_t page = lo; page < hi; page += kPageBlock) {
+  const int64_t page_stride = params.table ? params.low.batch_stride : params.low.seq_stride;
+  const int64_t step = params.low.head_stride > page_stride ? kPageRun : kPageBlock;
+  for (int64_t first = lo; first < hi; first += step) {
     for (int64_t head = 0; head < p.heads_k; ++head) {
-      score_block<E>(params, queries, batch, head, page, min64(hi, page + kPageBlock), hi);
+      for (int64_t page = first; page < min64(hi, first + step); page += kPageBlock) {
+        score_block<E>(params, queries, batch, head, page, min64(hi, page + kPageBlock), hi);
+      }
     }
   }
   const int64_t rows = (params.grouped ? p.heads_k : p.heads_q) * p.seqlen_q;

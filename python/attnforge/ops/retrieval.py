@@ -176,8 +176,8 @@ def page_bounds(k: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
 def page_tokens(pages: Tensor, page_size: int) -> Tensor:
     """Ids of pages [.., N] as ids of their keys [.., N * page_size]; -1 stays -1."""
     slot = torch.arange(page_size, dtype=torch.int32, device=pages.device)
-    tokens = pages.unsqueeze(-1) * page_size + slot
-    return torch.where(pages.unsqueeze(-1) < 0, -1, tokens).flatten(-2)
+    tokens = torch.add(slot, pages.unsqueeze(-1), alpha=page_size)
+    return tokens.clamp_min_(-1).flatten(-2)  # of page -1 all are negative
 
 
 def by_group(x: Tensor, heads_kv: int) -> Tensor:

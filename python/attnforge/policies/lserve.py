@@ -63,9 +63,9 @@ class LServe(Quest):
 
     def _choose(self, q: Tensor, k: Tensor, layer: int, count: int) -> Tensor:
         """int32 [B, Hk, budget / page size] pages."""
-        low, high, parts = self._bounds(k, layer)
-        best = retrieval.score_pages(q[:, -1:], low, high, grouped=True)[:, :, 0]
-        best = torch.nn.functional.pad(best, (0, count * self.parts - parts), value=-torch.inf)
+        best = self._scores(q, k, layer, grouped=True)
+        rest = count * self.parts - best.shape[-1]
+        best = torch.nn.functional.pad(best, (0, rest), value=-torch.inf)
         best = best.view(*best.shape[:2], count, self.parts).amax(-1)
         page = torch.arange(count, device=k.device)
         far = (page > 0) & (page < count - self.local)

@@ -24,30 +24,35 @@ class Quest(Policy):
         super().__init__(budget)
         self.page_size, self.grouped = page_size, grouped
 
-    def _bounds(self, k: Tensor, layer: int) -> tuple[Tensor, Tensor, int]:
-        """The bounds of all pages and how many there are; whole pages are computed once."""
+    def _bounds(self, k: Tensor, layer: int) -> Tensor:
+        """Least and largest keys of all pages, [B, Hk, N, 2, D]; whole pages are computed once.
+
+        A head's lie in one piece, the two of a page beside each other: the order of reading them.
+        """
         size, keys = self.page_size, k.shape[1]
         pages = -(-keys // size)
-        low, high, done = self.state.get(layer, (k[:, :0], k[:, :0], 0))
+        b, _, heads, dim = k.shape
+        bounds, done = self.state.get(layer, (k.new_empty(b, heads, 0, 2, dim), 0))
         if done > keys // size:  # another sequence
             done = 0
-        if low.shape[1] < pages:
-            room = (k.shape[0], pages + pages // 2 + 8, *k.shape[2:])
-            grown = [k.new_zeros(room) for _ in range(2)]
-            for x, old in zip(grown, (low, high), strict=True):
-                x[:, :done] = old[:, :done]
-            low, high = grown
+        if bounds.shape[2] < pages:
+            grown = k.new_zeros(b, heads, pages + pages // 2 + 8, 2, dim)
+            grown[:, :, :done] = bounds[:, :, :done]
+            bounds = grown
         if done < pages:
-            new = retrieval.page_bounds(k[:, done * size :], size)
-            low[:, done:pages], high[:, done:pages] = new
-        self.state[layer] = (low, high, keys // size)
-        return low[:, :pages], high[:, :pages], pages
+            new = torch.stack(retrieval.page_bounds(k[:, done * size :], size), 3)
+            bounds[:, :, done:pages] = new.transpose(1, 2)
+        self.state[layer] = (bounds, keys // size)
+        return bounds[:, :, :pages]
+
+    def _scores(self, q: Tensor, k: Tensor, layer: int, *, grouped: bool) -> Tensor:
+        """Bounds of the logits of the last query in each page, [B, Hq | Hk, N]."""
+        low, high = self._bounds(k, layer).transpose(1, 2).unbind(3)
+        return retrieval.score_pages(q[:, -1:], low, high, grouped=grouped)[:, :, 0]
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Lists:
         """Keys of the best pages; ids of keys past the end are ignored by the attention."""
-        low, high, pages = self._bounds(k, layer)
-        scores = retrieval.score_pages(q[:, -1:], low, high, grouped=self.grouped)[:, :, 0]
-        used = torch.full(scores.shape[:-1], pages, dtype=torch.int32, device=k.device)
-        count = min(max(1, self.budget // self.page_size), pages)
-        ids, _ = retrieval.select_topk(scores, count, lens=used, last=1)
-        return Lists(retrieval.page_tokens(ids, self.page_size).contiguous())
+        scores = self._scores(q, k, layer, grouped=self.grouped)
+        count = min(max(1, self.budget // self.page_size), scores.shape[-1])
+        ids, _ = retrieval.select_topk(scores, count, last=1)
+        return Lists(retrieval.page_tokens(ids, self.page_size))

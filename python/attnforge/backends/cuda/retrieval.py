@@ -103,7 +103,7 @@ def page_scores(
     with _gpu.on(q.device):
         flash._operator("page_scores")(
             q if q.stride(-1) == 1 else q.contiguous(),
-            *(_gpu.rows(x.contiguous()) for x in (low, high)),
+            *map(_gpu.rows, (low, high)),
             *map(_gpu.contiguous, (block_table, used)), scale, out, _gpu.stream(q.device),
         )  # fmt: skip
 
