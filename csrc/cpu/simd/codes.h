@@ -71,14 +71,16 @@ AF_INLINE VecI widen_signed(Bytes raw) {
 #endif
 }
 
-// The nibbles in the low four bits; what stands above them is ignored.
-AF_INLINE VecF widen_nibbles(VecU raw) {
+// The low nibbles of bytes, or the high ones.
+template <int kHalf>
+AF_INLINE VecF widen_nibbles(VecU bytes) {
 #if ATTNFORGE_LANES == 16 && defined(__AVX512F__)
   const VecF values = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  return (VecF)_mm512_permutexvar_ps((__m512i)raw, (__m512)values);
+  const VecU index = kHalf == 0 ? bytes : bytes >> 4;  // of which four bits count
+  return (VecF)_mm512_permutexvar_ps((__m512i)index, (__m512)values);
 #else
-  // In the last bits of 2^23.
-  return bits_to_float((raw & 15u) | 0x4b000000u) - splat(0x1p23f + 8.0f);
+  const VecU nibbles = kHalf == 0 ? bytes & 15u : bytes >> 4;
+  return bits_to_float(nibbles | 0x4b000000u) - splat(0x1p23f + 8.0f);  // last bits of 2^23
 #endif
 }
 
@@ -98,8 +100,7 @@ AF_INLINE VecF load_partial(const Int4* p, int64_t n) {
 // Of a pair, Int4 gives the even channels, then the odd ones: a byte holds one of each.
 template <int kHalf>
 AF_INLINE VecF load_pair(const Int4* p) {
-  VecU raw = widen_bytes(load_raw<Bytes>(p));
-  return widen_nibbles(kHalf == 0 ? raw : raw >> 4);
+  return widen_nibbles<kHalf>(widen_bytes(load_raw<Bytes>(p)));
 }
 AF_INLINE void unpair(Int4, VecF& x, VecF& y) {
   unpair(BFloat16{}, x, y);
