@@ -1,11 +1,14 @@
 """Holds every kernel of libattnforge_cuda.so to a table of resources, without a GPU.
 
-    python tools/cuda_budgets.py --write   # of the built library into csrc/cuda/budgets.json
+    python tools/cuda_budgets.py --write      # of the built library into csrc/cuda/budgets.json
+    python tools/cuda_budgets.py --launches   # what the tests of the emulator ran, against it
 
 A row is an architecture and a kernel id. It holds the registers of a thread, its stack in bytes,
-and the accesses to that stack in the hot loop, the one that multiplies (spills elsewhere are
-cold). ``tests/cuda/test_compiled.py`` compares. Needs cuobjdump and nvdisasm, which come with
-Triton's wheel.
+the accesses to that stack in the hot loop, the one that multiplies (spills elsewhere are cold), and
+the bytes of shared memory of its largest launch. ``tests/cuda/test_compiled.py`` compares all but
+the last. That is asked for at a launch and stands in no object code: the emulator notes it, in
+files below ATTNFORGE_EMULATE_LAUNCHES, and ``--launches`` compares. A kernel that no test launched
+is an error, too. Needs cuobjdump and nvdisasm, which come with Triton's wheel, and nm.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "cuda" / "budgets.json"
 LIBRARY = ROOT / "python" / "attnforge" / "lib" / "libattnforge_cuda.so"
+EMULATED = ROOT / "build" / "emulated" / "emulated" / "libattnforge_emulated.so"
+LAUNCHES = ROOT / "build" / "emulated" / "launches"
 DTYPES = ("fp32", "fp16", "bf16", "fp8")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims
@@ -167,21 +172,69 @@ def measure(library: Path = LIBRARY, sass: dict[str, str] | None = None) -> dict
     return {name: {**rows[name], "hot_spills": hot_spills(sass[name])} for name in sorted(rows)}
 
 
-def main() -> None:
+def launched(folder: Path = LAUNCHES, library: Path = EMULATED) -> dict[str, int]:
+    """``sm_80/<kernel id>`` -> bytes of shared memory, of what ran under the emulator."""
+    done = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True)
+    names = {}
+    for address, symbol in re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", done.stdout, re.MULTILINE):
+        if name := kernel_id(symbol):
+            names[int(address, 16)] = f"{'sm_90a' if '_sm90.' in name else 'sm_80'}/{name}"
+    found: dict[str, int] = {}
+    for file in folder.glob("*"):
+        if file.stat().st_mtime < library.stat().st_mtime:
+            continue  # addresses of another build
+        for line in file.read_text().splitlines():
+            place, size = map(int, line.split())
+            if place in names:
+                found[names[place]] = max(size, found.get(names[place], 0))
+    return found
+
+
+def check_launches(table: dict[str, Row], found: dict[str, int]) -> list[str]:
+    """What is wrong with the launches of a whole run of the emulator's tests."""
+    wrong = [f"{name}: no test has launched it" for name in sorted(set(table) - set(found))]
+    for name, size in sorted(found.items()):
+        most = table.get(name, {}).get("shared", -1)
+        if size > most:
+            wrong.append(f"{name}: {size} bytes of shared memory, {most} are in the table")
+    return wrong
+
+
+def write_table(build: str, rows: dict[str, Row]) -> None:
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    TABLE.write_text(f'{{\n"build": {json.dumps(build)},\n"kernels": {{\n{lines}\n}}\n}}\n')
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Resources of every CUDA kernel.")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
-    write = parser.parse_args().write
-    rows = measure()
-    for name, used in rows.items():
+    parser.add_argument("--launches", action="store_true", help="shared memory, by the emulator")
+    options = parser.parse_args()
+    old = json.loads(TABLE.read_text())
+    table: dict[str, Row] = old["kernels"]
+    if options.launches:
+        found = launched()
+        if options.write:
+            rows = {n: {**row, "shared": found.get(n, row.get("shared", -1))}
+                    for n, row in table.items()}  # fmt: skip
+            write_table(old["build"], rows)
+            table = rows
+        wrong = check_launches(table, found)
+        print(*(wrong or [f"{len(found)} kernels were launched, within their shared memory"]),
+              sep="\n")  # fmt: skip
+        return 1 if wrong else 0
+    measured = measure()
+    for name, used in measured.items():
         print(f"{name:<40}", *(f"{key} {value:>4}" for key, value in used.items()))
-    if write:
+    if options.write:
         sys.path.insert(0, str(ROOT / "python"))
         from attnforge import _native
 
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-        head = f'"build": {json.dumps(_native.build_info("cuda"))}'
-        TABLE.write_text(f'{{\n{head},\n"kernels": {{\n{lines}\n}}\n}}\n')
+        kept = {n: {k: v for k, v in row.items() if k == "shared"} for n, row in table.items()}
+        write_table(_native.build_info("cuda"),
+                    {n: {**row, **kept.get(n, {})} for n, row in measured.items()})  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

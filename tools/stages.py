@@ -26,7 +26,7 @@ JOBS = os.environ.get("JOBS", "2")
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands, or one pytest run over ``paths`` with extra environment variables."""
+    """One pytest run over ``paths`` with extra environment variables, and commands after it."""
 
     name: str
     commands: tuple[tuple[str, ...], ...] = ()
@@ -101,6 +101,8 @@ def stages() -> list[Stage]:
             "cuda emulator",
             paths=("tests/cuda",),
             pytest_args=("-n", JOBS, "--dist", "worksteal"),
+            env=(("ATTNFORGE_EMULATE_LAUNCHES", str(ROOT / "build/emulated/launches")),),
+            commands=((sys.executable, "tools/cuda_budgets.py", "--launches"),),
         ),
         Stage(
             "packaging",
@@ -156,10 +158,9 @@ def run(stage: Stage, exhaustive: bool = False) -> Count:
     print(f"\n=== {stage.name} ===", flush=True)
     count = Count()
     start = time.perf_counter()
-    if stage.commands:
-        run_commands(stage, count)
-    else:
+    if stage.paths:
         run_pytest(stage, count, exhaustive)
+    run_commands(stage, count)
     count.seconds = time.perf_counter() - start
     return count
 

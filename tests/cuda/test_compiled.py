@@ -117,6 +117,16 @@ def test_budgets(table: dict[str, dict[str, int]], measured: dict[str, dict[str,
     assert set(measured) <= set(table)
 
 
+def test_launches_are_held_to_the_table() -> None:
+    """What `tools/cuda_budgets.py --launches` says of a run of the emulator's tests."""
+    table = {"sm_80/a": {"shared": 64}, "sm_80/b": {"shared": 32}, "sm_90a/c": {"registers": 1}}
+    assert cuda_budgets.check_launches(table, {"sm_80/a": 64, "sm_80/b": 48, "sm_80/d": 8}) == [
+        "sm_90a/c: no test has launched it",
+        "sm_80/b: 48 bytes of shared memory, 32 are in the table",
+        "sm_80/d: 8 bytes of shared memory, -1 are in the table",
+    ]
+
+
 @pytest.fixture(scope="module")
 def hopper(sass: dict[str, str]) -> dict[str, str]:
     found = {name: text for name, text in sass.items() if name.startswith("sm_90a/")}
