@@ -32,6 +32,7 @@ class Quest(Policy):
         size, keys = self.page_size, k.shape[1]
         pages = -(-keys // size)
         b, _, heads, dim = k.shape
+        bounds: Tensor
         bounds, done = self.state.get(layer, (k.new_empty(b, heads, 0, 2, dim), 0))
         if done > keys // size:  # another sequence
             done = 0
