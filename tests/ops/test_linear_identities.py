@@ -112,6 +112,20 @@ def test_steps_are_the_recurrence(backend: str, gate: str, normalize: bool) -> N
         torch.testing.assert_close(zs[own], z[live], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar", "key"])
+def test_what_is_later_does_not_reach_back(cpu: str, gate: str) -> None:
+    inputs = linear_inputs(LinearCase(time=60, gate=gate))
+    want, _ = inputs.call(inputs.leaves, backend=cpu)
+    k, v = inputs.leaves.k.clone(), inputs.leaves.v.clone()
+    v[:, 31, :, 3], k[:, 40] = float("inf"), float("nan")
+    out, _ = inputs.call(inputs.leaves._replace(k=k, v=v), backend=cpu)
+    assert same_bits(out[:, :31], want[:, :31])
+    others = [c for c in range(v.shape[-1]) if c != 3]
+    assert same_bits(out[:, :40, :, others], want[:, :40, :, others])
+    assert not bool(out[:, 31:, :, 3].isfinite().any())
+    assert bool(out[:, 40:].isnan().all())
+
+
 def test_bits_do_not_depend_on_threads_batch_or_layout(cpu: str) -> None:
     for gate in ("scalar", "key"):
         case = LinearCase(batch=3, time=41, value_heads=4, key_dim=40, value_dim=72, gate=gate)

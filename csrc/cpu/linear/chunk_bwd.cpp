@@ -38,9 +38,9 @@ struct Scratch {
   Scratch(Arena arena, const LinearProblem& p) {
     const int64_t group = p.value_heads / p.heads;
     const int64_t k = round_up(p.key_dim, kTile), v = round_up(p.value_dim, kTile);
-    const int64_t with_ones = round_up(p.value_dim + 1, kLanes);
-    states = arena.take<float>(max64(group * with_ones * k, round_up(p.key_dim, kLanes) * v));
-    block = take_block(arena, max64(p.key_dim, p.value_dim + 1), max64(k, v));
+    const int64_t with_ones = room_for(p.value_dim + 1);
+    states = arena.take<float>(max64(group * with_ones * k, room_for(p.key_dim) * v));
+    block = take_block(arena, p, max64(p.key_dim, p.value_dim + 1), max64(k, v));
     sums = arena.take<float>(kBlock * k);
     running = arena.take<float>(max64(group * 2 * k, 2 * v));
     factors = arena.take<float>(max64(k, v));
@@ -185,8 +185,8 @@ AF_INLINE void store_front(const Head& h, const StateRef& ref, DecayOn on, int64
 // `scan_of(head)` and `sink_of(head)` give each head's part.
 template <DecayOn kOn, class T, class ScanOf, class SinkOf>
 AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t tile1,
-                          int64_t head_size, int64_t tile_size, const Scratch& w,
-                          const ScanOf& scan_of, const SinkOf& sink_of) {
+                          int64_t head_size, int64_t tile_size, Scratch& w, const ScanOf& scan_of,
+                          const SinkOf& sink_of) {
   for_walks(causal, [&](Walk walk) __attribute__((always_inline)) {
     const int64_t length = scan_of(0).length();
     for (int64_t step = 0; step < length; step += kBlock) {
@@ -204,12 +204,12 @@ AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t til
 template <DecayOn kOn, class T>
 AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& shared,
                                 int64_t sequence, int64_t head, int64_t tile0, int64_t tile1,
-                                const Scratch& w) {
+                                Scratch& w) {
   const LinearProblem& p = params.problem;
   const int64_t group = p.value_heads / p.heads;
   const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
   const int64_t rows = p.value_dim + (shared.inverse != nullptr);
-  const int64_t tile_size = round_up(rows, kLanes) * kTile, head_size = (tile1 - tile0) * tile_size;
+  const int64_t tile_size = room_for(rows) * kTile, head_size = (tile1 - tile0) * tile_size;
   const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
   const auto head_of = [&](int64_t g) __attribute__((always_inline)) {
     return Head{params, shared, sequence, head * group + g, span};
@@ -278,10 +278,10 @@ AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& sha
 // dv of one value head, columns of tiles [tile0, tile1) of V; the rows of states are K.
 template <DecayOn kOn, class T>
 AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& shared, int64_t sequence,
-                              int64_t head, int64_t tile0, int64_t tile1, const Scratch& w) {
+                              int64_t head, int64_t tile0, int64_t tile1, Scratch& w) {
   const LinearProblem& p = params.problem;
   const Head h = {params, shared, sequence, head, token_span(p.cu_seqlens, p.rows, sequence)};
-  const int64_t tile_size = round_up(p.key_dim, kLanes) * kTile;
+  const int64_t tile_size = room_for(p.key_dim) * kTile;
   const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
   const auto each_tile = [&](auto f) __attribute__((always_inline)) {
     for (int64_t tile = tile0; tile < tile1; ++tile) f(tile, w.states + (tile - tile0) * tile_size);
@@ -394,7 +394,7 @@ void linear_chunk_bwd(const LinearBwdParams& params, const Workers& workers) {
     }
     parallel_tasks(workers, key_tasks + value_tasks, [&](int64_t task, int64_t worker) {
       const FlushDenormals guard;
-      const Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p);
+      Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p);
       if (task < key_tasks) {
         const int64_t part = task % plan.key_splits, head = task / plan.key_splits % p.heads;
         with_decay(decay_on(p.gate_kind, true), [&](auto on) {

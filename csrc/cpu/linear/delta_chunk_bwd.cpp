@@ -167,8 +167,8 @@ struct HeadBackward {
     transpose(b.dout, kNR, live, kNR, b.dout_tile, kChunk);
     transpose(b.write, kNR, live, kNR, b.write_tile, kChunk);
     transpose(b.derror, kNR, live, kNR, b.derror_tile, kChunk);
-    tile_square(live, columns, b.dout_tile, b.write_tile, g.dscores, add);
-    tile_square(live, columns, b.derror_tile, b.write_tile, g.derase, add);
+    tile_square<kChunk>(live, columns, b.dout_tile, b.write_tile, g.dscores, add);
+    tile_square<kChunk>(live, columns, b.derror_tile, b.write_tile, g.derase, add);
     auto by_state = [&](const float* s, const float* tile,
                         float* out) __attribute__((always_inline)) {
       gemm<kNR, 1, kChunk>(k, vectors, columns, s, kNR, tile, kNR, out, kChunk, add);

@@ -80,14 +80,14 @@ struct ScalarGate {
   AF_INLINE_MEMBER void prepare(Chunk& c) {
     const int64_t padded = padded_dim(c.dim);
     transpose(c.k_rows, padded, c.live, padded, c.k, kChunk);
-    tile_square(c.live, c.dim, c.k, c.k, c.erase);
+    tile_square<kChunk>(c.live, c.dim, c.k, c.k, c.erase);
     weigh(c, -1.0f, 1, c.erase);
     scale_tile(c, c.k, from_start, -1.0f, c.kg);
     scale_tile(c, c.k, to_end, 1.0f, c.kd);
     for (int64_t d = 0; d < padded; d += kLanes) c.keep(d, splat(log_decay));
     if (!kQueries) return;
     transpose(c.q_rows, padded, c.live, padded, c.q, kChunk);
-    tile_square(c.live, c.dim, c.q, c.k, c.scores);
+    tile_square<kChunk>(c.live, c.dim, c.q, c.k, c.scores);
     weigh(c, c.scale, 0, c.scores);
     scale_tile(c, c.q, from_start, c.scale, c.qg);
   }

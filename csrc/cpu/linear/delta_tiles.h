@@ -12,6 +12,7 @@
 // Products may compute up to kMR - 1 rows more than asked for; every buffer has room for them.
 #pragma once
 
+#include "cpu/linear/squares.h"
 #include "cpu/linear/tokens.h"
 #include "cpu/micro/denormals.h"
 #include "cpu/micro/pack.h"
@@ -129,16 +130,6 @@ AF_INLINE void panel_product(int64_t rows, int64_t vectors, int64_t depth, const
   gemm<ARow, AK>(rows, vectors, depth, a, int64_t{ARow}, b, 0, c, kNR, true);
 }
 
-template <int MR, int ARow, int AK>
-AF_INLINE void panel_tile(int64_t vectors, int64_t depth, const float* a, const float* b,
-                          float* c) {
-  if (vectors == 2) {
-    gemm_tile<MR, 2, ARow, AK>(depth, a, b, c, kNR, true);
-  } else {
-    gemm_tile<MR, 1, ARow, AK>(depth, a, b, c, kNR, true);
-  }
-}
-
 // panel += A B with A lower triangular (zeros above its diagonal): half the work.
 AF_INLINE void lower_product(int64_t live, int64_t vectors, const float* a, const float* b,
                              float* c) {
@@ -154,29 +145,6 @@ AF_INLINE void upper_product(int64_t live, int64_t vectors, const float* a, cons
     panel_tile<kMR, 1, kChunk>(vectors, live - row, a + row * kChunk + row, b + row * kNR,
                                c + row * kNR);
   }
-}
-
-// square[i][j] (+)= sum_d a[d][i] b[d][j] over two tiles, for j up to i and a little more.
-AF_INLINE void tile_square(int64_t live, int64_t dim, const float* a, const float* b, float* c,
-                           bool accumulate = false) {
-  for (int64_t row = 0; row < live; row += kMR) {
-    const int64_t columns = min64(row + kMR, live);
-    for (int64_t v = 0; v < columns; v += kNR) {
-      float* to = c + row * kChunk + v;
-      if (columns - v > kLanes) {
-        gemm_tile<kMR, 2, 1, kChunk, kChunk>(dim, a + row, b + v, to, kChunk, accumulate);
-      } else {
-        gemm_tile<kMR, 1, 1, kChunk, kChunk>(dim, a + row, b + v, to, kChunk, accumulate);
-      }
-    }
-  }
-}
-
-// The lanes of x that stand for columns j, j + 1, ... up to `last`; zero elsewhere.
-AF_INLINE VecF keep_up_to(int64_t last, int64_t j, VecF x) {
-  VecI lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  return lane <= splat_int(static_cast<int32_t>(last - j)) ? x : VecF{};
 }
 
 // ---- the triangular systems ----

@@ -2,7 +2,7 @@
 // S_t = decay_t S_{t-1} + write_t x_t^T, forwards or backwards in time.
 //
 // One walk serves the forward and all of the backward, since gradients of the recurrence are such
-// recurrences with exchanged roles (scan_group.h has the arithmetic):
+// recurrences with exchanged roles (scan_chunk.h and scan_group.h have the arithmetic):
 //   o   read q,   write k,   columns x = v    forwards
 //   dq  read dO,  write v,   columns x = k    forwards, on S^T
 //   dv  read k,   write q,   columns x = dO   backwards
@@ -11,27 +11,12 @@
 // backward.
 #pragma once
 
+#include "cpu/linear/scan_chunk.h"
 #include "cpu/linear/scan_tile.h"
 #include "cpu/linear/tokens.h"
-#include "cpu/micro/pack.h"
 #include "cpu/micro/softmax.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
-
-template <class T>
-struct Scan {
-  Rows<T> read, write, lane;  // lane: x, [time, columns]
-  Decay decay;
-  Denominator norm = {};
-  Walk walk = Walk::kBoth;
-  int64_t begin = 0, end = 0;  // tokens
-  bool backward = false;
-
-  AF_INLINE_MEMBER int64_t length() const { return end - begin; }
-  AF_INLINE_MEMBER int64_t token(int64_t step) const {
-    return backward ? end - 1 - step : begin + step;
-  }
-};
 
 // What is done with <other, y> beside y itself, for gradients of gates: its sum over the columns
 // of a tile, its elements, or elements that become the sum of (stored - <other, y>) so far.
@@ -112,77 +97,99 @@ AF_INLINE void emit(const Sink<T>& sink, int64_t t, int64_t step, int64_t tile, 
   }
 }
 
-// What a block of tokens needs: its coefficients, and rows of x and of y, [kBlock][stride] for the
-// columns of a task. Rows of a head may lie 2 KiB apart in memory, where a cache has room for a few
-// of them: each is read once and written once, as a whole.
-struct Block {
-  Coefficients coefficients;
-  float *x, *y;
-  int64_t stride;
-};
-
-AF_INLINE Block take_block(Arena& arena, int64_t rows, int64_t columns) {
-  Block block{take_coefficients(arena, rows), nullptr, nullptr, round_up(columns, kTile)};
-  block.x = arena.take<float>(kBlock * block.stride);
-  block.y = arena.take<float>(kBlock * block.stride);
-  return block;
-}
-
-// The x of the block, zeros behind the last token and the last column.
-template <class T>
-AF_INLINE void load_rows(const Scan<T>& scan, int64_t step0, int64_t first, int64_t columns,
-                         const Block& block) {
-  const int64_t n = min64(kBlock, scan.length() - step0);
-  for (int64_t s = 0; s < round_up(n, kGroup); ++s) {
-    float* x = block.x + s * block.stride;
-    if (s >= n) {
-      fill(x, 0, columns, 0.0f);
-      continue;
-    }
-    const int64_t t = scan.token(step0 + s);
-    const T* row = scan.lane.data + t * scan.lane.stride + first;
-    const VecF scale = splat(scan.lane.scale_at(t));
-    for (int64_t c = 0; c < columns; c += kLanes)
-      store(x + c, load_partial(row + c, max64(0, scan.lane.dim - first - c)) * scale);
+// Where the gates of a head act on a state with rows K and columns V, or on its transpose.
+AF_INLINE DecayOn decay_on(LinearGate kind, bool transposed) {
+  switch (kind) {
+    case LinearGate::kNone:
+      return DecayOn::kNothing;
+    case LinearGate::kKey:
+      return transposed ? DecayOn::kLanesOf : DecayOn::kRows;
+    case LinearGate::kValue:
+      return transposed ? DecayOn::kRows : DecayOn::kLanesOf;
+    default:
+      return DecayOn::kNumber;
   }
 }
 
-// The y of the block where that is all a sink wants.
+// What a block of tokens needs: what its columns have in common, in the form that its decays ask
+// for, and panels [tile][kBlock][kTile] of x and of y. Rows of a head may lie 2 KiB apart in
+// memory, where a cache has room for a few of them: each is read once and written once, as a whole.
+struct Block {
+  Coefficients groups;
+  ScanChunk chunk;
+  float *x, *y;
+  float* inverse;  // [kBlock] of denominators
+};
+
+AF_INLINE Block take_block(Arena& arena, const LinearProblem& p, int64_t rows, int64_t columns) {
+  Block block{};
+  block.x = arena.take<float>(kBlock * round_up(columns, kTile));
+  block.y = arena.take<float>(kBlock * round_up(columns, kTile));
+  block.inverse = arena.take<float>(kBlock);
+  if (by_channel(decay_on(p.gate_kind, false))) {
+    block.groups = take_coefficients(arena, rows);
+    block.groups.inverse = block.inverse;
+  } else {
+    take_chunk(arena, rows, block.chunk);
+  }
+  return block;
+}
+
+// The x of n tokens, zeros behind the last token and the last column. True if all are finite.
 template <class T>
-AF_INLINE void store_rows(const Scan<T>& scan, int64_t step0, int64_t first, int64_t columns,
-                          const Block& block, const Sink<T>& sink) {
-  for (int64_t s = 0; s < min64(kBlock, scan.length() - step0); ++s) {
+[[gnu::noinline]] static bool load_rows(const Scan<T>& scan, int64_t step0, int64_t n,
+                                        int64_t first, int64_t columns, float* panels) {
+  VecF poison{};
+  for (int64_t s = 0; s < kBlock; ++s) {
+    const int64_t t = scan.token(step0 + min64(s, n - 1));
+    const T* row = scan.lane.data + t * scan.lane.stride + first;
+    const VecF scale = splat(s < n ? scan.lane.scale_at(t) : 0.0f);
+    const int64_t live = s < n ? scan.lane.dim - first : 0;
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const VecF x = c < live ? load_partial(row + c, live - c) * scale : VecF{};
+      poison += x * splat(0.0f);  // NaN as soon as one is NaN or infinite
+      store(panels + c / kTile * (kBlock * kTile) + s * kTile + c % kTile, x);
+    }
+  }
+  return reduce_add(poison) == 0.0f;
+}
+
+// The y of n tokens where that is all a sink wants.
+template <class T>
+[[gnu::noinline]] static void store_rows(const Scan<T>& scan, int64_t step0, int64_t n,
+                                         int64_t first, int64_t columns, const Block& block,
+                                         const Sink<T>& sink) {
+  for (int64_t s = 0; s < n; ++s) {
     T* out = sink.out + scan.token(step0 + s) * sink.stride + first;
-    for (int64_t c = 0; c < min64(columns, sink.dim - first); c += kLanes)
-      store_partial(out + c, load(block.y + s * block.stride + c), sink.dim - first - c);
+    const float* y = block.y + s * kTile;
+    const VecF factor = splat(scan.norm.z ? block.inverse[s] : 1.0f);
+    for (int64_t c = 0; c < min64(columns, sink.dim - first); c += kLanes) {
+      const VecF value = load(y + c / kTile * (kBlock * kTile) + c % kTile) * factor;
+      store_partial(out + c, value, sink.dim - first - c);
+    }
+  }
+}
+
+// The y of n tokens on one tile of the state, for any other sink.
+template <class T>
+[[gnu::noinline]] static void emit_rows(const Scan<T>& scan, int64_t step0, int64_t n, int64_t tile,
+                                        const float* y, const float* inverse, const Sink<T>& sink) {
+  for (int64_t s = 0; s < n; ++s) {
+    emit(sink, scan.token(step0 + s), s, tile, y + s * kTile, scan.norm.z ? inverse[s] : 1.0f);
   }
 }
 
 // The coefficients of the block of tokens that starts at `step0`.
 template <DecayOn kOn, class T>
-[[gnu::noinline]] static void prepare_block(const Scan<T>& scan, int64_t step0,
-                                            const Coefficients& c) {
+[[gnu::noinline]] static void prepare_groups(const Scan<T>& scan, int64_t step0,
+                                             const Coefficients& c) {
   for (int64_t group = 0; group < kGroups; ++group) {
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
     int64_t tokens[kGroup];
     for (int64_t u = 0; u < n; ++u) tokens[u] = scan.token(step + u);
-    prepare_group<kOn>(scan.read, scan.write, scan.decay, scan.norm, scan.walk, tokens, n,
-                       c.at(group));
+    prepare_group<kOn>(scan.read, scan.write, scan.decay, scan.norm, tokens, n, c.at(group));
   }
-}
-
-// Rows of a head lie a whole token apart, where the hardware foresees nothing: those of the next
-// block are fetched while this one is computed, operands of all tiles and gates.
-template <class T>
-AF_INLINE void fetch_token(const Scan<T>& scan, int64_t step) {
-  if (step >= scan.length()) return;
-  const int64_t t = scan.token(step), gate = scan.decay.token(t);
-  prefetch_row(scan.read.data + t * scan.read.stride, scan.read.dim);
-  prefetch_row(scan.write.data + t * scan.write.stride, scan.write.dim);
-  prefetch_row(scan.lane.data + t * scan.lane.stride, scan.lane.dim);
-  if (!scan.decay.log || scan.decay.kind == LinearGate::kHead || gate < 0) return;
-  prefetch_row(scan.decay.log + gate * scan.decay.stride, scan.decay.dim);
 }
 
 // A group of tokens on one tile of the state, [kGroup][kTile] each.
@@ -194,19 +201,17 @@ struct Columns {
   alignas(64) float lanes[2 * kTile];        // the decay of the group, whole and part
 };
 
-// The n tokens from `step` on, whose rows begin at x, before the state comes in.
+// The n tokens from `step` on, whose rows x are, before the state comes in.
 template <DecayOn kOn, class T>
 AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_t first,
-                            int64_t vectors, const Coefficients& c, const float* x, int64_t stride,
-                            Columns& w) {
+                            int64_t vectors, const Coefficients& c, const float* x, Columns& w) {
   constexpr bool kByLane = kOn == DecayOn::kLanesOf;
-  const bool alone = scan.walk == Walk::kRead;  // every pair is in the state
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t at = v * kLanes;
     VecF log{}, product{};
 // Vectors have names, as arrays of them get spilled.
 #define AF_LOAD(u)                                                                               \
-  VecF x##u = load(x + u * stride + at), y##u{}, a##u = splat(1.0f);                             \
+  VecF x##u = load(x + u * kTile + at), y##u{}, a##u = splat(1.0f);                              \
   if (kByLane && u < n) {                                                                        \
     const VecF gate = scan.decay.log_vector(scan.decay.token(scan.token(step + u)), first + at); \
     a##u = decay_of(gate), log += gate;                                                          \
@@ -214,13 +219,13 @@ AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_
 #define AF_PAIR(u, j)                           \
   if constexpr (kByLane && u > j) x##j *= a##u; \
   y##u = fma(splat(c.pairs[u * (u + 1) / 2 + j]), x##j, y##u);
-#define AF_STORE(u)                                              \
-  store(w.x + u * kTile + at, x##u);                             \
-  store(w.y + u * kTile + at, kByLane || alone ? VecF{} : y##u); \
-  if constexpr (kByLane) {                                       \
-    product = u == 0 ? a##u : product * a##u;                    \
-    store(w.own + u * kTile + at, y##u);                         \
-    store(w.prefix + u * kTile + at, product);                   \
+#define AF_STORE(u)                                     \
+  store(w.x + u * kTile + at, x##u);                    \
+  store(w.y + u * kTile + at, kByLane ? VecF{} : y##u); \
+  if constexpr (kByLane) {                              \
+    product = u == 0 ? a##u : product * a##u;           \
+    store(w.own + u * kTile + at, y##u);                \
+    store(w.prefix + u * kTile + at, product);          \
   }
     AF_LOAD(0);
     AF_LOAD(1);
@@ -243,55 +248,36 @@ AF_INLINE void load_columns(const Scan<T>& scan, int64_t step, int64_t n, int64_
 #undef AF_LOAD
 #undef AF_PAIR
 #undef AF_STORE
-    if (kOn == DecayOn::kNumber || kByLane) {
-      const Kept kept =
-          kByLane ? kept_of(log) : Kept{splat(c.decay[0]), splat(c.decay[c.positions])};
+    if (kByLane) {
+      const Kept kept = kept_of(log);
       store(w.lanes + at, kept.whole);
       store(w.lanes + kTile + at, kept.part);
     }
   }
 }
 
-// The tiles of the state that a task has, and the one of them at which it is.
-struct Tiles {
-  int64_t begin, end, at;
-};
-
-// The block's tokens on one tile of the state.
+// The block's tokens on one tile of the state, four by four: x and y are [kBlock][kTile].
 template <DecayOn kOn, class T>
-[[gnu::noinline]] static void scan_block(const Scan<T>& scan, int64_t step0, const Tiles& tiles,
-                                         const Block& block, float* state, const Sink<T>& sink) {
-  const int64_t first = tiles.at * kTile, offset = (tiles.at - tiles.begin) * kTile;
-  const int64_t vectors = min64(kTileVecs, ceil_div(scan.lane.dim - first, kLanes));
+[[gnu::noinline]] static void scan_groups(const Scan<T>& scan, int64_t step0, int64_t tile,
+                                          const Coefficients& coefficients, Ahead<T>& ahead,
+                                          const float* x, float* y, float* state) {
+  const int64_t first = tile * kTile;
+  const int64_t vectors = min64(2, ceil_div(scan.lane.dim - first, kLanes));
   const int64_t positions = positions_of(scan.read.rows());
-  const bool plain = sink.plain();
-  // The tiles take turns: more fetches at once than a core keeps in flight would be waited for.
-  int64_t ahead = tiles.at - tiles.begin;
   Columns w;
   for (int64_t group = 0; group < kGroups; ++group) {
     const int64_t step = step0 + group * kGroup, n = min64(kGroup, scan.length() - step);
     if (n <= 0) return;
-    const Coefficients c = block.coefficients.at(group);
-    for (; ahead < (group + 1) * kGroup; ahead += tiles.end - tiles.begin)
-      fetch_token(scan, step0 + kBlock + ahead);
-    const int64_t row = group * kGroup * block.stride + offset;
-    load_columns<kOn>(scan, step, n, first, vectors, c, block.x + row, block.stride, w);
-    run_tile<kOn>(scan.walk, vectors, positions, c, w.lanes, w.x, w.y, state);
-    if (scan.walk == Walk::kWrite) continue;
-    for (int64_t u = 0; u < n; ++u) {
-      float* y = w.y + u * kTile;
-      for (int64_t at = 0; kOn == DecayOn::kLanesOf && at < vectors * kLanes; at += kLanes) {
-        const int64_t i = u * kTile + at;
-        store(y + at, fma(load(w.prefix + i), load(y + at), load(w.own + i)));
-      }
-      const float factor = scan.norm.z ? c.inverse[u] : 1.0f;
-      if (plain) {
-        float* out = block.y + row + u * block.stride;
-        for (int64_t at = 0; at < kTile; at += kLanes)
-          store(out + at, load(y + at) * splat(factor));
-      } else {
-        emit(sink, scan.token(step + u), step - step0 + u, tiles.at, y, factor);
-      }
+    const Coefficients c = coefficients.at(group);
+    ahead.turn();
+    const int64_t row = group * kGroup * kTile;
+    load_columns<kOn>(scan, step, n, first, vectors, c, x + row, w);
+    run_tile<kOn>(vectors, positions, c, w.lanes, w.x, w.y, state);
+    for (int64_t i = 0; i < kGroup * kTile; i += kLanes) {
+      const VecF from_state = load(w.y + i);
+      const bool by_lane = kOn == DecayOn::kLanesOf;
+      store(y + row + i,
+            by_lane ? fma(load(w.prefix + i), from_state, load(w.own + i)) : from_state);
     }
   }
 }
@@ -299,16 +285,33 @@ template <DecayOn kOn, class T>
 // The block's tokens on tiles [tile0, tile1), whose states of tile_size follow one another.
 template <DecayOn kOn, class T>
 AF_INLINE void run_block(const Scan<T>& scan, int64_t step0, int64_t tile0, int64_t tile1,
-                         const Block& block, float* states, int64_t tile_size,
-                         const Sink<T>& sink) {
+                         Block& block, float* states, int64_t tile_size, const Sink<T>& sink) {
+  const int64_t n = min64(kBlock, scan.length() - step0);
   const int64_t first = tile0 * kTile, columns = (tile1 - tile0) * kTile;
-  prepare_block<kOn>(scan, step0, block.coefficients);
-  load_rows(scan, step0, first, columns, block);
-  for (int64_t tile = tile0; tile < tile1; ++tile)
-    scan_block<kOn>(scan, step0, {tile0, tile1, tile}, block, states + (tile - tile0) * tile_size,
-                    sink);
-  if (sink.plain() && scan.walk != Walk::kWrite)
-    store_rows(scan, step0, first, columns, block, sink);
+  if constexpr (by_channel(kOn)) {
+    prepare_groups<kOn>(scan, step0, block.groups);
+  } else {
+    prepare_chunk<kOn>(scan, step0, block.chunk, block.inverse);
+  }
+  const bool finite = load_rows(scan, step0, n, first, columns, block.x);
+  const int64_t turns = by_channel(kOn) ? kGroups : chunk_turns(positions_of(scan.read.rows()));
+  Ahead<T> ahead(scan, step0, turns * (tile1 - tile0), sink.out, sink.stride);
+  for (int64_t tile = tile0; tile < tile1; ++tile) {
+    const float* x = block.x + (tile - tile0) * kBlock * kTile;
+    float* y = block.y + (tile - tile0) * kBlock * kTile;
+    float* state = states + (tile - tile0) * tile_size;
+    if constexpr (by_channel(kOn)) {
+      scan_groups<kOn>(scan, step0, tile, block.groups, ahead, x, y, state);
+    } else {
+      scan_chunk<kOn>(scan, step0, tile, block.chunk, finite, ahead, x, y, state);
+    }
+    if (scan.walk != Walk::kWrite && !sink.plain()) {
+      emit_rows(scan, step0, n, tile, y, block.inverse, sink);
+    }
+  }
+  if (scan.walk != Walk::kWrite && sink.plain()) {
+    store_rows(scan, step0, n, first, columns, block, sink);
+  }
 }
 
 // A state in memory: element (row, column) at row * row_stride + column * column_stride, and the
@@ -360,20 +363,6 @@ AF_INLINE void for_walks(bool causal, const F& f) {
   if (causal) return f(Walk::kBoth);
   f(Walk::kWrite);
   f(Walk::kRead);
-}
-
-// Where the gates of a head act on a state with rows K and columns V, or on its transpose.
-AF_INLINE DecayOn decay_on(LinearGate kind, bool transposed) {
-  switch (kind) {
-    case LinearGate::kNone:
-      return DecayOn::kNothing;
-    case LinearGate::kKey:
-      return transposed ? DecayOn::kLanesOf : DecayOn::kRows;
-    case LinearGate::kValue:
-      return transposed ? DecayOn::kRows : DecayOn::kLanesOf;
-    default:
-      return DecayOn::kNumber;
-  }
 }
 
 AF_INLINE int64_t gate_width(const LinearProblem& p) {

@@ -1,9 +1,8 @@
-// Four tokens of the recurrence at once: one tile of the state, [positions][kTile], for the
-// columns it holds. See scan_group.h for the algebra.
+// Four tokens of the recurrence at once, with a decay per channel: one tile of the state,
+// [positions][kTile], for the columns it holds. See scan_group.h for the algebra.
 //
-// Registers: 4 outputs and 4 operands of kTileVecs vectors, a row of S, its decay, temporaries.
-// Per row and vector 1 load, 1 store and 10 multiply-adds (8 without a decay, and an addition), of
-// which 8 count.
+// Registers: 4 outputs and 4 operands of kScanVecs vectors, a row of S, its decay, temporaries.
+// Per row and vector 1 load, 1 store and 10 multiply-adds, of which 8 count.
 #pragma once
 
 #include "cpu/linear/scan_group.h"
@@ -11,15 +10,14 @@
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
 #if ATTNFORGE_LANES == 16
-constexpr int kTileVecs = 2;  // 8 + 8 + 2 + 4 + 2 of 32 registers
+constexpr int kScanVecs = 2;  // 8 + 8 + 2 + 4 + 2 of 32 registers
 #else
-constexpr int kTileVecs = 1;  // 4 + 4 + 1 + 2 + 2 of 16
+constexpr int kScanVecs = 1;  // 4 + 4 + 1 + 2 + 2 of 16
 #endif
-constexpr int64_t kTile = kTileVecs * kLanes;
 
 // x and y are [4][kTile] (y comes in with what it starts from), lanes [2][kTile] the
 // decay of columns, whole and part.
-template <int NV, DecayOn kOn, bool kRead, bool kWrite>
+template <int NV, DecayOn kOn>
 [[gnu::noinline]] static void scan_tile(int64_t positions, const Coefficients& c,
                                         const float* lanes, const float* x, float* y,
                                         float* state) {
@@ -32,9 +30,8 @@ template <int NV, DecayOn kOn, bool kRead, bool kWrite>
   }
   AF_EACH(AF_LOAD)
 #undef AF_LOAD
-  constexpr bool kLane = kOn == DecayOn::kNumber || kOn == DecayOn::kLanesOf;
   Kept kept_a{}, kept_b{};
-  if constexpr (kLane) {
+  if constexpr (kOn == DecayOn::kLanesOf) {
     kept_a = {load(lanes), load(lanes + kTile)};
     if constexpr (NV == 2) kept_b = {load(lanes + kLanes), load(lanes + kTile + kLanes)};
   }
@@ -42,62 +39,46 @@ template <int NV, DecayOn kOn, bool kRead, bool kWrite>
   for (int64_t p = 0; p < positions; ++p, read += kGroup, write += kGroup, state += kTile) {
     VecF sa = load(state), sb{};
     if constexpr (NV == 2) sb = load(state + kLanes);
-    if constexpr (kRead) {
 #define AF_READ(u)                                    \
   {                                                   \
     const VecF r = splat(read[u]);                    \
     ya##u = fma(r, sa, ya##u);                        \
     if constexpr (NV == 2) yb##u = fma(r, sb, yb##u); \
   }
-      AF_EACH(AF_READ)
+    AF_EACH(AF_READ)
 #undef AF_READ
-    }
-    if constexpr (kWrite) {
-      VecF da{}, db{};
+    VecF da{}, db{};
 #define AF_WRITE(u)                                                     \
   {                                                                     \
     const VecF w = splat(write[u]);                                     \
     da = u == 0 ? w * xa##u : fma(w, xa##u, da);                        \
     if constexpr (NV == 2) db = u == 0 ? w * xb##u : fma(w, xb##u, db); \
   }
-      AF_EACH(AF_WRITE)
+    AF_EACH(AF_WRITE)
 #undef AF_WRITE
-      if constexpr (kOn == DecayOn::kRows) kept_a = kept_b = {splat(whole[p]), splat(part[p])};
-      store(state, kOn == DecayOn::kNothing ? sa + da : kept_a(sa, da));
-      if constexpr (NV == 2) {
-        store(state + kLanes, kOn == DecayOn::kNothing ? sb + db : kept_b(sb, db));
-      }
-    }
+    if constexpr (kOn == DecayOn::kRows) kept_a = kept_b = {splat(whole[p]), splat(part[p])};
+    store(state, kept_a(sa, da));
+    if constexpr (NV == 2) store(state + kLanes, kept_b(sb, db));
   }
-  if constexpr (kRead) {
 #define AF_STORE(u)            \
   store(y + u * kTile, ya##u); \
   if constexpr (NV == 2) store(y + u * kTile + kLanes, yb##u);
-    AF_EACH(AF_STORE)
+  AF_EACH(AF_STORE)
 #undef AF_STORE
-  }
 #undef AF_EACH
 }
 
-template <int NV, DecayOn kOn>
-AF_INLINE void run_walk(Walk walk, int64_t positions, const Coefficients& c, const float* lanes,
-                        const float* x, float* y, float* state) {
-  if (walk == Walk::kBoth) {
-    scan_tile<NV, kOn, true, true>(positions, c, lanes, x, y, state);
-  } else if constexpr (kOn == DecayOn::kNothing) {  // a bidirectional call has no gate
-    if (walk == Walk::kWrite) {
-      scan_tile<NV, kOn, false, true>(positions, c, lanes, x, y, state);
+template <DecayOn kOn>
+AF_INLINE void run_tile(int64_t vectors, int64_t positions, const Coefficients& c,
+                        const float* lanes, const float* x, float* y, float* state) {
+  for (int64_t v = 0; v < vectors; v += kScanVecs) {
+    const int64_t at = v * kLanes;
+    if (vectors - v < kScanVecs) {
+      scan_tile<1, kOn>(positions, c, lanes + at, x + at, y + at, state + at);
     } else {
-      scan_tile<NV, kOn, true, false>(positions, c, lanes, x, y, state);
+      scan_tile<kScanVecs, kOn>(positions, c, lanes + at, x + at, y + at, state + at);
     }
   }
-}
-
-template <DecayOn kOn>
-AF_INLINE void run_tile(Walk walk, int64_t vectors, int64_t positions, const Coefficients& c,
-                        const float* lanes, const float* x, float* y, float* state) {
-  if (vectors < kTileVecs) return run_walk<1, kOn>(walk, positions, c, lanes, x, y, state);
-  run_walk<kTileVecs, kOn>(walk, positions, c, lanes, x, y, state);
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA
