@@ -183,8 +183,8 @@ AF_INLINE void store_front(const Head& h, const StateRef& ref, DecayOn on, int64
 
 // One walk over a sequence on tiles [tile0, tile1) for heads [head0, head1), whose outputs add up.
 // `scan_of(head)` and `sink_of(head)` give each head's part.
-template <DecayOn kOn, class T, class ScanOf, class SinkOf>
-AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t tile1,
+template <class T, class ScanOf, class SinkOf>
+AF_INLINE void walk_heads(DecayOn on, bool causal, int64_t heads, int64_t tile0, int64_t tile1,
                           int64_t head_size, int64_t tile_size, Scratch& w, const ScanOf& scan_of,
                           const SinkOf& sink_of) {
   for_walks(causal, [&](Walk walk) __attribute__((always_inline)) {
@@ -193,15 +193,15 @@ AF_INLINE void walk_heads(bool causal, int64_t heads, int64_t tile0, int64_t til
       for (int64_t g = 0; g < heads; ++g) {
         Scan<T> scan = scan_of(g);
         scan.walk = walk;
-        run_block<kOn>(scan, step, tile0, tile1, w.block, w.states + g * head_size, tile_size,
-                       sink_of(g));
+        run_block(on, scan, step, tile0, tile1, w.block, w.states + g * head_size, tile_size,
+                  sink_of(g));
       }
     }
   });
 }
 
 // dq and dk of one head of q, columns of tiles [tile0, tile1) of K; the rows of states are V.
-template <DecayOn kOn, class T>
+template <class T>
 AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& shared,
                                 int64_t sequence, int64_t head, int64_t tile0, int64_t tile1,
                                 Scratch& w) {
@@ -252,7 +252,8 @@ AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& sha
       }
       return sink;
     };
-    walk_heads<kOn, T>(p.causal, group, tile0, tile1, head_size, tile_size, w, scan_of, sink_of);
+    walk_heads<T>(decay_on(p.gate_kind, true), p.causal, group, tile0, tile1, head_size, tile_size,
+                  w, scan_of, sink_of);
   };
 
   each_tile([&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
@@ -276,7 +277,7 @@ AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& sha
 }
 
 // dv of one value head, columns of tiles [tile0, tile1) of V; the rows of states are K.
-template <DecayOn kOn, class T>
+template <class T>
 AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& shared, int64_t sequence,
                               int64_t head, int64_t tile0, int64_t tile1, Scratch& w) {
   const LinearProblem& p = params.problem;
@@ -294,8 +295,8 @@ AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& share
                  decay_of_head(p, h.span, head, backward)};
     (backward ? scan.write : scan.read).scale = p.scale;
     scan.begin = h.span.first, scan.end = h.span.end(), scan.backward = backward;
-    walk_heads<kOn, T>(
-        p.causal, 1, tile0, tile1, 0, tile_size, w,
+    walk_heads<T>(
+        decay_on(p.gate_kind, false), p.causal, 1, tile0, tile1, 0, tile_size, w,
         [&](int64_t) __attribute__((always_inline)) { return scan; },
         [&](int64_t) __attribute__((always_inline)) { return sink; });
   };
@@ -397,21 +398,16 @@ void linear_chunk_bwd(const LinearBwdParams& params, const Workers& workers) {
       Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p);
       if (task < key_tasks) {
         const int64_t part = task % plan.key_splits, head = task / plan.key_splits % p.heads;
-        with_decay(decay_on(p.gate_kind, true), [&](auto on) {
-          queries_and_keys<decltype(on)::kOn, T>(params, shared, task / plan.key_splits / p.heads,
-                                                 head, plan.key_tiles * part / plan.key_splits,
-                                                 plan.key_tiles * (part + 1) / plan.key_splits, w);
-        });
+        queries_and_keys<T>(params, shared, task / plan.key_splits / p.heads, head,
+                            plan.key_tiles * part / plan.key_splits,
+                            plan.key_tiles * (part + 1) / plan.key_splits, w);
         return;
       }
       const int64_t rest = task - key_tasks, part = rest % plan.value_splits;
       const int64_t head = rest / plan.value_splits % p.value_heads;
-      with_decay(decay_on(p.gate_kind, false), [&](auto on) {
-        values_of_head<decltype(on)::kOn, T>(params, shared,
-                                             rest / plan.value_splits / p.value_heads, head,
-                                             plan.value_tiles * part / plan.value_splits,
-                                             plan.value_tiles * (part + 1) / plan.value_splits, w);
-      });
+      values_of_head<T>(params, shared, rest / plan.value_splits / p.value_heads, head,
+                        plan.value_tiles * part / plan.value_splits,
+                        plan.value_tiles * (part + 1) / plan.value_splits, w);
     });
   });
   if (!shared.q_sums) return;

@@ -96,10 +96,11 @@ struct Head {
 };
 
 // Heads [head0, head0 + heads), tiles [tile0, tile1).
-template <DecayOn kOn, class T>
+template <class T>
 AF_INLINE void forward_heads(const LinearFwdParams& params, int64_t sequence, int64_t head0,
                              int64_t heads, int64_t tile0, int64_t tile1, Scratch& w) {
   const LinearProblem& p = params.problem;
+  const DecayOn on = decay_on(p.gate_kind, false);
   const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
   const int64_t tile_size = room_for(p.key_dim) * kTile;
   const auto head_of = [&](int64_t g) __attribute__((always_inline)) {
@@ -123,7 +124,7 @@ AF_INLINE void forward_heads(const LinearFwdParams& params, int64_t sequence, in
         const Head<T> h = head_of(g);
         Scan<T> scan = h.scan(tile0 == 0);
         scan.walk = walk;
-        run_block<kOn>(scan, step, tile0, tile1, w.block, h.states, tile_size, h.sink());
+        run_block(on, scan, step, tile0, tile1, w.block, h.states, tile_size, h.sink());
       }
     }
   });
@@ -157,11 +158,8 @@ void linear_chunk_fwd(const LinearFwdParams& params, const Workers& workers) {
           const FlushDenormals guard;
           const int64_t split = task % plan.splits, part = task / plan.splits % plan.parts;
           Scratch w({static_cast<char*>(params.workspace) + worker * bytes}, p, plan);
-          with_decay(decay_on(p.gate_kind, false), [&](auto on) {
-            forward_heads<decltype(on)::kOn, T>(
-                params, task / plan.splits / plan.parts, part * plan.heads, plan.heads,
-                tiles * split / plan.splits, tiles * (split + 1) / plan.splits, w);
-          });
+          forward_heads<T>(params, task / plan.splits / plan.parts, part * plan.heads, plan.heads,
+                           tiles * split / plan.splits, tiles * (split + 1) / plan.splits, w);
         });
   });
 }

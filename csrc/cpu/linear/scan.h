@@ -282,10 +282,9 @@ template <DecayOn kOn, class T>
   }
 }
 
-// The block's tokens on tiles [tile0, tile1), whose states of tile_size follow one another.
 template <DecayOn kOn, class T>
-AF_INLINE void run_block(const Scan<T>& scan, int64_t step0, int64_t tile0, int64_t tile1,
-                         Block& block, float* states, int64_t tile_size, const Sink<T>& sink) {
+AF_INLINE void run_block_on(const Scan<T>& scan, int64_t step0, int64_t tile0, int64_t tile1,
+                            Block& block, float* states, int64_t tile_size, const Sink<T>& sink) {
   const int64_t n = min64(kBlock, scan.length() - step0);
   const int64_t first = tile0 * kTile, columns = (tile1 - tile0) * kTile;
   if constexpr (by_channel(kOn)) {
@@ -312,6 +311,37 @@ AF_INLINE void run_block(const Scan<T>& scan, int64_t step0, int64_t tile0, int6
   if (scan.walk != Walk::kWrite && sink.plain()) {
     store_rows(scan, step0, n, first, columns, block, sink);
   }
+}
+
+template <DecayOn kDecay>
+struct DecayConstant {
+  static constexpr DecayOn kOn = kDecay;
+};
+
+// f with DecayOn as a constant.
+template <class F>
+AF_INLINE void with_decay(DecayOn on, const F& f) {
+  switch (on) {
+    case DecayOn::kNothing:
+      return f(DecayConstant<DecayOn::kNothing>{});
+    case DecayOn::kNumber:
+      return f(DecayConstant<DecayOn::kNumber>{});
+    case DecayOn::kRows:
+      return f(DecayConstant<DecayOn::kRows>{});
+    case DecayOn::kLanesOf:
+      return f(DecayConstant<DecayOn::kLanesOf>{});
+  }
+}
+
+// The block's tokens on tiles [tile0, tile1), whose states of tile_size follow one another. What
+// walks over blocks is the same code for every kind of decay, and much of it.
+template <class T>
+[[gnu::noinline]] static void run_block(DecayOn on, const Scan<T>& scan, int64_t step0,
+                                        int64_t tile0, int64_t tile1, Block& block, float* states,
+                                        int64_t tile_size, const Sink<T>& sink) {
+  with_decay(on, [&](auto is) __attribute__((always_inline)) {
+    run_block_on<decltype(is)::kOn>(scan, step0, tile0, tile1, block, states, tile_size, sink);
+  });
 }
 
 // A state in memory: element (row, column) at row * row_stride + column * column_stride, and the
@@ -385,26 +415,6 @@ AF_INLINE Decay decay_of_head(const LinearProblem& p, const TokenSpan& span, int
 template <class T>
 AF_INLINE Rows<T> rows_of(const TensorRef& t, const TokenSpan& span, int64_t head, int64_t dim) {
   return {row_ptr<const T>(t, span.batch, 0, head), t.seq_stride, dim};
-}
-
-template <DecayOn kDecay>
-struct DecayConstant {
-  static constexpr DecayOn kOn = kDecay;
-};
-
-// f with DecayOn as a constant.
-template <class F>
-AF_INLINE void with_decay(DecayOn on, const F& f) {
-  switch (on) {
-    case DecayOn::kNothing:
-      return f(DecayConstant<DecayOn::kNothing>{});
-    case DecayOn::kNumber:
-      return f(DecayConstant<DecayOn::kNumber>{});
-    case DecayOn::kRows:
-      return f(DecayConstant<DecayOn::kRows>{});
-    case DecayOn::kLanesOf:
-      return f(DecayConstant<DecayOn::kLanesOf>{});
-  }
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA
