@@ -6,9 +6,9 @@
 A row is an architecture and a kernel id. It holds the registers of a thread, its stack in bytes,
 the accesses to that stack in the hot loop, the one that multiplies (spills elsewhere are cold), and
 the bytes of shared memory of its largest launch. ``tests/cuda/test_compiled.py`` compares all but
-the last. That is asked for at a launch and stands in no object code: the emulator notes it, in
-files below ATTNFORGE_EMULATE_LAUNCHES, and ``--launches`` compares. A kernel that no test launched
-is an error, too. Needs cuobjdump and nvdisasm, which come with Triton's wheel, and nm.
+the last. That is asked for at a launch and stands in no object code: the emulator notes it, and
+``--launches`` compares. A kernel that no test launched is an error, too. Needs cuobjdump and
+nvdisasm, which come with Triton's wheel, and nm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "csrc" / "cuda" / "budgets.json"
 LIBRARY = ROOT / "python" / "attnforge" / "lib" / "libattnforge_cuda.so"
 EMULATED = ROOT / "build" / "emulated" / "emulated" / "libattnforge_emulated.so"
-LAUNCHES = ROOT / "build" / "emulated" / "launches"
+LAUNCHES = EMULATED.parent / "launches"
 DTYPES = ("fp32", "fp16", "bf16", "fp8")  # of enum DType
 GRADIENTS = ("dkdv", "dk", "dv", "dq")  # of enum Gradient
 HEAD_DIMS = ("64x64", "96x96", "128x128", "192x128", "192x192", "256x256")  # of kHeadDims

@@ -101,7 +101,6 @@ def stages() -> list[Stage]:
             "cuda emulator",
             paths=("tests/cuda",),
             pytest_args=("-n", JOBS, "--dist", "worksteal"),
-            env=(("ATTNFORGE_EMULATE_LAUNCHES", str(ROOT / "build/emulated/launches")),),
             commands=((sys.executable, "tools/cuda_budgets.py", "--launches"),),
         ),
         Stage(

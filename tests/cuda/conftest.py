@@ -45,7 +45,7 @@ def _tool(name: str) -> str:
 
 def build_twin() -> Path:
     """The emulated library, compiled if a source is newer."""
-    (BUILD / "launches").mkdir(parents=True, exist_ok=True)  # see tools/cuda_budgets.py
+    (LIBRARY.parent / "launches").mkdir(parents=True, exist_ok=True)  # see tools/cuda_budgets.py
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two workers want it at the same time
         _build()

@@ -30,8 +30,8 @@ MICRO_KERNELS = ("gemm_tile",)
 # Loops that write the stack all the same, by name: so many instructions at most, on any level.
 STACK_BUDGET = {
     # A group of four tokens and its coefficients are small arrays, kept there by design.
-    "prepare_block<": 120,
-    "scan_block<": 45,
+    "prepare_groups<": 107,
+    "scan_groups<": 32,
     # Spills of kda's backward (sums over channel gates): known, small beside its loops.
     "HeadBackward<": 24,
     # One vector of unpacked nibbles (avx2), one or two around fp8's software conversion (baseline).

@@ -4,7 +4,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
-#include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -12,8 +12,6 @@
 namespace attnforge::emulate {
 
 void note_launch(const void* kernel, uint32_t bytes) {
-  static const char* folder = std::getenv("ATTNFORGE_EMULATE_LAUNCHES");
-  if (!folder) return;
   static std::mutex one_file;
   static std::map<const void*, uint32_t> most;
   const std::lock_guard<std::mutex> lock(one_file);
@@ -22,7 +20,9 @@ void note_launch(const void* kernel, uint32_t bytes) {
   found->second = bytes;
   Dl_info library{};  // kernels have no symbols at run time: an offset is what `nm` can name
   if (!dladdr(kernel, &library)) return;
-  std::ofstream file(std::string(folder) + "/" + std::to_string(getpid()), std::ios::app);
+  const std::filesystem::path folder =
+      std::filesystem::path(library.dli_fname).parent_path() / "launches";
+  std::ofstream file(folder / std::to_string(getpid()), std::ios::app);  // none without a folder
   file << static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase) << " "
        << bytes << "\n";
 }

@@ -55,8 +55,8 @@ void encode_tensor_map(uint64_t (&map)[16], const TensorFields& fields);
 void run_grid(const char* kernel, dim3 grid, dim3 block, uint32_t bytes,
               const std::function<void()>& thread);
 
-// With ATTNFORGE_EMULATE_LAUNCHES=<folder>: which kernels ran, and with how much shared memory,
-// into a file of this process (tools/cuda_budgets.py reads it).
+// Which kernels ran, and with how much shared memory: into a file of this process in the folder
+// `launches` beside the library, if there is one (tools/cuda_budgets.py reads it).
 void note_launch(const void* kernel, uint32_t bytes);
 
 template <typename... Parameters, typename... Arguments>
