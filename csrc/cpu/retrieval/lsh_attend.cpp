@@ -42,6 +42,15 @@ AF_INLINE int64_t scratch_bytes(const LshAttendParams& params) {
   return a.used;
 }
 
+// s becomes 2^(s - m); returns their sum. Not inlined: the loops of a head keep their registers.
+[[gnu::noinline]] static float softmax_list(float* s, int64_t n, float& m) {
+  fill(s, n, round_up(n, kNR), -kInf);
+  float l = 0.0f;
+  m = -kInf;
+  softmax_row(s, round_up(n, kNR), m, l);
+  return l;
+}
+
 // o += a x + b y, in the pair order of T.
 template <class T>
 [[gnu::noinline]] static void add_rows(float a, const T* x, float b, const T* y, int64_t dim,
@@ -100,9 +109,8 @@ AF_INLINE void attend_head(const LshAttendParams& params, int64_t batch, int64_t
   };
   for_products<T>(find, batch, kv_head, query, w.ids, exact, exactly);
   for_products<T>(find, batch, kv_head, query, w.ids + exact, n - exact, weighed);
-  fill(w.s, n, round_up(n, kNR), -kInf);
-  float m = -kInf, l = 0.0f;
-  softmax_row(w.s, round_up(n, kNR), m, l);
+  float m;
+  const float l = softmax_list(w.s, n, m);
   weigh_values<T>(params, batch, kv_head, w, n);
   const DenseStore<T> plain{params.flash.k, params.flash.v};
   finish_row(params.flash, plain, sequence(p, batch), head, 0, m, l, 0.0f, w.o);
