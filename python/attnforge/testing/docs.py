@@ -296,6 +296,7 @@ GENERATORS: dict[str, Callable[[Path], str]] = {
     "measurements-paged": lambda root: measured(root, family="paged"),
     "support-matrix-retrieval": lambda root: support_matrix("retrieval"),
     "support-matrix-linear": lambda root: support_matrix("linear"),
+    "measurements-retrieval": lambda root: measured(root, family="retrieval"),
     "measurements-linear": lambda root: measured(root, family="linear"),
     "crossovers": crossover.table,
     "quality-policies": quality_report.policies_table,
