@@ -25,7 +25,9 @@ __all__ = ["group_series", "save_plots", "slug"]
 _STYLE: dict[str, tuple[str, str, str]] = {
     "attnforge": ("#0072B2", "o", "-"),
     "sdpa": ("#D55E00", "s", "--"),
+    "sdpa gathered": ("#D55E00", "s", "--"),
     "sdpa folded": ("#E69F00", "^", "-."),
+    "contiguous": ("#56B4E9", "P", "--"),
     "flex compiled": ("#009E73", "D", ":"),
 }
 _OTHER = ("#CC79A7", "v", "--")
@@ -41,7 +43,12 @@ _CYCLE = (
 # Of a family's figures, left to right; families that are not here show the rate.
 _VIEWS = {"paged": ("time", "fraction")}
 _PEAK_COLOUR = "#000000"
-_LABEL = {"sdpa": "torch SDPA", "sdpa folded": "torch SDPA, group folded"}
+_LABEL = {
+    "sdpa": "torch SDPA",
+    "sdpa gathered": "torch SDPA, pages gathered",
+    "sdpa folded": "torch SDPA, group folded",
+    "contiguous": "attnforge, contiguous",
+}
 
 _RC = {
     "font.family": "DejaVu Sans",
