@@ -174,6 +174,8 @@ def measure(library: Path = LIBRARY, sass: dict[str, str] | None = None) -> dict
 
 def launched(folder: Path = LAUNCHES, library: Path = EMULATED) -> dict[str, int]:
     """``sm_80/<kernel id>`` -> bytes of shared memory, of what ran under the emulator."""
+    if not library.is_file():
+        raise SystemExit(f"cuda_budgets: {library} is not there: run tests/cuda, which builds it")
     done = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True)
     names = {}
     for address, symbol in re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", done.stdout, re.MULTILINE):
@@ -194,9 +196,10 @@ def check_launches(table: dict[str, Row], found: dict[str, int]) -> list[str]:
     """What is wrong with the launches of a whole run of the emulator's tests."""
     wrong = [f"{name}: no test has launched it" for name in sorted(set(table) - set(found))]
     for name, size in sorted(found.items()):
-        most = table.get(name, {}).get("shared", -1)
-        if size > most:
-            wrong.append(f"{name}: {size} bytes of shared memory, {most} are in the table")
+        most = table.get(name, {}).get("shared")
+        if most is None or size > most:
+            had = "none" if most is None else most
+            wrong.append(f"{name}: {size} bytes of shared memory, {had} are in the table")
     return wrong
 
 
@@ -215,10 +218,9 @@ def main() -> int:
     if options.launches:
         found = launched()
         if options.write:
-            rows = {n: {**row, "shared": found.get(n, row.get("shared", -1))}
-                    for n, row in table.items()}  # fmt: skip
-            write_table(old["build"], rows)
-            table = rows
+            for name in found.keys() & table.keys():
+                table[name]["shared"] = found[name]
+            write_table(old["build"], table)
         wrong = check_launches(table, found)
         print(*(wrong or [f"{len(found)} kernels were launched, within their shared memory"]),
               sep="\n")  # fmt: skip

@@ -123,7 +123,7 @@ def test_launches_are_held_to_the_table() -> None:
     assert cuda_budgets.check_launches(table, {"sm_80/a": 64, "sm_80/b": 48, "sm_80/d": 8}) == [
         "sm_90a/c: no test has launched it",
         "sm_80/b: 48 bytes of shared memory, 32 are in the table",
-        "sm_80/d: 8 bytes of shared memory, -1 are in the table",
+        "sm_80/d: 8 bytes of shared memory, none are in the table",
     ]
 
 
@@ -142,12 +142,15 @@ LOCAL = {"sm_90a/fwd_sm90.fp16.d256x256.features": 6}
 
 
 @needs_library
-def test_sm90a_kernels_use_what_that_gpu_has(hopper: dict[str, str]) -> None:
+def test_sm90a_kernels_use_what_that_gpu_has(
+    hopper: dict[str, str], table: dict[str, dict[str, int]]
+) -> None:
     for name, text in hopper.items():
         used = set(re.findall(r"\b(HGMMA|QGMMA|UTMALDG|SYNCS|USETMAXREG|HMMA|LDGSTS)\b", text))
         product = "QGMMA" if ".fp8." in name else "HGMMA"
         rows = {"LDGSTS"} if re.search(r"/(decode|latent)_sm90\.", name) else set()  # of Q
         assert used == {product, "UTMALDG", "SYNCS", "USETMAXREG"} | rows, name
+        assert table[name]["hot_spills"] == 0, name
         assert len(re.findall(r"\b(?:LDL|STL)\b", text)) <= LOCAL.get(name, 0), name
 
 

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from attnforge.backends.cuda.flash import HEAD_DIMS
 from attnforge.testing.cases import FlashCase
 from attnforge.testing.compare import assert_same
-from attnforge.testing.poison import lazy
+from attnforge.testing.poison import far_view
 
 pytestmark = pytest.mark.usefixtures("twin")
 
 BACKENDS = ["emulated", "emulated90"]
-
-
-def far(x: Tensor, seq_stride: int, head_stride: int) -> Tensor:
-    """``x`` [1, S, H, D] behind 2^31 elements, with strides that kernels take as they are."""
-    _, s, h, d = x.shape
-    base = (1 << 31) + 64
-    buffer = lazy(base + (s - 1) * seq_stride + (h - 1) * head_stride + d, x.dtype)
-    view = buffer.as_strided(x.shape, (1 << 33, seq_stride, head_stride, 1), base)
-    view.copy_(x)
-    return view
 
 
 @pytest.mark.parametrize("strides", [(1 << 26, 1 << 8), (1 << 8, 1 << 32)], ids=["seq", "head"])
@@ -32,10 +21,10 @@ def test_offsets_past_2_31(backend: str, strides: tuple[int, int]) -> None:
     # q, k, v and dO; 40 rows in tiles of the forward, 2 in those of the decode
     inputs = FlashCase(batch=1, seqlen_q=40, seqlen_k=45, dtype=torch.bfloat16, causal=True).make()
     names = ("q", "k", "v", "dout")
-    moved = inputs.with_(**{n: far(getattr(inputs, n), *strides) for n in names})
+    moved = inputs.with_(**{n: far_view(getattr(inputs, n), *strides, beyond=64) for n in names})
     assert_same(moved.run(backend), inputs.run(backend))
     inputs = FlashCase(batch=1, seqlen_q=2, seqlen_k=45, dtype=torch.bfloat16, decode=True).make()
-    moved = inputs.with_(**{n: far(getattr(inputs, n), *strides) for n in "qkv"})
+    moved = inputs.with_(**{n: far_view(getattr(inputs, n), *strides, beyond=64) for n in "qkv"})
     assert_same(moved.forward(backend), inputs.forward(backend))
 
 

@@ -92,6 +92,8 @@ def test_page_scores_of_every_kernel(dim: int, dtype: torch.dtype) -> None:
         *(x.double() for x in (q, low, high)), used=used, backend="reference"
     )
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    beside = torch.stack((low, high), 3).transpose(1, 2).contiguous().transpose(1, 2).unbind(3)
+    assert same_bits(retrieval.score_pages(q, *beside, used=used, backend="emulated"), got)
 
 
 def test_page_scores_through_a_table() -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 import attnforge
 from attnforge.testing.cases import FlashCase, FlashInputs, Target
 from attnforge.testing.compare import assert_same, compare
-from attnforge.testing.poison import FENCE, Fenced, fenced, guarded, lazy, poisoned_memory
+from attnforge.testing.poison import (
+    FENCE,
+    Fenced,
+    far_view,
+    fenced,
+    guarded,
+    lazy,
+    poisoned_memory,
+)
 
 CASES = [
     FlashCase(seqlen_q=37, seqlen_k=61, heads_q=4, heads_k=2, head_dim=24, causal=True,
@@ -218,16 +226,6 @@ def test_poison_changes_nothing(target: Target, case: FlashCase) -> None:
     for size in (1 << 10, 1 << 14, 1 << 18, 1 << 20):  # freed at once, to be handed out again
         torch.randn(size, generator=g)
     assert_same(inputs.run(target.backend), plain, "garbage")
-
-
-def far_view(x: Tensor, seq_stride: int, head_stride: int) -> Tensor:
-    """``x`` [1, S, H, D] in a lazy buffer with huge strides, behind 2^31 elements."""
-    _, s, h, d = x.shape
-    base = (1 << 31) + 5
-    buffer = lazy(base + (s - 1) * seq_stride + (h - 1) * head_stride + d, x.dtype)
-    view = buffer.as_strided(x.shape, (1 << 40, seq_stride, head_stride, 1), base)
-    view.copy_(x)
-    return view
 
 
 @pytest.mark.parametrize("rows", [2, 40])

@@ -85,6 +85,9 @@ def test_page_scores_bound_every_key(target: Target, dtype: torch.dtype) -> None
         want = scale * torch.maximum(rows[:, :, :, None] * a[:, :, None],
                                      rows[:, :, :, None] * b[:, :, None]).sum(-1)  # fmt: skip
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+        # a head's bounds in one piece, the two of a page beside each other
+        beside = torch.stack((low, high), 3).transpose(1, 2).contiguous().transpose(1, 2).unbind(3)
+        assert same_bits(retrieval.score_pages(q, *beside, backend=target.backend), got)
 
 
 def test_page_scores_through_a_table(target: Target) -> None:

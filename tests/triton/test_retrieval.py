@@ -208,6 +208,8 @@ def test_page_scores(dtype: torch.dtype, device: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     tops = retrieval.score_pages(q, low, high, used=used, grouped=True, backend="triton")
     assert same_bits(tops, got.unflatten(1, (2, 2)).amax(2))
+    beside = torch.stack((low, high), 3).transpose(1, 2).contiguous().transpose(1, 2).unbind(3)
+    assert same_bits(retrieval.score_pages(q, *beside, used=used, backend="triton"), got)
     order = torch.randperm(10, device=device)
     stored = [torch.empty(10, 2, 24, device=device, dtype=dtype) for _ in range(2)]
     for x, y in zip(stored, (low, high), strict=True):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnforge.testing.compare import same_bits
 
-__all__ = ["FENCE", "Fenced", "fenced", "guarded", "lazy", "poisoned_memory"]
+__all__ = ["FENCE", "Fenced", "far_view", "fenced", "guarded", "lazy", "poisoned_memory"]
 
 FENCE = 512  # elements on either side: more than any vector step reads ahead
 _PROT_NONE = 0
@@ -84,6 +84,19 @@ def lazy(numel: int, dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else one touched element costs 2 MiB
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
+
+
+def far_view(x: Tensor, seq_stride: int, head_stride: int, beyond: int = 5) -> Tensor:
+    """A copy of ``x`` [1, S, H, D] in a lazy buffer with huge strides, behind 2^31 elements.
+
+    It begins at 2^31 + ``beyond``: a multiple of 8 is an address that TMA takes as it is.
+    """
+    _, s, h, d = x.shape
+    base = (1 << 31) + beyond
+    buffer = lazy(base + (s - 1) * seq_stride + (h - 1) * head_stride + d, x.dtype)
+    view = buffer.as_strided(x.shape, (1 << 33, seq_stride, head_stride, 1), base)
+    view.copy_(x)
+    return view
 
 
 @contextlib.contextmanager
