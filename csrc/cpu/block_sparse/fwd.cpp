@@ -38,7 +38,7 @@ constexpr int64_t kSpan = 256;  // keys of one product: S 48 x 288 floats are 54
 constexpr int64_t kLds = kSpan + 2 * kNR + 16;
 constexpr int64_t kMaxSpans = 8;  // blocks of one softmax
 constexpr int64_t kTileBytes = 256 << 10;
-constexpr int64_t kWaveBytes = 8 << 20;
+constexpr int64_t kWaveBytes = 4 << 20;  // of packed K and V: about what a thread's share of L3 holds
 constexpr int64_t kPackKeys = 256;
 
 struct PackedHead {
@@ -121,19 +121,24 @@ AF_INLINE Tile take_tile(Arena& a, const BlockSparseFwdParams& params, const Pla
   return t;
 }
 
+// One panel of keys of one head. Rows of a head lie apart and no prefetcher sees through them: those
+// of the next panel are asked for here.
 template <class T>
-AF_INLINE void pack_keys(const BlockSparseFwdParams& params, const Plan& plan, const Sequence& seq,
-                         int64_t kv_head, Interval keys, const PackedHead& head) {
+AF_INLINE void pack_panel(const BlockSparseFwdParams& params, const Plan& plan, const Sequence& seq,
+                          int64_t kv_head, int64_t key, const PackedHead& head) {
   const FlashFwdParams& f = params.flash;
   const FlashProblem& p = f.problem;
-  for (int64_t key = keys.lo; key < keys.hi; key += kNR) {
-    const int64_t n = min64(kNR, keys.hi - key);
-    const T* k = row_ptr<const T>(f.k, seq.batch, seq.k_row + key, kv_head);
-    const T* v = row_ptr<const T>(f.v, seq.batch, seq.k_row + key, kv_head);
-    pack_key_panel(k, f.k.seq_stride, n, p.head_dim, head.k + key * p.head_dim);
-    head.finite[key / kNR] = pack_column_panels(v, f.v.seq_stride, n, p.v_head_dim, 1.0f,
-                                                head.v + key * kNR, plan.keys * kNR);
+  auto k_row = [&](int64_t i) { return row_ptr<const T>(f.k, seq.batch, seq.k_row + i, kv_head); };
+  auto v_row = [&](int64_t i) { return row_ptr<const T>(f.v, seq.batch, seq.k_row + i, kv_head); };
+  const int64_t end = min64(key + kNR, seq.k_len);
+  for (int64_t next = end; next < min64(end + kNR, seq.k_len); ++next) {
+    prefetch_row(k_row(next), p.head_dim);
+    prefetch_row(v_row(next), p.v_head_dim);
   }
+  pack_key_panel(k_row(key), f.k.seq_stride, end - key, p.head_dim, head.k + key * p.head_dim);
+  head.finite[key / kNR] =
+      pack_column_panels(v_row(key), f.v.seq_stride, end - key, p.v_head_dim, 1.0f,
+                         head.v + key * kNR, plan.keys * kNR);
 }
 
 // A tile of tokens [token0, token0 + tokens) of one unit; row r is head r % heads of token r /
@@ -415,10 +420,11 @@ AF_INLINE void run(const BlockSparseFwdParams& params, const Workers& workers) {
   for (int64_t pair0 = 0; pair0 < pairs; pair0 += plan.slots) {
     const int64_t slots = min64(plan.slots, pairs - pair0);
     parallel_tasks(workers, slots * packs, [&](int64_t task, int64_t) {
-      const int64_t slot = task / packs, key0 = task % packs * kPackKeys, pair = pair0 + slot;
+      const int64_t slot = task % slots, pair = pair0 + slot;  // heads lie side by side
       const Sequence seq = sequence(p, pair / p.heads_k);
-      const Interval keys = {key0, min64(key0 + kPackKeys, seq.k_len)};
-      pack_keys<T>(params, plan, seq, pair % p.heads_k, keys, head_at(slot));
+      const int64_t key0 = task / slots * kPackKeys;
+      for (int64_t key = key0; key < min64(key0 + kPackKeys, seq.k_len); key += kNR)
+        pack_panel<T>(params, plan, seq, pair % p.heads_k, key, head_at(slot));
     });
     parallel_tasks(workers, slots * units * plan.tiles, [&](int64_t task, int64_t worker) {
       // Late tiles see the most keys under a causal mask: they go first.
