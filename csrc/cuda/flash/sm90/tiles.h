@@ -34,7 +34,8 @@ constexpr Sm90Tile sm90_fwd_tile(DType dtype, HeadDims d, bool features) {
     // Q 48 KiB; K and V of 128 keys would be 80 KiB per stage with V 128, 96 KiB with 192.
     t.block_n = d.v == 128 ? 128 : 96;
   }
-  if (d.qk == 256) t.block_n = 80;  // Q 64 KiB, 80 KiB per stage; O alone is 128 registers
+  // Q 64 KiB, 80 KiB per stage; O alone is 128 registers, and what scores need comes on top.
+  if (d.qk == 256) t.block_n = features ? 64 : 80;
   // A tile of long rows keeps the tensor cores busy for longer than its softmax takes.
   if (d.qk > 128) t.turns = false;
   return t;
