@@ -1,19 +1,34 @@
 """What context-parallel attention sends, counted on processes of this machine, beside its model.
 
     python bench/context_messages.py               # 2, 3 and 4 ranks over gloo, bf16
+    python bench/context_messages.py --time        # how much of the ring's messages products hide
 
 Each rank counts the bytes that it hands to other ranks, forward and backward, holds them to the
 model, and counts the ring's messages that have products between their start and the wait for them,
-which is what hides them on a link that works by itself. Sizes are exact; no time is taken.
+which is what hides them on a link that works by itself. Sizes are exact.
+
+With --time two ranks of one thread take turns at a ring whose messages travel under products, one
+that waits for each message where it starts, and messages without products. What the first saves of
+the second, over the third, is the share that is hidden. Through shared memory a message is work for
+the same cores; a link that works by itself is a network namespace whose loopback is slow:
+
+    ip netns add slow && ip netns exec slow ip link set lo up
+    ip netns exec slow tc qdisc add dev lo root tbf rate 400mbit burst 64kb latency 400ms
+    ip netns exec slow python bench/context_messages.py --time
 """
 
 from __future__ import annotations
 
+import contextlib
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,6 +37,7 @@ from torch import Tensor
 from attnforge.distributed import _ring, context
 
 BATCH, HEADS, HEADS_K, DIM, SHARE = 1, 12, 4, 64, 96  # SHARE: tokens of a rank
+TIMED_SHARE, TURNS = 2048, 7
 
 
 class Counter:
@@ -132,18 +148,82 @@ def rank_main(rank: int, world: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    for world in (2, 3, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            command = [sys.executable, __file__]
-            ranks = [subprocess.Popen([*command, str(r), str(world), store]) for r in range(world)]
-            if sum(rank.wait() != 0 for rank in ranks):
-                raise SystemExit("context_messages: a rank failed")
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Messages are waited for where they start, with no products meanwhile."""
+    send = _ring._send
 
+    def sent(*args: Any) -> Any:
+        hop = send(*args)
+        hop.wait()
+        return _ring._Hop(hop.arriving, [])
+
+    with mock.patch.object(_ring, "_send", sent):
+        yield
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Messages without products."""
+    nothing = mock.patch.multiple(_ring, _attend=mock.DEFAULT, _differentiate=mock.DEFAULT)
+    with _waiting(), nothing:
+        yield
+
+
+def timed_main(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    heads = (HEADS, HEADS_K, HEADS_K)
+    q, k, v = (
+        torch.randn(BATCH, TIMED_SHARE, h, DIM, dtype=torch.bfloat16).requires_grad_()
+        for h in heads
+    )
+    ways: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+        "under products": contextlib.nullcontext, "waited for": _waiting, "alone": _alone
+    }  # fmt: skip
+    taken: dict[tuple[str, str], list[float]] = {}
+    for turn in range(TURNS + 1):
+        for way, as_said in ways.items():
+            with as_said():
+                dist.barrier()
+                start = time.perf_counter()
+                out = context.ring_attention(q, k, v, causal=True)
+                dist.barrier()
+                middle = time.perf_counter()
+                torch.autograd.grad(out, (q, k, v), out.detach())
+                dist.barrier()
+                end = time.perf_counter()
+            if turn:  # the first one touches memory
+                taken.setdefault(("forward", way), []).append(middle - start)
+                taken.setdefault(("backward", way), []).append(end - middle)
+    for pass_ in ("forward", "backward"):
+        under, waited, alone = (taken[pass_, way] for way in ways)
+        hidden = [(b - a) / c for a, b, c in zip(under, waited, alone, strict=True)]
+        if rank == 0:
+            words = ", ".join(
+                f"{way} {1e3 * statistics.median(x):.0f} ms"
+                for way, x in zip(ways, (under, waited, alone), strict=True)
+            )
+            print(f"{pass_:8} {words}: {statistics.median(hidden):.0%} hidden", flush=True)
+    dist.destroy_process_group()
+
+
+def launch(world: int, kind: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, kind]
+        rest = (str(world), str(Path(folder) / "store"))
+        ranks = [subprocess.Popen([*command, str(r), *rest]) for r in range(world)]
+        if sum(rank.wait() != 0 for rank in ranks):
+            raise SystemExit("context_messages: a rank failed")
+
+
+RANKS = {"count": rank_main, "time": timed_main}
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    if len(sys.argv) == 5:
+        RANKS[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    elif sys.argv[1:] == ["--time"]:
+        launch(2, "time")
     else:
-        main()
+        for world in (2, 3, 4):
+            launch(world, "count")
