@@ -1,8 +1,9 @@
-"""Native sparse attention and dense attention learn to find needles, from scratch.
+r"""Native sparse attention and dense attention learn to find needles, from scratch.
 
     python examples/nsa_needle.py                       # dense and NSA, 400 steps each
     python examples/nsa_needle.py --quick               # does it run: two steps
-    python examples/nsa_needle.py --seeds 3 --out docs/measurements/training/nsa_needle.json
+    python examples/nsa_needle.py --layers dense nsa nsa-paper --steps 1200 --seeds 2 \
+        --out docs/measurements/training/nsa_needle.json
 
 A sequence is noise in which a few needles lie, tokens of a key and a value; its last tokens ask
 for the keys, in any order, and the answers are the values. Two blocks of attention and MLP,
@@ -26,6 +27,13 @@ NOISE, KEYS, VALUES = 32, 8, 8
 WIDTH, HEADS, KV_HEADS, BLOCKS, LENGTH, BATCH = 64, 4, 1, 2, 256, 16
 # Of the 32 blocks of 8 tokens a question sees 6, three of them its choice.
 NSA = {"cmp_block": 8, "cmp_stride": 4, "slc_block": 8, "top_n": 6, "window": 16}
+# With one projection of keys for all branches, and means of them, what finds a token also finds its
+# block. The paper's layer has projections and an MLP of its own for compressed keys: that branch
+# then learns to answer where a block holds one needle, and is never taught to point.
+LAYERS = {
+    "nsa": {**NSA, "share_kv": True, "compression": "mean"},
+    "nsa-paper": NSA,
+}
 
 
 class Dense(nn.Module):
@@ -47,7 +55,7 @@ class Block(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.mixer = Dense() if kind == "dense" else anf.NativeSparseAttention(
-            WIDTH, HEADS, KV_HEADS, **NSA, rope_base=None)  # fmt: skip
+            WIDTH, HEADS, KV_HEADS, **LAYERS[kind], rope_base=None)  # fmt: skip
         self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(2))
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
@@ -117,15 +125,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--layers", nargs="+", choices=["dense", *LAYERS], default=["dense", "nsa"])
     parser.add_argument("--quick", action="store_true", help="2 steps: nothing is learned")
     parser.add_argument("--out", type=Path, help="write the curves as JSON")
     args = parser.parse_args()
     steps, runs = 2 if args.quick else args.steps, []
     for seed in range(args.seeds):
-        for kind in ("dense", "nsa"):
+        for kind in args.layers:
             runs.append({"seed": seed, **train(kind, steps, seed)})
             _, loss, right = runs[-1]["curve"][-1]
-            print(f"{kind:6} seed {seed}, {steps} steps, {runs[-1]['seconds']:5.1f} s: loss "
+            print(f"{kind:9} seed {seed}, {steps} steps, {runs[-1]['seconds']:5.1f} s: loss "
                   f"{loss:.3f}, {right:.1%} of the needles found", flush=True)  # fmt: skip
             if args.out is not None:
                 args.out.write_text(json.dumps({"steps": steps, "runs": runs}, indent=1) + "\n")

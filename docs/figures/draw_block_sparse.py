@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 from attnforge.testing.plots import _CYCLE, _RC
-from attnforge.testing.training import runs
+from attnforge.testing.training import NEEDLE_LAYERS, runs
 
 HERE = Path(__file__).parent
 
@@ -45,9 +45,9 @@ def needle(data: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
     for run in data["runs"]:
-        colour, _, dashes = _CYCLE[run["layer"] == "nsa"]
+        colour, _, dashes = _CYCLE[list(NEEDLE_LAYERS).index(run["layer"])]
         steps, losses, right = zip(*run["curve"], strict=True)
-        label = {"dense": "dense", "nsa": "NSA"}[run["layer"]] if run["seed"] == 0 else None
+        label = NEEDLE_LAYERS[run["layer"]] if run["seed"] == 0 else None
         for axes, values in zip(panels, (losses, [100 * r for r in right]), strict=True):
             axes.plot(steps, values, color=colour, linestyle=dashes, linewidth=1.2, label=label)
     for axes, name in zip(panels, ("loss", "needles found, %"), strict=True):

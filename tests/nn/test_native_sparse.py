@@ -31,11 +31,28 @@ def test_compression_sees_places() -> None:
     close(compress(x[0], starts), got[0])
 
 
-@pytest.mark.parametrize("share_kv", [False, True])
+def test_compression_by_means() -> None:
+    """The layer's compressed keys are those that the function makes where it gets none."""
+    net = layer(compression="mean", share_kv=True, rope_base=None)
+    assert not list(net.compress_k.parameters())
+    x = torch.randn(2, 75, 32)
+    q = net.q_proj(x).unflatten(-1, (4, 8))
+    k, v = (f(x).unflatten(-1, (2, 8)) for f in (net.k_proj, net.v_proj))
+    gates = net.gate_proj(x).unflatten(-1, (4, 3)).sigmoid()
+    out = attnforge.nsa_attention(q, None, None, k, v, None, None, gates, **net.options)
+    close(net(x), net.o_proj(out.flatten(2)))
+    assert net.compress_k(k[:, :7]).shape == (2, 0, 2, 8)
+    with pytest.raises(ValueError, match=r"compression is 'max'; want 'mlp' or 'mean'"):
+        layer(compression="max")
+
+
+@pytest.mark.parametrize(
+    ("share_kv", "compression"), [(False, "mlp"), (True, "mlp"), (True, "mean")]
+)
 @pytest.mark.parametrize("prompt", [1, 7, 40])
-def test_cached_calls_are_the_whole_call(share_kv: bool, prompt: int) -> None:
+def test_cached_calls_are_the_whole_call(share_kv: bool, compression: str, prompt: int) -> None:
     """A prompt, single tokens and a few at once: outputs of one call over everything."""
-    net = layer(share_kv=share_kv, head_dim=16, v_head_dim=8)
+    net = layer(share_kv=share_kv, compression=compression, head_dim=16, v_head_dim=8)
     x = torch.randn(2, 75, 32)
     with torch.no_grad():
         want = net(x)
@@ -50,8 +67,9 @@ def test_cached_calls_are_the_whole_call(share_kv: bool, prompt: int) -> None:
     assert cache.compressed == (75 - 8) // 4 + 1
 
 
-def test_packed_is_one_by_one() -> None:
-    net, lengths = layer(), (30, 5, 0, 41)
+@pytest.mark.parametrize("compression", ["mlp", "mean"])
+def test_packed_is_one_by_one(compression: str) -> None:
+    net, lengths = layer(compression=compression), (30, 5, 0, 41)
     cu = torch.tensor([0, 30, 35, 35, 76], dtype=torch.int32)
     x = torch.randn(1, 76, 32)
     got = net(x, cu_seqlens=cu)

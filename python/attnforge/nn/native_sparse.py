@@ -17,9 +17,36 @@ from attnforge.ops._checks import _shape, fail
 from attnforge.ops.nsa import nsa_attention
 from attnforge.ops.pooling import pooled_lengths
 
-__all__ = ["BlockCompression", "NSACache", "NativeSparseAttention"]
+__all__ = ["BlockCompression", "MeanCompression", "NSACache", "NativeSparseAttention"]
 
 _OP = "nn.NativeSparseAttention"
+
+
+def _windows(x: Tensor, block: int, stride: int, starts: Tensor | None) -> Tensor:
+    """x [B, T, H, D] -> [B, N, H, block, D]; starts [N]: first tokens of the windows, of packed x
+    [T, H, D] -> [N, H, block, D]."""
+    if starts is not None:
+        at = starts[:, None] + torch.arange(block, device=x.device)
+        return x[at].transpose(1, 2)
+    if x.shape[1] < block:
+        return x[:, :0].unsqueeze(3).expand(-1, -1, -1, block, -1)
+    return x.unfold(1, block, stride).transpose(-1, -2)
+
+
+class MeanCompression(nn.Module):
+    """Windows of tokens by their means, which is what fla's layer has: no parameters.
+
+    A window's score is then a mean of the scores of its tokens, so that queries that have learnt to
+    find a token find its block.
+    """
+
+    def __init__(self, block: int, stride: int) -> None:
+        super().__init__()
+        self.block, self.stride = block, stride
+
+    def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
+        """x [B, T, H, D] -> [B, N, H, D]; starts as for ``BlockCompression``."""
+        return _windows(x, self.block, self.stride, starts).mean(-2)
 
 
 class BlockCompression(nn.Module):
@@ -39,13 +66,7 @@ class BlockCompression(nn.Module):
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
         """x [B, T, H, D] -> [B, N, H, D]; starts [N]: first tokens of the windows, of packed x
         [T, H, D] -> [N, H, D]."""
-        if starts is None:
-            if x.shape[1] < self.block:
-                return x[:, :0]
-            windows = x.unfold(1, self.block, self.stride).transpose(-1, -2)  # [B, N, H, l, D]
-        else:
-            at = starts[:, None] + torch.arange(self.block, device=x.device)
-            windows = x[at].transpose(1, 2)  # [N, H, l, D]
+        windows = _windows(x, self.block, self.stride, starts)
         out: Tensor = self.mlp((windows + self.position).flatten(-2))
         return out
 
@@ -74,6 +95,9 @@ class NativeSparseAttention(nn.Module):
         that of their first one, after compression; None: no rotation.
     share_kv: one key and value projection for all branches, as most public code has it; the paper
         and the default have one each.
+    compression: of the windows, "mlp" (``BlockCompression``, the paper's) or "mean"
+        (``MeanCompression``, fla's). From scratch, means with share_kv learn what to select sooner.
+    expansion: of the MLP's hidden channels over head_dim.
 
     Gates are sigmoids of a projection of x, one per head and branch. With ``cache`` the call goes
     on where the last one ended, be it for a prompt or for a token, without gradients. cu_seqlens:
@@ -96,6 +120,7 @@ class NativeSparseAttention(nn.Module):
         rope_base: float | None = 10000.0,
         share_kv: bool = False,
         expansion: int = 1,
+        compression: str = "mlp",
     ) -> None:
         super().__init__()
         if num_kv_heads < 1 or num_heads % num_kv_heads:
@@ -105,6 +130,8 @@ class NativeSparseAttention(nn.Module):
                 fail(_OP, f"hidden_size is {hidden_size}; want a multiple of {num_heads} heads, or "
                           "head_dim given")  # fmt: skip
             head_dim = hidden_size // num_heads
+        if compression not in ("mlp", "mean"):
+            fail(_OP, f"compression is {compression!r}; want 'mlp' or 'mean'")
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
@@ -119,8 +146,11 @@ class NativeSparseAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, values, bias=False)
         self.gate_proj = nn.Linear(hidden_size, 3 * num_heads, bias=False)
         self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
-        self.compress_k = BlockCompression(head_dim, cmp_block, cmp_stride, expansion)
-        self.compress_v = BlockCompression(v_head_dim, cmp_block, cmp_stride, expansion)
+        self.compress_k, self.compress_v = (
+            MeanCompression(cmp_block, cmp_stride) if compression == "mean" else
+            BlockCompression(dim, cmp_block, cmp_stride, expansion)
+            for dim in (head_dim, v_head_dim)
+        )  # fmt: skip
 
     def _branches(self, x: Tensor, dim: int) -> list[Tensor]:
         """[B, T, branches * Hk * dim] -> the three branches' [B, T, Hk, dim]."""

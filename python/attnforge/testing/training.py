@@ -4,7 +4,8 @@
     python examples/linearize_smollm2.py --window 32 --length 256 --segments 4 --steps 24 \\
         --out docs/measurements/training/smollm2_linear.json
     python bench/quality_block_sparse.py --out docs/measurements/training/block_sparse.json
-    python examples/nsa_needle.py --seeds 3 --out docs/measurements/training/nsa_needle.json
+    python examples/nsa_needle.py --layers dense nsa nsa-paper --steps 1200 --seeds 2 \\
+        --out docs/measurements/training/nsa_needle.json
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["block_sparse_table", "char_lm_table", "needle_table", "runs", "smollm2_table"]
+__all__ = [
+    "NEEDLE_LAYERS", "block_sparse_table", "char_lm_table", "needle_table", "runs", "smollm2_table",
+]  # fmt: skip
+
+# What the layers of the needle task are called.
+NEEDLE_LAYERS = {"dense": "dense", "nsa": "NSA, one projection, means", "nsa-paper": "NSA, paper"}
 
 
 def runs(root: Path, name: str) -> Any:
@@ -70,7 +76,6 @@ def needle_table(root: Path) -> str:
     ]
     for run in data["runs"]:
         _, loss, right = run["curve"][-1]
-        name = {"dense": "dense", "nsa": "NSA"}[run["layer"]]
-        lines.append(f"| {name} | {run['seed']} | {run['parameters'] / 1e3:.0f} k | {loss:.3f} | "
-                     f"{right:.1%} |")  # fmt: skip
+        name, size = NEEDLE_LAYERS[run["layer"]], run["parameters"] / 1e3
+        lines.append(f"| {name} | {run['seed']} | {size:.0f} k | {loss:.3f} | {right:.1%} |")
     return "\n".join(lines) + "\n"
