@@ -1,5 +1,5 @@
-// What the paged kernels compute with: codes in both directions, division by the page size, tiles of
-// keys gathered through a table.
+// What the paged kernels compute with: codes in both directions, division by the page size, tiles
+// of keys gathered through a table.
 #include <cmath>
 #include <limits>
 
