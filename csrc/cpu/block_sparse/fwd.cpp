@@ -38,7 +38,8 @@ constexpr int64_t kSpan = 256;  // keys of one product: S 48 x 288 floats are 54
 constexpr int64_t kLds = kSpan + 2 * kNR + 16;
 constexpr int64_t kMaxSpans = 8;  // blocks of one softmax
 constexpr int64_t kTileBytes = 256 << 10;
-constexpr int64_t kWaveBytes = 4 << 20;  // of packed K and V: about what a thread's share of L3 holds
+constexpr int64_t kWaveBytes =
+    4 << 20;  // of packed K and V: about what a thread's share of L3 holds
 constexpr int64_t kPackKeys = 256;
 
 struct PackedHead {
@@ -121,8 +122,8 @@ AF_INLINE Tile take_tile(Arena& a, const BlockSparseFwdParams& params, const Pla
   return t;
 }
 
-// One panel of keys of one head. Rows of a head lie apart and no prefetcher sees through them: those
-// of the next panel are asked for here.
+// One panel of keys of one head. Rows of a head lie apart and no prefetcher sees through them:
+// those of the next panel are asked for here.
 template <class T>
 AF_INLINE void pack_panel(const BlockSparseFwdParams& params, const Plan& plan, const Sequence& seq,
                           int64_t kv_head, int64_t key, const PackedHead& head) {
@@ -136,9 +137,8 @@ AF_INLINE void pack_panel(const BlockSparseFwdParams& params, const Plan& plan, 
     prefetch_row(v_row(next), p.v_head_dim);
   }
   pack_key_panel(k_row(key), f.k.seq_stride, end - key, p.head_dim, head.k + key * p.head_dim);
-  head.finite[key / kNR] =
-      pack_column_panels(v_row(key), f.v.seq_stride, end - key, p.v_head_dim, 1.0f,
-                         head.v + key * kNR, plan.keys * kNR);
+  head.finite[key / kNR] = pack_column_panels(v_row(key), f.v.seq_stride, end - key, p.v_head_dim,
+                                              1.0f, head.v + key * kNR, plan.keys * kNR);
 }
 
 // A tile of tokens [token0, token0 + tokens) of one unit; row r is head r % heads of token r /

@@ -16,6 +16,7 @@ policies at the same budget are what is measured.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import statistics
 import time
@@ -307,6 +308,7 @@ def measure(
                 observed = shared[line.policy]
                 observed.budget = line.budget
             _run(model, prompt, observed, data, setup, line)
+            gc.collect()  # policies and what watches them are cycles that hold caches and indices
             done += 1
             if save is not None:
                 save(_result(setup, lines))
