@@ -52,7 +52,7 @@ def test_tables_of_sparse_attention(sparse_runs: Path) -> None:
     assert [line.split(" | ")[1] for line in lines[4:]] == ["mean", "Seer gate, seed 0", "mean"]
     lines = training.needle_table(sparse_runs).splitlines()
     names = ("dense", "NSA, one projection, means", "NSA, paper")
-    assert lines[2:] == [f"| {name} | 0 | 9 k | 0.500 | 75.0% |" for name in names]
+    assert lines[2:] == [f"| {name} | 9 | 0 | 9 k | 0.500 | 75.0% |" for name in names]
 
 
 def test_figures_of_sparse_attention(sparse_runs: Path, tmp_path: Path) -> None:

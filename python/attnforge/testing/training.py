@@ -71,11 +71,13 @@ def needle_table(root: Path) -> str:
     """Of each run of the needle task its end."""
     data = runs(root, "nsa_needle")
     lines = [
-        "| layer | seed | parameters | loss | needles found |",
-        "| --- | --- | --- | --- | --- |",
+        "| layer | steps | seed | parameters | loss | needles found |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for run in data["runs"]:
-        _, loss, right = run["curve"][-1]
+        step, loss, right = run["curve"][-1]
         name, size = NEEDLE_LAYERS[run["layer"]], run["parameters"] / 1e3
-        lines.append(f"| {name} | {run['seed']} | {size:.0f} k | {loss:.3f} | {right:.1%} |")
+        lines.append(
+            f"| {name} | {step} | {run['seed']} | {size:.0f} k | {loss:.3f} | {right:.1%} |"
+        )
     return "\n".join(lines) + "\n"
