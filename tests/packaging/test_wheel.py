@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
-import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attnforge_tools_wheel", ROOT / "tools/wheel.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-wheel = load()
 TAG = "cp311-cp311-manylinux_2_35_x86_64"
 BUILT = "built by nvcc 13.0.1 for 80 90 90a 100"
 
@@ -44,9 +28,11 @@ def toy(folder: Path, *, tag: str = TAG, libraries: tuple[str, ...], cuda: str =
 CPU, CUDA = "attnforge/lib/libattnforge_cpu.so", "attnforge/lib/libattnforge_cuda.so"
 
 
-def test_a_whole_wheel_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_wheel_passes(
+    wheel_tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = toy(tmp_path, libraries=(CPU, CUDA))
-    assert wheel.main(["--release", "--check", str(path)]) == 0
+    assert wheel_tool.main(["--release", "--check", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "libattnforge_cuda.so" in shown
     assert "for 80 90 90a 100" in shown
@@ -63,6 +49,7 @@ def test_a_whole_wheel_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_refused(
+    wheel_tool: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, object],
@@ -70,23 +57,23 @@ def test_refused(
     words: str,
 ) -> None:
     path = toy(tmp_path, **{"libraries": (CPU, CUDA), **changes})  # type: ignore[arg-type]
-    assert wheel.main([*(["--release"] if release else []), "--check", str(path)]) == 1
+    assert wheel_tool.main([*(["--release"] if release else []), "--check", str(path)]) == 1
     assert words in capsys.readouterr().err
 
 
-def test_a_development_wheel_may_lack_cuda(tmp_path: Path) -> None:
+def test_a_development_wheel_may_lack_cuda(wheel_tool: ModuleType, tmp_path: Path) -> None:
     path = toy(tmp_path, libraries=(CPU,), cuda="left out: no nvcc")
-    assert wheel.main(["--check", str(path)]) == 0
+    assert wheel_tool.main(["--check", str(path)]) == 0
 
 
-def test_size_and_levels_are_limited(tmp_path: Path) -> None:
-    report = wheel.inspect(toy(tmp_path, libraries=(CPU, CUDA)))
-    assert wheel.complaints(report, release=True) == []
+def test_size_and_levels_are_limited(wheel_tool: ModuleType, tmp_path: Path) -> None:
+    report = wheel_tool.inspect(toy(tmp_path, libraries=(CPU, CUDA)))
+    assert wheel_tool.complaints(report, release=True) == []
     fat = dataclasses.replace(report, bytes=60_000_001)
-    assert wheel.complaints(fat, release=False) == ["60.0 MB, more than 60"]
+    assert wheel_tool.complaints(fat, release=False) == ["60.0 MB, more than 60"]
     thin = dataclasses.replace(report, levels=("baseline",))
-    assert wheel.complaints(thin, release=True) == ["CPU kernels lack avx2, avx512"]
+    assert wheel_tool.complaints(thin, release=True) == ["CPU kernels lack avx2, avx512"]
 
 
-def test_default_architectures_are_read_from_the_build() -> None:
-    assert {"80", "90", "90a", "100"} <= set(wheel.default_archs())
+def test_default_architectures_are_read_from_the_build(wheel_tool: ModuleType) -> None:
+    assert {"80", "90", "90a", "100"} <= set(wheel_tool.default_archs())

@@ -38,8 +38,7 @@ constexpr int64_t kSpan = 256;  // keys of one product: S 48 x 288 floats are 54
 constexpr int64_t kLds = kSpan + 2 * kNR + 16;
 constexpr int64_t kMaxSpans = 8;  // blocks of one softmax
 constexpr int64_t kTileBytes = 256 << 10;
-constexpr int64_t kWaveBytes =
-    4 << 20;  // of packed K and V: about what a thread's share of L3 holds
+constexpr int64_t kWaveBytes = 4 << 20;
 constexpr int64_t kPackKeys = 256;
 
 struct PackedHead {
