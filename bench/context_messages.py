@@ -12,9 +12,11 @@ that waits for each message where it starts, and messages without products. What
 the second, over the third, is the share that is hidden. Through shared memory a message is work for
 the same cores; a link that works by itself is a network namespace whose loopback is slow:
 
-    ip netns add slow && ip netns exec slow ip link set lo up
-    ip netns exec slow tc qdisc add dev lo root tbf rate 400mbit burst 64kb latency 400ms
+    ip netns add slow && ip netns exec slow ip link set lo mtu 1500 up
+    ip netns exec slow tc qdisc add dev lo root tbf rate 400mbit burst 256kb latency 400ms
     ip netns exec slow python bench/context_messages.py --time
+
+(With loopback's own mtu of 64 KiB packets pass the burst, and tbf drops them for ever.)
 """
 
 from __future__ import annotations

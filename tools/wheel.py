@@ -107,7 +107,10 @@ def tool(*command: str | Path) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     env = {**os.environ, "PATH": path}
     words = [str(word) for word in command]
-    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    try:
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
+    except OSError as error:
+        raise SystemExit(f"wheel: {words[0]}: {error.strerror}") from None
     if done.returncode:
         raise SystemExit(
             f"wheel: exit {done.returncode}: {' '.join(words)}\n{done.stdout}{done.stderr}"
@@ -144,12 +147,14 @@ def host_module(python: str, version: str, work: Path) -> Path:
     return module
 
 
+def tag_of(python: str) -> str:
+    return "cp{}{}".format(*tool(python, "-c", "import sys; print(*sys.version_info[:2])").split())
+
+
 def for_python(raw: Path, python: str, out: Path) -> Path:
     """The wheel that was built for this interpreter, before its repair, for another one."""
-    tag = "cp{}{}".format(*tool(python, "-c", "import sys; print(*sys.version_info[:2])").split())
+    tag = tag_of(python)
     _, version, old, *_ = raw.stem.split("-")
-    if tag == old:
-        raise SystemExit(f"wheel: --python {python}: {raw.name} is for it already")
     with tempfile.TemporaryDirectory() as folder:
         tool(sys.executable, "-m", "wheel", "unpack", raw, "-d", folder)
         (root,) = Path(folder).iterdir()
@@ -164,6 +169,9 @@ def for_python(raw: Path, python: str, out: Path) -> Path:
 
 def build(out: Path, pythons: Sequence[str] = ()) -> list[Path]:
     """sdist and wheels of this tree; returns the repaired wheels, this interpreter's first."""
+    for python in pythons:  # before a build that takes long
+        if tag_of(python) == tag_of(sys.executable):
+            raise SystemExit(f"wheel: --python {python}: that is the Python which builds")
     work = ROOT / "build" / "wheel"
     for stale in (work, *(ROOT / "build").glob("lib*")):
         shutil.rmtree(stale, ignore_errors=True)  # a module that is gone must not travel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -77,3 +78,15 @@ def test_size_and_levels_are_limited(wheel_tool: ModuleType, tmp_path: Path) -> 
 
 def test_default_architectures_are_read_from_the_build(wheel_tool: ModuleType) -> None:
     assert {"80", "90", "90a", "100"} <= set(wheel_tool.default_archs())
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [(sys.executable, "the Python which builds"), ("/no/python9", "No such file or directory")],
+)
+def test_interpreters_are_looked_at_before_a_build(
+    wheel_tool: ModuleType, tmp_path: Path, python: str, words: str
+) -> None:
+    with pytest.raises(SystemExit, match=words):
+        wheel_tool.build(tmp_path, [python])
+    assert list(tmp_path.iterdir()) == []
