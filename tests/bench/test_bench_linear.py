@@ -38,9 +38,23 @@ def test_step_sides_agree(cpu: str) -> None:
 def test_cases() -> None:
     cases = bench.family_cases("linear", quick=True)
     names = [case.name for case in cases]
-    assert len(set(names)) == len(names) == 2 * len(FUNCTIONS) + 2 + len(bench_delta.cases(1))
+    assert len(set(names)) == len(names) == 2 * len(FUNCTIONS) + 3 + len(bench_delta.cases(1))
     assert cases[0].work == 4 * 64 * 64 * 8 * 8192
     assert len({case.series for case in bench.family_cases("linear", sweep=True)}) == 2
+
+
+def test_a_length_and_its_parts_are_the_same_tokens(
+    cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_linear, "_keep_freed_memory", lambda: None)  # of the test process
+    case = bench_linear.length_case(64, 4, 1)
+    workload = case.build(cpu)
+    parts = workload.peers["its parts"]
+    assert callable(parts)
+    whole, pieces = workload.candidate(), parts()
+    assert [piece.shape for piece in pieces] == [(1, 16, 8, 64)] * 4
+    torch.testing.assert_close(whole[:, :16], pieces[0])  # the others begin with a state of zero
+    assert case.work == 4 * 64 * 64 * 8 * 64
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "key"])

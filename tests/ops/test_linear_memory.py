@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,3 +54,28 @@ def test_a_step_writes_its_slots_alone(level: Target) -> None:
         pool.tensor.copy_(before)
         assert pool.intact()  # nothing beside the slots
         assert not torch.equal(changed[[0, 3]], before[[0, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("gate", ["none", "scalar", "key", "value"])
+def test_large_results_have_the_bits_of_small_ones(
+    level: Target, gate: str, dtype: torch.dtype
+) -> None:
+    """From 8 MiB on results go past the caches; those of one head alone are smaller."""
+    time = (8 << 20) // (8 * 64 * dtype.itemsize)
+    case = LinearCase(time=time, heads=8, value_heads=8, key_dim=64, value_dim=64, gate=gate,
+                      dtype=dtype, states=False)  # fmt: skip
+    whole = linear_inputs(case)
+    of_all = whole.run(level.backend)
+    del of_all["state"]
+    for head in (0, 7):
+
+        def own(x: torch.Tensor, head: int = head) -> torch.Tensor:
+            return x[:, :, head : head + 1]
+
+        leaves = {n: own(x).contiguous() for n, x in whole.leaves._asdict().items()
+                  if x is not None}  # fmt: skip
+        alone = replace(whole, leaves=whole.leaves._replace(**leaves),
+                        dout=own(whole.dout).contiguous()).run(level.backend)  # fmt: skip
+        del alone["state"]
+        assert_same(alone, {n: own(x) for n, x in of_all.items()})

@@ -10,11 +10,12 @@
 // With a denominator, dO is divided by it and the column of ones that v has in mind makes one more
 // row of S^T, z, whose share of dO is -<dO, o> / d (LinearNorm).
 //   phases  1  per row: 1 / d and the share of the ones column
-//           2  per (sequence, head of q, columns): dq, then dk; the value heads of a group add up
-//              per (sequence, value head, columns): dv
+//           2  per (sequence, some heads, columns): dq from the left, then dk and dv from the
+//           right,
+//              block by block, as they read the same rows; the value heads of a group add up
 //           3  per (sequence, value head): sums over time for a gate that is one number
 //   flops   12 K V per token and value head; 16 K V with a gate of value channels
-//   bytes   q, k, v, dO read three times at most; gradients once
+//   bytes   q, k, v, dO read twice at most; gradients once
 //   memory  per thread the states of a group of heads; 8 bytes per row with a denominator, 8 per
 //           row and tile of columns with a gate per token
 #include "cpu/kernels.h"
@@ -28,21 +29,47 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
+struct Tiles {
+  int64_t begin, end;  // of columns
+
+  AF_INLINE_MEMBER int64_t count() const { return end - begin; }
+};
+
+// A task is some heads of q of a sequence side by side, or some columns of one of them, of K and of
+// V alike.
+struct Plan {
+  int64_t key_tiles, value_tiles, splits, heads, parts;
+
+  Plan(const LinearProblem& p, int64_t threads)
+      : key_tiles(ceil_div(p.key_dim, kTile)), value_tiles(ceil_div(p.value_dim, kTile)) {
+    const int64_t all = max64(1, p.sequences * p.heads);
+    splits = max64(1, min64(max64(key_tiles, value_tiles), ceil_div(2 * threads, all)));
+    const int64_t keyed = room_for(p.value_dim + 1) * key_tiles * kTile;
+    const int64_t valued = room_for(p.key_dim) * value_tiles * kTile;
+    const int64_t group = p.value_heads / p.heads;
+    heads = heads_abreast(p.sequences, p.heads, group * (keyed + valued), threads);
+    parts = p.heads / heads;
+  }
+  AF_INLINE_MEMBER static Tiles share(int64_t tiles, int64_t split, int64_t splits) {
+    return {tiles * split / splits, tiles * (split + 1) / splits};
+  }
+};
+
 struct Scratch {
-  float* states;  // of a group of heads, or of one head
+  float *keyed, *valued;  // states of the heads of a task: rows V and columns K, and as they are
   Block block;
   float* sums;     // [kBlock][columns]
   float* running;  // [heads][2][columns]
   float* factors;  // [rows or columns]
 
-  Scratch(Arena arena, const LinearProblem& p) {
-    const int64_t group = p.value_heads / p.heads;
-    const int64_t k = round_up(p.key_dim, kTile), v = round_up(p.value_dim, kTile);
-    const int64_t with_ones = room_for(p.value_dim + 1);
-    states = arena.take<float>(max64(group * with_ones * k, room_for(p.key_dim) * v));
+  Scratch(Arena arena, const LinearProblem& p, const Plan& plan) {
+    const int64_t heads = plan.heads * (p.value_heads / p.heads);
+    const int64_t k = plan.key_tiles * kTile, v = plan.value_tiles * kTile;
+    keyed = arena.take<float>(heads * room_for(p.value_dim + 1) * k);
+    valued = arena.take<float>(heads * room_for(p.key_dim) * v);
     block = take_block(arena, p, max64(p.key_dim, p.value_dim + 1), max64(k, v));
     sums = arena.take<float>(kBlock * k);
-    running = arena.take<float>(max64(group * 2 * k, 2 * v));
+    running = arena.take<float>(heads * 2 * max64(k, v));
     factors = arena.take<float>(max64(k, v));
     bytes = arena.used;
   }
@@ -57,7 +84,7 @@ struct Shared {
 
   Shared(Arena arena, const LinearBwdParams& params) {
     const LinearProblem& p = params.problem;
-    rows = (p.cu_seqlens ? 1 : p.sequences) * p.rows * p.value_heads;
+    rows = token_rows(p) * p.value_heads;
     if (p.normalize != LinearNorm::kNone) {
       inverse = arena.take<float>(rows), ones = arena.take<float>(rows);
     }
@@ -66,20 +93,6 @@ struct Shared {
       k_sums = arena.take<float>(rows * ceil_div(p.key_dim, kTile));
     }
     bytes = arena.used;
-  }
-};
-
-struct Plan {
-  int64_t key_tiles, value_tiles, key_splits, value_splits;
-
-  Plan(const LinearProblem& p, int64_t threads)
-      : key_tiles(ceil_div(p.key_dim, kTile)), value_tiles(ceil_div(p.value_dim, kTile)) {
-    // dv tasks even out what the dq, dk tasks leave: two of these per thread are enough.
-    const auto splits = [&](int64_t tasks, int64_t tiles) {
-      return max64(1, min64(tiles, ceil_div(2 * threads, max64(1, tasks))));
-    };
-    key_splits = splits(p.sequences * p.heads, key_tiles);
-    value_splits = splits(p.sequences * p.value_heads, value_tiles);
   }
 };
 
@@ -181,151 +194,153 @@ AF_INLINE void store_front(const Head& h, const StateRef& ref, DecayOn on, int64
               by_row ? nullptr : factors);
 }
 
-// One walk over a sequence on tiles [tile0, tile1) for heads [head0, head1), whose outputs add up.
-// `scan_of(head)` and `sink_of(head)` give each head's part.
-template <class T, class ScanOf, class SinkOf>
-AF_INLINE void walk_heads(DecayOn on, bool causal, int64_t heads, int64_t tile0, int64_t tile1,
-                          int64_t head_size, int64_t tile_size, Scratch& w, const ScanOf& scan_of,
-                          const SinkOf& sink_of) {
-  for_walks(causal, [&](Walk walk) __attribute__((always_inline)) {
-    const int64_t length = scan_of(0).length();
-    for (int64_t step = 0; step < length; step += kBlock) {
-      for (int64_t g = 0; g < heads; ++g) {
-        Scan<T> scan = scan_of(g);
-        scan.walk = walk;
-        run_block(on, scan, step, tile0, tile1, w.block, w.states + g * head_size, tile_size,
-                  sink_of(g));
-      }
-    }
-  });
-}
-
-// dq and dk of one head of q, columns of tiles [tile0, tile1) of K; the rows of states are V.
+// What a task does: columns `keys` of K, with states S^T, and `values` of V, with states S, of the
+// value heads from head0 on, which belong to whole heads of q.
 template <class T>
-AF_INLINE void queries_and_keys(const LinearBwdParams& params, const Shared& shared,
-                                int64_t sequence, int64_t head, int64_t tile0, int64_t tile1,
-                                Scratch& w) {
-  const LinearProblem& p = params.problem;
-  const int64_t group = p.value_heads / p.heads;
-  const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
-  const int64_t rows = p.value_dim + (shared.inverse != nullptr);
-  const int64_t tile_size = room_for(rows) * kTile, head_size = (tile1 - tile0) * tile_size;
-  const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
-  const auto head_of = [&](int64_t g) __attribute__((always_inline)) {
-    return Head{params, shared, sequence, head * group + g, span};
-  };
-  const auto each_tile = [&](auto f) __attribute__((always_inline)) {
-    for (int64_t g = 0; g < group; ++g) {
-      for (int64_t tile = tile0; tile < tile1; ++tile) {
-        f(head_of(g), tile, w.states + g * head_size + (tile - tile0) * tile_size);
-      }
-    }
-  };
-  const auto walk = [&](bool backward) __attribute__((always_inline)) {
-    const auto scan_of = [&](int64_t g) __attribute__((always_inline)) {
-      const Head h = head_of(g);
-      const Rows<T> dout = h.dout<T>(p.scale, true), values = h.values<T>();
-      Scan<T> scan{backward ? values : dout, backward ? dout : values,
-                   rows_of<T>(backward ? p.q : p.k, span, head, p.key_dim),
-                   decay_of_head(p, span, h.head, backward)};
-      scan.begin = span.first, scan.end = span.end(), scan.backward = backward;
-      return scan;
-    };
-    const auto sink_of = [&](int64_t g) __attribute__((always_inline)) {
-      const Head h = head_of(g);
-      const TensorRef& out = backward ? params.dk : params.dq;
-      Sink<T> sink;
-      sink.out = row_ptr<T>(out, span.batch, 0, head);
-      sink.stride = out.seq_stride, sink.dim = p.key_dim;
-      sink.sums = group > 1 ? w.sums : nullptr;
-      sink.sums_stride = columns, sink.first_column = column0;
-      sink.first = g == 0, sink.last = g == group - 1;
-      if (!params.dgate) return sink;
-      const TensorRef& other = backward ? p.k : p.q;
-      if (p.gate_kind == LinearGate::kScalar) {
-        channel_side(h, Side::kTileSum, other, head, sink);
-        sink.side_out = (backward ? shared.k_sums : shared.q_sums) + h.stat();
-        sink.side_tile_stride = shared.rows;
-      } else if (p.gate_kind == LinearGate::kKey) {
-        channel_side(h, backward ? Side::kRunning : Side::kElements, other, head, sink);
-        sink.running = w.running + g * 2 * columns, sink.running_stride = columns;
-      }
-      return sink;
-    };
-    walk_heads<T>(decay_on(p.gate_kind, true), p.causal, group, tile0, tile1, head_size, tile_size,
-                  w, scan_of, sink_of);
-  };
+struct Part {
+  const LinearBwdParams& params;
+  const Shared& shared;
+  Scratch& w;
+  int64_t sequence, head0, heads;
+  TokenSpan span;
+  Tiles keys, values;
 
-  each_tile([&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
-    load_state(h.state_ref(p.initial_state, p.initial_z, true), rows, p.value_dim, p.key_dim, tile,
-               state);
-  });
-  walk(false);
-  each_tile([&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
-    load_state(h.state_ref(params.dfinal_state, params.dfinal_z, true), rows, p.value_dim,
-               p.key_dim, tile, state);
-  });
-  for (int64_t g = 0; params.dgate && p.gate_kind == LinearGate::kKey && g < group; ++g) {
-    begin_running(head_of(g), column0, columns, w.running + g * 2 * columns);
+  AF_INLINE_MEMBER const LinearProblem& p() const { return params.problem; }
+  AF_INLINE_MEMBER Head head_of(int64_t g) const {
+    return {params, shared, sequence, head0 + g, span};
   }
-  walk(true);
-  if (!params.dinitial_z) return;
-  each_tile([&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
-    store_front(h, h.state_ref(nullptr, params.dinitial_z, true), decay_on(p.gate_kind, true), rows,
-                p.value_dim, p.key_dim, tile, state, w.factors);
-  });
-}
+  AF_INLINE_MEMBER bool gate_of(LinearGate kind) const {
+    return params.dgate && p().gate_kind == kind;
+  }
+  AF_INLINE_MEMBER int64_t rows(bool keyed) const {
+    return keyed ? p().value_dim + (shared.inverse != nullptr) : p().key_dim;
+  }
+  AF_INLINE_MEMBER int64_t tile_size(bool keyed) const { return room_for(rows(keyed)) * kTile; }
+  AF_INLINE_MEMBER Tiles tiles(bool keyed) const { return keyed ? keys : values; }
+  AF_INLINE_MEMBER float* states(bool keyed, int64_t g) const {
+    return (keyed ? w.keyed : w.valued) + g * tiles(keyed).count() * tile_size(keyed);
+  }
+  AF_INLINE_MEMBER float* running(Tiles tiles, int64_t g) const {
+    return w.running + g * 2 * tiles.count() * kTile;
+  }
 
-// dv of one value head, columns of tiles [tile0, tile1) of V; the rows of states are K.
-template <class T>
-AF_INLINE void values_of_head(const LinearBwdParams& params, const Shared& shared, int64_t sequence,
-                              int64_t head, int64_t tile0, int64_t tile1, Scratch& w) {
-  const LinearProblem& p = params.problem;
-  const Head h = {params, shared, sequence, head, token_span(p.cu_seqlens, p.rows, sequence)};
-  const int64_t tile_size = room_for(p.key_dim) * kTile;
-  const int64_t column0 = tile0 * kTile, columns = (tile1 - tile0) * kTile;
-  const auto each_tile = [&](auto f) __attribute__((always_inline)) {
-    for (int64_t tile = tile0; tile < tile1; ++tile) f(tile, w.states + (tile - tile0) * tile_size);
-  };
-  const auto walk = [&](bool backward, const Sink<T>& sink) __attribute__((always_inline)) {
-    const Rows<T> q = rows_of<T>(p.q, h.span, h.of_q(), p.key_dim);
-    const Rows<T> k = rows_of<T>(p.k, h.span, h.of_q(), p.key_dim);
+  // f(head, tile, its state) for every tile of every head.
+  template <class F>
+  AF_INLINE_MEMBER void each_state(bool keyed, const F& f) const {
+    for (int64_t g = 0; g < heads; ++g) {
+      float* state = states(keyed, g);
+      for (int64_t tile = tiles(keyed).begin; tile < tiles(keyed).end; ++tile) {
+        f(head_of(g), tile, state);
+        state += tile_size(keyed);
+      }
+    }
+  }
+  AF_INLINE_MEMBER void load_states(bool keyed, const float* data, const float* z) const {
+    each_state(
+        keyed, [&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
+          load_state(h.state_ref(data, z, keyed), rows(keyed), keyed ? p().value_dim : p().key_dim,
+                     keyed ? p().key_dim : p().value_dim, tile, state);
+        });
+  }
+  AF_INLINE_MEMBER void store_fronts(bool keyed, float* data, float* z) const {
+    each_state(keyed,
+               [&](const Head& h, int64_t tile, float* state) __attribute__((always_inline)) {
+                 store_front(h, h.state_ref(data, z, keyed), decay_on(p().gate_kind, keyed),
+                             rows(keyed), keyed ? p().value_dim : p().key_dim,
+                             keyed ? p().key_dim : p().value_dim, tile, state, w.factors);
+               });
+  }
+  AF_INLINE_MEMBER void begin_sums(Tiles tiles) const {
+    for (int64_t g = 0; g < heads; ++g) {
+      begin_running(head_of(g), tiles.begin * kTile, tiles.count() * kTile, running(tiles, g));
+    }
+  }
+  AF_INLINE_MEMBER void run(bool keyed, int64_t g, int64_t step, Scan<T>& scan, Walk walk,
+                            bool backward, const Sink<T>& sink) const {
+    scan.begin = span.first, scan.end = span.end(), scan.backward = backward, scan.walk = walk;
+    run_block(decay_on(p().gate_kind, keyed), scan, step, tiles(keyed).begin, tiles(keyed).end,
+              w.block, states(keyed, g), tile_size(keyed), sink);
+  }
+
+  // A block of tokens of dq, or backwards of dk.
+  AF_INLINE_MEMBER void query_or_key(int64_t g, int64_t step, Walk walk, bool backward) const {
+    if (keys.count() == 0) return;
+    const Head h = head_of(g);
+    const int64_t group = p().value_heads / p().heads, columns = keys.count() * kTile;
+    const Rows<T> dout = h.dout<T>(p().scale, true), of_v = h.values<T>();
+    Scan<T> scan{backward ? of_v : dout, backward ? dout : of_v,
+                 rows_of<T>(backward ? p().q : p().k, span, h.of_q(), p().key_dim),
+                 decay_of_head(p(), span, h.head, backward)};
+    const TensorRef& out = backward ? params.dk : params.dq;
+    Sink<T> sink;
+    sink.out = row_ptr<T>(out, span.batch, 0, h.of_q());
+    sink.stride = out.seq_stride, sink.dim = p().key_dim;
+    sink.past = streamed<T>(out, token_rows(p()), p().heads, sink.dim);
+    sink.sums = group > 1 ? w.sums : nullptr;
+    sink.sums_stride = columns, sink.first_column = keys.begin * kTile;
+    sink.first = g % group == 0, sink.last = g % group == group - 1;
+    const TensorRef& other = backward ? p().k : p().q;
+    if (gate_of(LinearGate::kScalar)) {
+      channel_side(h, Side::kTileSum, other, h.of_q(), sink);
+      sink.side_out = (backward ? shared.k_sums : shared.q_sums) + h.stat();
+      sink.side_tile_stride = shared.rows;
+    } else if (gate_of(LinearGate::kKey)) {
+      channel_side(h, backward ? Side::kRunning : Side::kElements, other, h.of_q(), sink);
+      sink.running = running(keys, g), sink.running_stride = columns;
+    }
+    run(true, g, step, scan, walk, backward, sink);
+  }
+
+  // A block of tokens of dv, or forwards of o once more, in fp32, for gates of value channels.
+  AF_INLINE_MEMBER void value(int64_t g, int64_t step, Walk walk, bool backward) const {
+    if (values.count() == 0) return;
+    const Head h = head_of(g);
+    const Rows<T> q = rows_of<T>(p().q, span, h.of_q(), p().key_dim);
+    const Rows<T> k = rows_of<T>(p().k, span, h.of_q(), p().key_dim);
     Scan<T> scan{backward ? k : q, backward ? q : k,
-                 backward ? h.dout<T>(1.0f, false) : rows_of<T>(p.v, h.span, head, p.value_dim),
-                 decay_of_head(p, h.span, head, backward)};
-    (backward ? scan.write : scan.read).scale = p.scale;
-    scan.begin = h.span.first, scan.end = h.span.end(), scan.backward = backward;
-    walk_heads<T>(
-        decay_on(p.gate_kind, false), p.causal, 1, tile0, tile1, 0, tile_size, w,
-        [&](int64_t) __attribute__((always_inline)) { return scan; },
-        [&](int64_t) __attribute__((always_inline)) { return sink; });
-  };
-  const bool channels = params.dgate && p.gate_kind == LinearGate::kValue;
-  Sink<T> sink;
-  sink.dim = p.value_dim, sink.first_column = column0;
-  if (channels) {  // o once more, in fp32
-    each_tile([&](int64_t tile, float* state) __attribute__((always_inline)) {
-      load_state(h.state_ref(p.initial_state, nullptr, false), p.key_dim, p.key_dim, p.value_dim,
-                 tile, state);
-    });
-    channel_side(h, Side::kElements, params.dout, head, sink);
-    walk(false, sink);
-    channel_side(h, Side::kRunning, p.v, head, sink);
-    sink.running = w.running, sink.running_stride = columns;
-    begin_running(h, column0, columns, w.running);
+                 backward ? h.dout<T>(1.0f, false) : rows_of<T>(p().v, span, h.head, p().value_dim),
+                 decay_of_head(p(), span, h.head, backward)};
+    (backward ? scan.write : scan.read).scale = p().scale;
+    Sink<T> sink;
+    sink.dim = p().value_dim, sink.first_column = values.begin * kTile;
+    if (gate_of(LinearGate::kValue)) {
+      channel_side(h, backward ? Side::kRunning : Side::kElements, backward ? p().v : params.dout,
+                   h.head, sink);
+      sink.running = running(values, g), sink.running_stride = values.count() * kTile;
+    }
+    if (backward) {
+      sink.out = row_ptr<T>(params.dv, span.batch, 0, h.head);
+      sink.stride = params.dv.seq_stride;
+      sink.past = streamed<T>(params.dv, token_rows(p()), p().value_heads, sink.dim);
+    }
+    run(false, g, step, scan, walk, backward, sink);
   }
-  each_tile([&](int64_t tile, float* state) __attribute__((always_inline)) {
-    load_state(h.state_ref(params.dfinal_state, nullptr, false), p.key_dim, p.key_dim, p.value_dim,
-               tile, state);
-  });
-  sink.out = row_ptr<T>(params.dv, h.span.batch, 0, head), sink.stride = params.dv.seq_stride;
-  walk(true, sink);
-  if (!params.dinitial_state) return;
-  each_tile([&](int64_t tile, float* state) __attribute__((always_inline)) {
-    store_front(h, h.state_ref(params.dinitial_state, nullptr, false), decay_on(p.gate_kind, false),
-                p.key_dim, p.key_dim, p.value_dim, tile, state, w.factors);
-  });
-}
+
+  AF_INLINE_MEMBER void walk_heads(bool backward) const {
+    const bool with_values = backward || gate_of(LinearGate::kValue);
+    for_walks(p().causal, [&](Walk walk) __attribute__((always_inline)) {
+      for (int64_t step = 0; step < span.rows; step += kBlock) {
+        for (int64_t g = 0; g < heads; ++g) {
+          query_or_key(g, step, walk, backward);
+          if (with_values) value(g, step, walk, backward);
+        }
+      }
+    });
+  }
+
+  AF_INLINE_MEMBER void differentiate() const {
+    load_states(true, p().initial_state, p().initial_z);
+    if (gate_of(LinearGate::kValue)) load_states(false, p().initial_state, nullptr);
+    walk_heads(false);
+    load_states(true, params.dfinal_state, params.dfinal_z);
+    load_states(false, params.dfinal_state, nullptr);
+    if (gate_of(LinearGate::kKey)) begin_sums(keys);
+    if (gate_of(LinearGate::kValue)) begin_sums(values);
+    walk_heads(true);
+    if (params.dinitial_z) store_fronts(true, nullptr, params.dinitial_z);
+    if (params.dinitial_state) store_fronts(false, params.dinitial_state, nullptr);
+  }
+};
 
 // Phase 1 of one row: o is n / base, so dn = dO / base and dd = -<dO, o> / base * dbase/dd.
 template <class T>
@@ -372,16 +387,16 @@ AF_INLINE void sum_over_time(const LinearBwdParams& params, const Shared& shared
 }  // namespace
 
 int64_t linear_chunk_bwd_workspace(const LinearBwdParams& params, int64_t num_threads) {
-  return Shared({nullptr}, params).bytes + Scratch({nullptr}, params.problem).bytes * num_threads;
+  const Plan plan(params.problem, num_threads);
+  return Shared({nullptr}, params).bytes +
+         Scratch({nullptr}, params.problem, plan).bytes * num_threads;
 }
 
 void linear_chunk_bwd(const LinearBwdParams& params, const Workers& workers) {
   const LinearProblem& p = params.problem;
   const Plan plan(p, workers.num_threads);
   const Shared shared({static_cast<char*>(params.workspace)}, params);
-  const int64_t bytes = Scratch({nullptr}, p).bytes;
-  const int64_t key_tasks = p.sequences * p.heads * plan.key_splits;
-  const int64_t value_tasks = p.sequences * p.value_heads * plan.value_splits;
+  const int64_t bytes = Scratch({nullptr}, p, plan).bytes;
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (shared.inverse) {
@@ -393,21 +408,24 @@ void linear_chunk_bwd(const LinearBwdParams& params, const Workers& workers) {
         }
       });
     }
-    parallel_tasks(workers, key_tasks + value_tasks, [&](int64_t task, int64_t worker) {
+    const int64_t tasks = p.sequences * plan.parts * plan.splits;
+    parallel_tasks(workers, tasks, [&](int64_t task, int64_t worker) {
       const FlushDenormals guard;
-      Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p);
-      if (task < key_tasks) {
-        const int64_t part = task % plan.key_splits, head = task / plan.key_splits % p.heads;
-        queries_and_keys<T>(params, shared, task / plan.key_splits / p.heads, head,
-                            plan.key_tiles * part / plan.key_splits,
-                            plan.key_tiles * (part + 1) / plan.key_splits, w);
-        return;
-      }
-      const int64_t rest = task - key_tasks, part = rest % plan.value_splits;
-      const int64_t head = rest / plan.value_splits % p.value_heads;
-      values_of_head<T>(params, shared, rest / plan.value_splits / p.value_heads, head,
-                        plan.value_tiles * part / plan.value_splits,
-                        plan.value_tiles * (part + 1) / plan.value_splits, w);
+      Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p, plan);
+      const int64_t split = task % plan.splits, part = task / plan.splits % plan.parts;
+      const int64_t sequence = task / plan.splits / plan.parts;
+      const int64_t heads = plan.heads * (p.value_heads / p.heads);
+      Part<T>{params,
+              shared,
+              w,
+              sequence,
+              part * heads,
+              heads,
+              token_span(p.cu_seqlens, p.rows, sequence),
+              Plan::share(plan.key_tiles, split, plan.splits),
+              Plan::share(plan.value_tiles, split, plan.splits)}
+          .differentiate();
+      end_stream();
     });
   });
   if (!shared.q_sums) return;

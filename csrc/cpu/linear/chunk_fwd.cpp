@@ -18,25 +18,16 @@ ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-// A task walks some heads of a sequence side by side, or some columns of one head. Heads lie side
-// by side in the row of a token, and a page of memory may hold two of these rows: one head after
-// the other waits for the pages' addresses again and again (docs/linear.md has the times).
+// A task walks some heads of a sequence side by side, or some columns of one head.
 struct Plan {
-  int64_t heads = 1, parts, splits;
+  int64_t heads, parts, splits;
 
   Plan(const LinearProblem& p, int64_t threads) {
     const int64_t all = max64(1, p.sequences * p.value_heads);
     const int64_t tiles = ceil_div(p.value_dim, kTile);
     splits = all >= threads ? 1 : max64(1, min64(tiles, ceil_div(2 * threads, all)));
-    constexpr int64_t kMost = 128 * 1024 / sizeof(float);  // of states, which should stay in L2
-    const int64_t size = room_for(p.key_dim) * round_up(p.value_dim, kTile);
-    const auto even = [&](int64_t tasks) __attribute__((always_inline)) {
-      return tasks >= 4 * threads || (p.sequences == 1 && tasks >= 1 && tasks % threads == 0);
-    };
-    while (p.value_heads % (2 * heads) == 0 && 2 * heads * size <= kMost &&
-           even(all / (2 * heads))) {
-      heads *= 2;
-    }
+    heads = heads_abreast(p.sequences, p.value_heads,
+                          room_for(p.key_dim) * round_up(p.value_dim, kTile), threads);
     parts = p.value_heads / heads;
   }
 };
@@ -91,6 +82,7 @@ struct Head {
       sink.lo_stride = params.out_lo.seq_stride;
     }
     sink.dim = p().value_dim;
+    sink.past = !sink.lo && streamed<T>(params.out, token_rows(p()), p().value_heads, sink.dim);
     return sink;
   }
 };
@@ -160,6 +152,7 @@ void linear_chunk_fwd(const LinearFwdParams& params, const Workers& workers) {
           Scratch w({static_cast<char*>(params.workspace) + worker * bytes}, p, plan);
           forward_heads<T>(params, task / plan.splits / plan.parts, part * plan.heads, plan.heads,
                            tiles * split / plan.splits, tiles * (split + 1) / plan.splits, w);
+          end_stream();
         });
   });
 }

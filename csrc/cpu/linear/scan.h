@@ -15,6 +15,7 @@
 #include "cpu/linear/scan_tile.h"
 #include "cpu/linear/tokens.h"
 #include "cpu/micro/softmax.h"
+#include "cpu/micro/stream.h"
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
@@ -26,6 +27,7 @@ template <class T>
 struct Sink {
   T *out = nullptr, *lo = nullptr;  // token t at t * stride; lo: what rounding dropped, or null
   int64_t stride = 0, lo_stride = 0, dim = 0;
+  bool past = false;  // out goes past the caches (micro/stream.h)
   // Sums over a group of heads: [kBlock][sums_stride] by step and column, null for one head.
   float* sums = nullptr;
   int64_t sums_stride = 0, first_column = 0;
@@ -40,6 +42,10 @@ struct Sink {
   float* running = nullptr;         // kRunning: [2][columns] sum and what it lacks
   int64_t running_stride = 0;
 
+  AF_INLINE_MEMBER void put(T* to, VecF y, int64_t n) const {
+    if (past) return stream(to, y);
+    store_partial(to, y, n);
+  }
   // y is stored and that is all.
   AF_INLINE_MEMBER bool plain() const { return out && !lo && !sums && side == Side::kNothing; }
 };
@@ -87,7 +93,7 @@ AF_INLINE void emit(const Sink<T>& sink, int64_t t, int64_t step, int64_t tile, 
     }
     if (!sink.last || !sink.out) continue;
     T* out = sink.out + t * sink.stride + column;
-    store_partial(out, value, n);
+    sink.put(out, value, n);
     if (sink.lo) {
       store_partial(sink.lo + t * sink.lo_stride + column, value - load_partial(out, n), n);
     }
@@ -165,7 +171,7 @@ template <class T>
     const VecF factor = splat(scan.norm.z ? block.inverse[s] : 1.0f);
     for (int64_t c = 0; c < min64(columns, sink.dim - first); c += kLanes) {
       const VecF value = load(y + c / kTile * (kBlock * kTile) + c % kTile) * factor;
-      store_partial(out + c, value, sink.dim - first - c);
+      sink.put(out + c, value, sink.dim - first - c);
     }
   }
 }
@@ -294,7 +300,7 @@ AF_INLINE void run_block_on(const Scan<T>& scan, int64_t step0, int64_t tile0, i
   }
   const bool finite = load_rows(scan, step0, n, first, columns, block.x);
   const int64_t turns = by_channel(kOn) ? kGroups : chunk_turns(positions_of(scan.read.rows()));
-  Ahead<T> ahead(scan, step0, turns * (tile1 - tile0), sink.out, sink.stride);
+  Ahead<T> ahead(scan, step0, turns * (tile1 - tile0), sink.past ? nullptr : sink.out, sink.stride);
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const float* x = block.x + (tile - tile0) * kBlock * kTile;
     float* y = block.y + (tile - tile0) * kBlock * kTile;
@@ -387,12 +393,30 @@ struct StateRef {
   }
 }
 
+// How many of a sequence's heads a task walks side by side. Heads lie side by side in the row of a
+// token, and a page of memory may hold two of these rows: one head after the other waits for the
+// pages' addresses again and again (docs/linear.md has the times). `size`: floats of a state.
+AF_INLINE int64_t heads_abreast(int64_t sequences, int64_t heads, int64_t size, int64_t threads) {
+  constexpr int64_t kMost = 128 * 1024 / sizeof(float);  // of states, which should stay in L2
+  int64_t n = 1;
+  const auto even = [&](int64_t tasks) __attribute__((always_inline)) {
+    return tasks >= 4 * threads || (sequences == 1 && tasks >= 1 && tasks % threads == 0);
+  };
+  while (heads % (2 * n) == 0 && 2 * n * size <= kMost && even(sequences * heads / (2 * n))) n *= 2;
+  return n;
+}
+
 // Both walks of a bidirectional call, or the one of a causal call: f(walk).
 template <class F>
 AF_INLINE void for_walks(bool causal, const F& f) {
   if (causal) return f(Walk::kBoth);
   f(Walk::kWrite);
   f(Walk::kRead);
+}
+
+// Tokens of all sequences.
+AF_INLINE int64_t token_rows(const LinearProblem& p) {
+  return (p.cu_seqlens ? 1 : p.sequences) * p.rows;
 }
 
 AF_INLINE int64_t gate_width(const LinearProblem& p) {

@@ -27,12 +27,12 @@ struct ScanChunk {
 };
 
 AF_INLINE int64_t chunk_turns(int64_t positions) {
-  return kBlock / kMR + ceil_div(positions, kMR);
+  return kBlock / kTall + ceil_div(positions, kTall);
 }
 
 // Rows that a product may write for `rows` of them.
 AF_INLINE int64_t room_for(int64_t rows) {
-  return round_up(round_up(rows, kLanes), kMR);
+  return round_up(round_up(rows, kLanes), kTall);
 }
 
 AF_INLINE void take_chunk(Arena& arena, int64_t rows, ScanChunk& c) {
@@ -114,7 +114,7 @@ AF_INLINE void weigh(int64_t live, ScanChunk& c) {
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   for (int64_t j = 0; kDecays && j < kBlock; j += kLanes) store(c.after + j, VecF{});
   for (int64_t u = 0; u < live; ++u) {
-    for (int64_t j = 0; j < round_up(u + 1, kMR); j += kLanes) {
+    for (int64_t j = 0; j < round_up(u + 1, kTall); j += kLanes) {
       float* score = c.scores + u * kBlock + j;
       VecF x = load(score);
       if constexpr (kDecays) {
@@ -164,14 +164,14 @@ template <DecayOn kOn, class T>
 [[gnu::noinline]] static void prepare_chunk(const Scan<T>& scan, int64_t step0, ScanChunk& c,
                                             float* inverse) {
   constexpr bool kDecays = kOn == DecayOn::kNumber;
-  const int64_t n = min64(kBlock, scan.length() - step0), live = round_up(n, kMR);
+  const int64_t n = min64(kBlock, scan.length() - step0), live = round_up(n, kTall);
   const int64_t positions = positions_of(scan.read.rows());
   if (scan.walk != Walk::kWrite) load_tile(scan, scan.read, step0, n, c.read);
   if (scan.walk != Walk::kRead) load_tile(scan, scan.write, step0, n, c.write);
   c.kept = {splat(1.0f), splat(0.0f)};
   if (kDecays) load_decays(scan, step0, n, c);
   if (scan.walk == Walk::kBoth) {
-    tile_square<kBlock>(live, positions, c.read, c.write, c.scores);
+    tile_square<kBlock, kTall>(live, positions, c.read, c.write, c.scores);
     weigh<kDecays>(live, c);
   }
   if (kDecays) {
@@ -186,22 +186,22 @@ template <DecayOn kOn, class T>
 [[gnu::noinline]] static void scan_chunk(const Scan<T>& scan, int64_t step0, int64_t tile,
                                          const ScanChunk& c, bool finite, Ahead<T>& ahead,
                                          const float* x, float* y, float* state) {
-  const int64_t live = round_up(min64(kBlock, scan.length() - step0), kMR);
+  const int64_t live = round_up(min64(kBlock, scan.length() - step0), kTall);
   const int64_t positions = positions_of(scan.read.rows());
   const int64_t vectors = min64(2, ceil_div(scan.lane.dim - tile * kTile, kLanes));
-  for (int64_t row = 0; row < live; row += kMR) {
+  for (int64_t row = 0; row < live; row += kTall) {
     ahead.turn();
     if (scan.walk == Walk::kWrite) continue;
     float* out = y + row * kTile;
-    panel_tile<kMR, 1, kBlock>(vectors, positions, c.read + row, state, out, false);
+    panel_tile<kTall, 1, kBlock>(vectors, positions, c.read + row, state, out, false);
     if (scan.walk == Walk::kRead) continue;
     const float* scores = c.scores + row * kBlock;
     if (finite) {
-      panel_tile<kMR, kBlock, 1>(vectors, row + kMR, scores, x, out);
+      panel_tile<kTall, kBlock, 1>(vectors, row + kTall, scores, x, out);
       continue;
     }
     // A zero above the diagonal times infinity: what is later must not be seen at all.
-    for (int64_t u = 0; u < kMR; ++u) {
+    for (int64_t u = 0; u < kTall; ++u) {
       panel_tile<1, kBlock, 1>(vectors, row + u + 1, scores + u * kBlock, x, out + u * kTile);
     }
   }
@@ -209,10 +209,9 @@ template <DecayOn kOn, class T>
   for (int64_t i = 0; kOn == DecayOn::kNumber && i < positions * kTile; i += kLanes) {
     store(state + i, c.kept(load(state + i), VecF{}));
   }
-  for (int64_t p = 0; p < positions; p += kMR) {
+  for (int64_t p = 0; p < positions; p += kTall) {
     ahead.turn();
-    gemm<kBlock, 1>(min64(kMR, positions - p), vectors, live, c.write + p * kBlock, 0, x, 0,
-                    state + p * kTile, kTile, true);
+    panel_tile<kTall, kBlock, 1>(vectors, live, c.write + p * kBlock, x, state + p * kTile);
   }
 }
 

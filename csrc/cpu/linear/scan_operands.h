@@ -9,8 +9,11 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-constexpr int64_t kTile = kNR;       // columns of the state
-constexpr int64_t kBlock = 4 * kMR;  // tokens, a multiple of kLanes and of 4
+// Rows of a product's tile: states have 64 or 128 rows, which 8 divides and 12 does not, and a
+// block of four times 12 tokens spends a tenth more on products inside itself.
+constexpr int kTall = kLanes == 16 ? 8 : kMR;
+constexpr int64_t kTile = kNR;         // columns of the state
+constexpr int64_t kBlock = 4 * kTall;  // tokens, a multiple of kLanes and of 4
 
 // Rows of the state keep the order in which transpose4_parts leaves those of a vector.
 // Where a row of the state stands, and how many positions hold `rows` rows.

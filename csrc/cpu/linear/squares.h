@@ -17,18 +17,19 @@ AF_INLINE void panel_tile(int64_t vectors, int64_t depth, const float* a, const 
   }
 }
 
-// square[i][j] (+)= sum_d a[d][i] b[d][j] over two tiles, for j up to i and a little more.
-template <int kSide>
+// square[i][j] (+)= sum_d a[d][i] b[d][j] over two tiles, for j up to i and a little more, MR
+// rows at a time.
+template <int kSide, int MR = kMR>
 AF_INLINE void tile_square(int64_t live, int64_t dim, const float* a, const float* b, float* c,
                            bool accumulate = false) {
-  for (int64_t row = 0; row < live; row += kMR) {
-    const int64_t columns = min64(row + kMR, live);
+  for (int64_t row = 0; row < live; row += MR) {
+    const int64_t columns = min64(row + MR, live);
     for (int64_t v = 0; v < columns; v += kNR) {
       float* to = c + row * kSide + v;
       if (columns - v > kLanes) {
-        gemm_tile<kMR, 2, 1, kSide, kSide>(dim, a + row, b + v, to, kSide, accumulate);
+        gemm_tile<MR, 2, 1, kSide, kSide>(dim, a + row, b + v, to, kSide, accumulate);
       } else {
-        gemm_tile<kMR, 1, 1, kSide, kSide>(dim, a + row, b + v, to, kSide, accumulate);
+        gemm_tile<MR, 1, 1, kSide, kSide>(dim, a + row, b + v, to, kSide, accumulate);
       }
     }
   }

@@ -7,6 +7,7 @@ softmax attention of the same sizes, quadratic in T. A row is a `Function`: `FUN
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,19 @@ from torch import Tensor
 import attnforge
 from attnforge.ops._linear_maps import retention_decay
 from attnforge.testing import bench_delta
-from attnforge.testing.bench import QUICK_REPEATS, REPEATS, Case, ErrorStat, Workload
+from attnforge.testing.bench import QUICK_REPEATS, REPEATS, Case, ErrorStat, Goal, Workload
 
-__all__ = ["FUNCTIONS", "Function", "Shape", "build", "build_step", "chunked", "sweep", "table"]
+__all__ = [
+    "FUNCTIONS",
+    "Function",
+    "Shape",
+    "build",
+    "build_step",
+    "chunked",
+    "length_case",
+    "sweep",
+    "table",
+]
 
 _CHUNK = 64
 _DTYPE_NAME = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -39,6 +50,7 @@ class Function:
     gates: Callable[[tuple[int, ...], int], Gates]
     ours: Callable[..., Tensor]
     plain: Callable[..., Tensor]
+    goals: tuple[tuple[str, Goal], ...]  # of the forward by peer; with the backward 60% of them
     flops: tuple[int, int] = (4, 10)  # forward and backward, of K V per token and head
 
 
@@ -98,6 +110,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, log: Tensor | None = None) -> Tenso
     return out
 
 
+_BY_NUMBERS = (("plain chunks", Goal(5, 8)), ("sdpa", Goal(20, 40)))
+
+
 def _uniform(rows: tuple[int, ...]) -> Tensor:
     return -0.1 * torch.rand(rows, generator=torch.Generator().manual_seed(1))
 
@@ -113,24 +128,28 @@ _ADDITIVE = (
         lambda rows, dim: (),
         lambda q, k, v, backend: attnforge.linear_attention(q, k, v, backend=backend)[0],
         chunked,
+        _BY_NUMBERS,
     ),
     Function(
         "retention",
         lambda rows, dim: (),
         lambda q, k, v, backend: attnforge.retention(q, k, v, backend=backend)[0],
         _plain_retention,
+        _BY_NUMBERS,
     ),
     Function(
         "simple_gla",
         lambda rows, dim: (_uniform(rows),),
         lambda q, k, v, g, backend: attnforge.simple_gla(q, k, v, g, backend=backend)[0],
         lambda q, k, v, g: chunked(q, k, v, g.unsqueeze(-1)),
+        _BY_NUMBERS,
     ),
     Function(
         "gla",
         lambda rows, dim: (_uniform((*rows, dim)),),
         lambda q, k, v, gk, backend: attnforge.gla(q, k, v, gk, backend=backend)[0],
         chunked,
+        (("sdpa", Goal(8, 30)),),
     ),
 )
 FUNCTIONS: dict[str, Function] = {f.name: f for f in _ADDITIVE}
@@ -206,8 +225,10 @@ def build_step(batch: int, heads: int, dim: int, backend: str | None) -> Workloa
 
 
 def _case(shape: Shape, repeats: int, series: str = "", peers: tuple[str, ...] = ()) -> Case:
-    forward, backward = FUNCTIONS[shape.function].flops
-    flops = forward + backward * shape.backward
+    function = FUNCTIONS[shape.function]
+    flops = function.flops[0] + function.flops[1] * shape.backward
+    part = 0.6 if shape.backward else 1.0
+    goals = {n: Goal(part * g.at_least, part * g.aim) for n, g in function.goals}
     return Case(
         name=shape.name,
         title=shape.title,
@@ -216,8 +237,48 @@ def _case(shape: Shape, repeats: int, series: str = "", peers: tuple[str, ...] =
         work=flops * shape.dim**2 * shape.heads * shape.time,
         build=lambda backend: build(shape, backend),
         peers=peers or ("plain chunks", "sdpa"),
+        goals=goals if shape.dtype == torch.float32 and not peers else {},
         series=series,
         x=shape.time,
+        repeats=repeats,
+    )
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc give results the memory of freed ones, which it does below 32 MB by itself.
+
+    Results of long calls would lie in fresh pages, at 0.6 us each: as long as their tokens take.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no memory of its own for a block
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: no memory goes back
+
+
+def length_case(time: int, parts: int, repeats: int) -> Case:
+    """Whether time grows with the tokens: a long sequence against calls on its parts."""
+    shape = Shape("linear_attention", time)
+
+    def build_parts(backend: str | None) -> Workload:
+        _keep_freed_memory()
+        g = torch.Generator().manual_seed(0)
+        qkv = [torch.randn(1, time, shape.heads, shape.dim, generator=g) for _ in range(3)]
+        pieces = list(zip(*(x.chunk(parts, 1) for x in qkv), strict=True))
+
+        def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return FUNCTIONS[shape.function].ours(q, k, v, backend=backend)
+
+        return Workload(lambda: ours(*qkv), {"its parts": lambda: [ours(*x) for x in pieces]}, dict)
+
+    return Case(
+        name=f"{shape.name}-parts",
+        title=f"{shape.title} in {parts} parts",
+        family="linear",
+        resource="compute",
+        work=4 * shape.dim**2 * shape.heads * time,
+        build=build_parts,
+        peers=("its parts",),
+        goals={"its parts": Goal(1 / 1.1, 1)},
         repeats=repeats,
     )
 
@@ -236,12 +297,13 @@ def _step_case(batch: int, repeats: int, heads: int = 32, dim: int = 64) -> Case
 
 
 def table(quick: bool = False) -> list[Case]:
-    """Every function at T 8192, forward and with its backward, one in bf16, and steps."""
+    """Every function at T 8192, forward and with its backward, one in bf16, one long, and steps."""
     n = QUICK_REPEATS if quick else REPEATS
     shapes = [Shape(name, 8192, backward) for backward in (False, True) for name in FUNCTIONS]
     bf16 = Shape("simple_gla", 8192, dtype=torch.bfloat16)
     own = [*(_case(x, n) for x in (*shapes, bf16)), _step_case(256, n)]
-    return [*own, *bench_delta.cases(n)]
+    # The last, as it changes how this process gets its memory.
+    return [*own, *bench_delta.cases(n), length_case(65536, 8, n)]
 
 
 def sweep(quick: bool = False) -> list[Case]:
