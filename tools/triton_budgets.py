@@ -61,6 +61,7 @@ class Paged(NamedTuple):
     keys: int = 2048  # more than a split of them needs a merge
     code: torch.dtype | None = None  # with scales and zeros per page
     writes: bool = False  # also the kernels that write
+    plan: int = 0  # pieces that a plan has room for, beside which sinks are the merge's
 
 
 PAGED = {
@@ -68,6 +69,7 @@ PAGED = {
     "large-pages": Paged(rows=1, page_size=128),
     "many-rows": Paged(rows=100),
     "int4-pages": Paged(rows=1, code=torch.uint8, writes=True),
+    "planned-pages": Paged(rows=1, plan=132),
 }
 
 # Gates of what problems of the linear family have: their number decides which code is built.
@@ -258,7 +260,7 @@ def launch_paged(variant: Variant, problem: Paged, v_dim: int = 0) -> None:
     from attnforge._params import PagedCache, PagedParams, PagedWrite
     from attnforge.backends.triton import paged
 
-    rows, size, keys, code, writes = problem
+    rows, size, keys, code, writes, plan = problem
     dtype, d, heads, heads_kv = variant.dtype, variant.head_dim, 8, 1 if v_dim else 2
     k, v = torch.zeros(2, 9, size, heads_kv, d // (2 if code is torch.uint8 else 1),
                        dtype=code or dtype)  # fmt: skip
@@ -267,6 +269,9 @@ def launch_paged(variant: Variant, problem: Paged, v_dim: int = 0) -> None:
     table = torch.zeros(2, keys // size, dtype=torch.int32)
     cache = PagedCache(k, k[..., :v_dim] if v_dim else v, table, lengths, *[scale] * 4)
     p = PagedParams(None, None, None, None, rows, 0.1, -1, 0, 0.0)
+    if plan:
+        pieces, first = torch.zeros(3, plan, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        p = p._replace(sinks=torch.zeros(heads), split_pieces=pieces, split_first=first)
     q, lse = torch.zeros(2, rows, heads, d, dtype=dtype), torch.zeros(2, heads, rows)
     paged.fwd(q, cache, p, q[..., : v_dim or d].contiguous(), lse)
     if writes:

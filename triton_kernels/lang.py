@@ -123,6 +123,17 @@ def seen_range(first, last, count, shift, back, ahead, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def within(ranges, begin, end):
+    """The part of ``ranges`` inside [begin, end); begin is a multiple of the block."""
+    lo, whole_lo, whole_hi, hi = ranges
+    lo = tl.maximum(lo, begin)
+    hi = tl.maximum(tl.minimum(hi, end), lo)
+    whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
+    whole_hi = tl.maximum(tl.minimum(whole_hi, hi), whole_lo)
+    return lo, whole_lo, whole_hi, hi
+
+
+@triton.jit
 def key_range(rows, first, last, n_rows, n_keys, scores, place, BLOCK: tl.constexpr):
     """``seen_range`` of the tile of ``rows`` between ``first`` and ``last``."""
     ranges = seen_range(first, last, n_keys, n_keys - n_rows, scores.left, scores.right, BLOCK)

@@ -49,17 +49,6 @@ void run_routes(PagedFwdParams& params, int64_t longest, bool mixed) {
   }
 }
 
-// pieces [3, n]: sequence, begin and end of each; first [>= batch + 1]. The values were checked.
-SplitTable split_table(const OptionalTensor& pieces, const OptionalTensor& first, int64_t batch) {
-  if (!pieces) return {};
-  STD_TORCH_CHECK(pieces->dim() == 2 && pieces->size(0) == 3 && pieces->is_contiguous() && first &&
-                      first->dim() == 1 && first->size(0) > batch && first->is_contiguous(),
-                  "attnforge_native: split_pieces must be [3, n], split_first [batch + 1]");
-  const int32_t* rows = data<int32_t>(pieces, ScalarType::Int);
-  const int64_t n = pieces->size(1);
-  return {data<int32_t>(first, ScalarType::Int), rows + n, rows + 2 * n};
-}
-
 // max_seqlen_k bounds the lengths; out may be fp32 whatever q is.
 void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& table,
                const Tensor& lengths, const OptionalTensor& k_scale, const OptionalTensor& v_scale,
@@ -84,7 +73,8 @@ void paged_fwd(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, co
   params.flash.out = ref(out, p.out_dtype);
   params.flash.lse = stat(lse);
   params.flash.num_splits = std::clamp<int64_t>(num_splits, 0, std::max<int64_t>(p.seqlen_k, 1));
-  params.flash.plan = split_table(split_pieces, split_first, p.batch);
+  const Pieces pieces = pieces_of(split_pieces, split_first, p.batch);  // the values were checked
+  params.flash.plan = {pieces.first, pieces.begin, pieces.end};
   run_routes(params, p.seqlen_q * (p.heads_q / p.heads_k), packed);
 }
 

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "attnforge/paged.h"
+#include "attnforge/pieces.h"
 #include "bindings/tensors.h"
 
 namespace attnforge::cpu {
@@ -85,6 +86,17 @@ inline PagePool pool_of(const Tensor& k, const OptionalTensor& v, const Tensor& 
     *fields[i] = static_cast<const float*>(x->const_data_ptr());
   }
   return pool;
+}
+
+// pieces [3, n]: sequence, begin and end of each; first [batch + 1 or more].
+inline Pieces pieces_of(const OptionalTensor& pieces, const OptionalTensor& first, int64_t batch) {
+  if (!pieces) return {};
+  STD_TORCH_CHECK(pieces->dim() == 2 && pieces->size(0) == 3 && pieces->is_contiguous() && first &&
+                      first->dim() == 1 && first->size(0) > batch && first->is_contiguous(),
+                  "attnforge_native: split_pieces must be [3, n], split_first [batch + 1]");
+  const int32_t* rows = data<int32_t>(pieces, ScalarType::Int);
+  const int64_t n = pieces->size(1);
+  return {rows, rows + n, rows + 2 * n, data<int32_t>(first, ScalarType::Int), n};
 }
 
 // Everything but q, out and lse, whose sizes are checked. max_seqlen_k bounds the lengths.

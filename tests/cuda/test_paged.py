@@ -18,7 +18,7 @@ from attnforge._params import PagedCache, PagedParams
 from attnforge.backends.cuda import paged
 from attnforge.testing.cases import Target
 from attnforge.testing.compare import assert_same, compare, same_bits
-from attnforge.testing.paged import CODES, PagedCase, PagedInputs
+from attnforge.testing.paged import CODES, PagedCase, PagedInputs, planned
 
 pytestmark = pytest.mark.usefixtures("twin")
 
@@ -45,6 +45,7 @@ def _cases(name: str) -> ModuleType:
 
 _bounds, _isolation = _cases("test_paged_bounds"), _cases("test_paged_isolation")
 _append, _cascade = _cases("test_paged_append"), _cases("test_paged_cascade")
+_plans = _cases("test_paged_plans")
 
 test_page_sizes = _bounds.test_page_sizes
 test_dtypes_and_layouts = _bounds.test_dtypes_and_layouts
@@ -64,6 +65,16 @@ test_page_bounds_of_append = _append.test_page_bounds
 test_lengths_per_head_and_latent_append = _append.test_lengths_per_head_and_latent
 test_cascade = _cascade.test_bounds
 test_prefix_lengths = _cascade.test_prefix_lengths
+test_any_plan = _plans.test_any_plan
+test_one_piece_is_no_split = _plans.test_one_piece_is_no_split
+test_new_numbers_in_the_same_tensors = _plans.test_new_numbers_in_the_same_tensors
+test_plans_of_neighbours_change_nothing = _plans.test_neighbours_change_nothing
+test_a_stale_plan_is_named = _plans.test_a_stale_plan_is_named
+test_room_for_no_piece = _plans.test_room_for_no_piece
+test_unchecked_numbers_of_a_plan = _plans.unchecked_numbers
+test_unchecked_ranges_of_a_plan = _plans.unchecked_ranges
+test_no_pieces = _plans.no_pieces
+test_any_numbers_of_a_plan = _plans.any_numbers
 
 
 def check(case: PagedCase, **more: Any) -> None:
@@ -87,6 +98,15 @@ def test_latent(dtype: torch.dtype, code: str) -> None:
     check(PagedCase(lengths=(70, 33), rows=(2, 1), heads_q=12, heads_k=1, head_dim=d, v_head_dim=dv,
                     latent=True, dtype=dtype, code=code, zeros=code.startswith("int")),
           num_splits=2)  # fmt: skip
+
+
+@pytest.mark.parametrize("heads", [12, 40])
+def test_latent_plans(heads: int) -> None:
+    # 12 and 40 rows of the one KV head, which go to different launches
+    d, dv = paged.LATENT
+    check(PagedCase(lengths=(70, 0, 33), rows=(1,) * 3, heads_q=heads, heads_k=1, head_dim=d,
+                    v_head_dim=dv, latent=True, dtype=BF16, sinks=True),
+          split_plan=planned(((16, 40, 70), (), (33,)), 6))  # fmt: skip
 
 
 def test_latent_values_apart() -> None:

@@ -82,11 +82,11 @@ def test_right_kernels_for_sm90a_pass(
 @pytest.mark.parametrize(
     ("kind", "group"),
     [
-        *(("fwd", group) for group in ["", *list(_selftest_paged.GROUPS)[:6]]),
+        *(("fwd", group) for group in ["", *list(_selftest_paged.GROUPS)[:7]]),
         ("cascade", ""),
         ("cascade", "packed rows and lengths per head"),
         ("cascade", "int4 pages"),
-        *(("append", group) for group in ["", *list(_selftest_paged.GROUPS)[3:]]),
+        *(("append", group) for group in ["", *list(_selftest_paged.GROUPS)[4:]]),
     ],
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:

@@ -52,7 +52,7 @@ def kernels(variant: budgets.Variant) -> list[str]:  # type: ignore[name-defined
         return ["delta", "fwd", "keys", "rows"]
     if variant.mods in budgets.PAGED:
         problem = budgets.PAGED[variant.mods]
-        several = ["merge"] if problem.keys > 2048 else []
+        several = ["merge"] if problem.keys > 2048 or problem.plan else []
         return sorted(["fwd", *several, *["append", "bounds"] * problem.writes])
     if variant.mods in budgets.LINEAR:
         return LINEAR[variant.mods]

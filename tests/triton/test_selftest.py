@@ -82,10 +82,10 @@ def test_right_block_sparse_kernels_pass_with_features(kind: str, group: str) ->
 @pytest.mark.parametrize(
     ("kind", "group"),
     [
-        *(("fwd", group) for group in list(_selftest_paged.GROUPS)[:6]),
+        *(("fwd", group) for group in list(_selftest_paged.GROUPS)[:7]),
         ("cascade", "packed rows and lengths per head"),
         ("cascade", "int4 pages"),
-        *(("append", group) for group in list(_selftest_paged.GROUPS)[3:]),
+        *(("append", group) for group in list(_selftest_paged.GROUPS)[4:]),
     ],
 )
 def test_right_kernels_of_pages_pass(kind: str, group: str) -> None:

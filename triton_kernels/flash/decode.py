@@ -25,7 +25,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnforge.triton_kernels.lang import key_range, result, slope_of, span, start_state, walk
+from attnforge.triton_kernels.lang import (
+    key_range,
+    result,
+    slope_of,
+    span,
+    start_state,
+    walk,
+    within,
+)
 from attnforge.triton_kernels.rope import turn
 from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr, widened
 
@@ -33,18 +41,12 @@ from attnforge.triton_kernels.tensors import INF, head_ptr, stat_ptr, widened
 @triton.jit
 def in_split(ranges, split, splits, split_keys, n_keys, BLOCK_N: tl.constexpr):
     """The part of ``ranges`` that lies in a split of ``split_keys`` keys, or one of equal ones."""
-    lo, whole_lo, whole_hi, hi = ranges
     if split_keys == 0:
         size = tl.cdiv(tl.cdiv(n_keys, splits), BLOCK_N) * BLOCK_N
     else:
         size = split_keys
     begin = split * size
-    end = tl.minimum(begin + size, n_keys)
-    lo = tl.maximum(lo, begin)
-    hi = tl.maximum(tl.minimum(hi, end), lo)
-    whole_lo = tl.minimum(tl.maximum(whole_lo, lo), hi)
-    whole_hi = tl.maximum(tl.minimum(whole_hi, hi), whole_lo)
-    return lo, whole_lo, whole_hi, hi
+    return within(ranges, begin, tl.minimum(begin + size, n_keys))
 
 
 @triton.jit

@@ -6,6 +6,7 @@ output is not used, whatever it holds. For ``merge_states`` +inf means the same;
 decode +inf is a sink of +inf, which takes all the weight. A single part comes out bit for bit,
 which makes a decode independent of empty splits. Parts of a score function that does not normalise
 (SUM) have an LSE of 0 or -inf, which only says whether they saw a key: their outputs are added up.
+Of a plan's pieces (``pieces``) a sequence has its own, and the sink, a part without a value.
 
 Tiling: one program per BLOCK_M rows of one head, all of Dv; grid (row tiles * heads * batch). Parts
 come stacked, one stride apart.
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 
 from attnforge.triton_kernels.lang import packed_span
+from attnforge.triton_kernels.pieces import left_by, pieces_of
 from attnforge.triton_kernels.tensors import INF, head_ptr, inside, load_tile, stat_ptr, tile_ptr
 
 
@@ -39,16 +41,18 @@ def part_first(part, first_row):
     return tl.where(part.batch == 0, first_row, 0)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "tiles", "fewest", "most"])
+@triton.jit(do_not_specialize=["rows", "parts", "tiles", "fewest", "most", "pieces"])
 def merge(
     part, part_stat, out, lse, rows, heads, parts, tiles, next_part, next_stat,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, INF_IS_EMPTY: tl.constexpr,
-    SUM: tl.constexpr, cu_rows=None, fewest=0, most=0,
+    SUM: tl.constexpr, cu_rows=None, fewest=0, most=0, pieces=None, sinks=None,
 ):  # fmt: skip
     """part, out are Views and part_stat, lse Stats of the first part; next_*: to the next one.
 
     cu_rows: int32 [B + 1] boundaries of packed rows; sequences of ``fewest`` to ``most`` are
     merged, and their parts are packed as well, or a batch of their first rows (``part_first``).
+    pieces: a Pieces; part n is then the first rows of piece n's sequence. sinks: fp32 [heads], of
+    parts that have none.
     """
     pid = tl.program_id(0)
     first = pid % tiles * BLOCK_M
@@ -62,18 +66,33 @@ def merge(
             return
     some = at < rows
     base_row = part_first(part, first_row)
+    lo = 0
+    hi = parts
+    if pieces is not None:
+        base_row = 0
+        lo, hi = pieces_of(pieces, b)
     value = head_ptr(part, b, h, base_row)
     stat = stat_ptr(part_stat, b, h, base_row) + at
 
     top = tl.full([BLOCK_M], -INF, tl.float32)  # a NaN it drops stays in the weights
-    for n in tl.range(0, parts):
+    if sinks is not None:
+        sink = tl.load(sinks + h)
+        top = tl.maximum(top, sink)
+    for n in tl.range(lo, hi):
         x = part_lse(stat + tl.cast(n, tl.int64) * next_stat, some, INF_IS_EMPTY)
+        if pieces is not None:
+            x = left_by(x, pieces, n, b)
         top = tl.maximum(top, x)
     base = tl.where(top == -INF, 0.0, top)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:
+        total = tl.where(sink == base, 1.0, tl.exp(sink - base))
+        total = tl.where(sink == -INF, 0.0, total)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for n in tl.range(0, parts):
+    for n in tl.range(lo, hi):
         x = part_lse(stat + tl.cast(n, tl.int64) * next_stat, some, INF_IS_EMPTY)
+        if pieces is not None:
+            x = left_by(x, pieces, n, b)
         weight = tl.where(x == base, 1.0, tl.exp(x - base))
         tile = load_tile(
             value + tl.cast(n, tl.int64) * next_part,

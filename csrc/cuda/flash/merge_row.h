@@ -3,7 +3,7 @@
 //   LSE = log sum exp LSE_n      O = sum exp(LSE_n - LSE) O_n
 //
 // Parts are added from the first to the last. A part whose LSE is -inf saw no key and is not read.
-// NaN propagates.
+// A sink is a part before them without a value. NaN propagates.
 #pragma once
 
 #include "cuda/launch.h"
@@ -14,14 +14,15 @@ namespace attnforge::cuda {
 
 // lse(n): of part n; part(n): its row. Returns the LSE.
 template <class T, class Lse, class Part>
-AF_DEVICE float merge_row(int64_t states, int64_t dim, const Lse& lse, const Part& part, T* out) {
-  float top = -kInf;  // a NaN it drops stays in the weights
+AF_DEVICE float merge_row(int64_t states, int64_t dim, const Lse& lse, const Part& part, T* out,
+                          float sink = -kInf) {
+  float top = sink;  // a NaN it drops stays in the weights
   for (int64_t n = 0; n < states; ++n) top = ptx::max(top, lse(n));
   const float base = top == -kInf ? 0.0f : top;
   const auto weight = [&](float x) {
     return x == base ? 1.0f : ptx::exp2_approx((x - base) * kLog2E);
   };
-  float total = 0.0f;
+  float total = sink == -kInf ? 0.0f : weight(sink);
   for (int64_t n = 0; n < states; ++n) total += weight(lse(n));
   const float scale = total == 0.0f ? 0.0f : 1.0f / total;
   for (int64_t d = ptx::lane_id(); d < dim; d += 32) {

@@ -11,6 +11,10 @@ namespace attnforge::cuda {
 struct TensorStore {
   const FlashFwdParams& params;
 
+  AF_DEVICE RowWork work(const RowGrid& grid, const SplitParams& splits, int block_m,
+                         int block_n) const {
+    return row_work(params.problem, grid, splits, block_m, block_n);
+  }
   template <class Keys>
   AF_DEVICE Keys keys(const Sequence& seq, int kv_head) const {
     using T = typename Keys::T;
@@ -33,13 +37,14 @@ struct RowKernel {
   static_assert(Walk::kSharedBytes <= kMostShared);
 
   // Calls finish(work, walk, sums, out) after all keys; blocks without rows leave before.
-  // store.keys<Keys>(seq, kv_head): what the tiles are loaded through. mod: tile/mods.h.
+  // store.work(grid, splits, ..): what is this block's. store.keys<Keys>(seq, kv_head): what the
+  // tiles are loaded through. mod: tile/mods.h.
   template <class Store, class Finish>
   AF_DEVICE static void run(const FlashFwdParams& params, const SplitParams& splits,
                             const RowGrid& grid, const Store& store, const Mod& mod,
                             const Finish& finish) {
     const FlashProblem& p = params.problem;
-    RowWork work = row_work(p, grid, splits, Walk::kRows, Walk::kBlockN);
+    RowWork work = store.work(grid, splits, Walk::kRows, Walk::kBlockN);
     if (!work.some) return;
     if (Walk::Keys::kPages && p.mods.mask != nullptr) {  // the last keys are not seen whole
       const int64_t unmasked = work.seq.k_len - p.mods.mask_keys;

@@ -59,9 +59,9 @@ struct RowWork {
   AF_DEVICE bool nothing() const { return split > 0 && keys.lo >= keys.hi; }
 };
 
-// One (split, tile, head, sequence) of a grid.
-AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
-                           int split, int tile, int head, int batch, int block_m, int block_n) {
+// One (split, tile, head, sequence) of a grid, with all keys that its rows see.
+AF_DEVICE RowWork whole_work(const FlashProblem& p, const RowGrid& grid, int split, int tile,
+                             int head, int batch, int block_m, int block_n) {
   RowWork w;
   w.split = split;
   const int group = static_cast<int>(p.heads_q / p.heads_k);
@@ -72,23 +72,44 @@ AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const Spl
   w.some = w.rows.first < w.rows.rows && served > grid.above && served <= grid.most;
   w.keys = seen_range(w.rows.first_query(), w.rows.last_query(block_m), w.seq.k_len, w.seq.offset(),
                       grid.map.keys, block_n);
-  if (grid.splits > 1) {
-    const int equal = ceil_div(ceil_div(w.seq.k_len, grid.splits), block_n) * block_n;
-    const int size = splits.keys > 0 ? static_cast<int>(splits.keys) : equal;
-    w.keys = w.keys.within(w.split * size, w.split * size + size);
-  }
   return w;
 }
 
-// Of this block, where a grid has one for each.
+// The keys of a split among those of a tile.
+AF_DEVICE TileRange split_range(const RowWork& w, const RowGrid& grid, const SplitParams& splits,
+                                int block_n) {
+  if (grid.splits == 1) return w.keys;
+  const int equal = ceil_div(ceil_div(w.seq.k_len, grid.splits), block_n) * block_n;
+  const int size = splits.keys > 0 ? static_cast<int>(splits.keys) : equal;
+  return w.keys.within(w.split * size, w.split * size + size);
+}
+
+// One (split, tile, head, sequence) of a grid.
+AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
+                           int split, int tile, int head, int batch, int block_m, int block_n) {
+  RowWork w = whole_work(p, grid, split, tile, head, batch, block_m, block_n);
+  w.keys = split_range(w, grid, splits, block_n);
+  return w;
+}
+
+// Which one a block has, where a grid has one for each.
+struct BlockPlace {
+  int split, tile, head, batch;
+
+  AF_DEVICE static BlockPlace of(const RowGrid& grid) {
+    int id = static_cast<int>(blockIdx.x);
+    const int split = id % grid.splits;
+    id /= grid.splits;
+    const int tile = grid.tiles - 1 - id % grid.tiles;
+    id /= grid.tiles;
+    return {split, tile, id % grid.heads, id / grid.heads};
+  }
+};
+
 AF_DEVICE RowWork row_work(const FlashProblem& p, const RowGrid& grid, const SplitParams& splits,
                            int block_m, int block_n) {
-  int id = static_cast<int>(blockIdx.x);
-  const int split = id % grid.splits;
-  id /= grid.splits;
-  const int tile = grid.tiles - 1 - id % grid.tiles;
-  id /= grid.tiles;
-  return row_work(p, grid, splits, split, tile, id % grid.heads, id / grid.heads, block_m, block_n);
+  const BlockPlace at = BlockPlace::of(grid);
+  return row_work(p, grid, splits, at.split, at.tile, at.head, at.batch, block_m, block_n);
 }
 
 }  // namespace attnforge::cuda

@@ -4,6 +4,7 @@
 #include "cuda/flash/instances.h"
 #include "cuda/flash/rows_kernel.h"
 #include "cuda/paged/launch.h"
+#include "cuda/paged/pieces.h"
 #include "cuda/paged/tiles.h"
 #include "cuda/tile/pages.h"
 
@@ -42,11 +43,24 @@ struct LatentCase {
   static constexpr FwdTile kTile = latent_tile(kDType, kCodes);
 };
 
+// The blocks of a call: of each piece, whoever it belongs to, or of each split of each sequence.
+inline RowGrid paged_grid(const FlashProblem& p, int block_m, int pack, const SplitParams& splits,
+                          const Pieces& pieces, RowRange rows) {
+  RowGrid grid = RowGrid::of(p, block_m, pack, splits.splits, rows.above, rows.most);
+  if (pieces.first != nullptr) grid.batch = 1;
+  return grid;
+}
+
 // The store of pages.
 struct PageStore {
   const PageSource& source;
   const FlashProblem& problem;
+  const Pieces& pieces;
 
+  AF_DEVICE RowWork work(const RowGrid& grid, const SplitParams& splits, int block_m,
+                         int block_n) const {
+    return piece_work(problem, grid, splits, pieces, block_m, block_n);
+  }
   template <class Keys>
   AF_DEVICE Keys keys(const Sequence& seq, int kv_head) const {
     return {source, source.pool.table + seq.batch * source.pool.table_stride, kv_head,

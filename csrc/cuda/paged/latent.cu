@@ -17,13 +17,14 @@ __global__ void __launch_bounds__(32 * Case::kTile.warps)
     paged_latent_kernel(const __grid_constant__ FlashFwdParams params,
                         const __grid_constant__ PageSource source,
                         const __grid_constant__ SplitParams splits,
+                        const __grid_constant__ Pieces pieces,
                         const __grid_constant__ RowGrid grid) {
-  run_forward<Case::kTile>(params, splits, grid, PageStore{source, params.problem});
+  run_forward<Case::kTile>(params, splits, grid, PageStore{source, params.problem, pieces});
 }
 
 template <DType kDType, bool kCodes>
-int launch_latent(const PagedFwdParams& params, const SplitParams& splits, RowRange rows,
-                  void* stream) {
+int launch_latent(const PagedFwdParams& params, const SplitParams& splits, const Pieces& pieces,
+                  RowRange rows, void* stream) {
   if constexpr (kDType == DType::kFloat32) {
     return kNoKernel;  // Q and two tiles of K would be 108 KiB
   } else {
@@ -31,19 +32,20 @@ int launch_latent(const PagedFwdParams& params, const SplitParams& splits, RowRa
     using Walk = typename RowKernel<Case::kTile>::Walk;
     const FlashProblem& p = params.flash.problem;
     const int group = static_cast<int>(p.heads_q / p.heads_k);
-    const RowGrid grid = RowGrid::of(p, Walk::kRows, group, splits.splits, rows.above, rows.most);
+    const RowGrid grid = paged_grid(p, Walk::kRows, group, splits, pieces, rows);
     if (grid.blocks() == 0) return 0;
     return ATTNFORGE_LAUNCH((paged_latent_kernel<Case>), dim3(grid.blocks()),
                             dim3(32 * Case::kTile.warps), Walk::kSharedBytes, stream, params.flash,
-                            PageSource::of(params.pool, p.heads_k), splits, grid);
+                            PageSource::of(params.pool, p.heads_k), splits, pieces, grid);
   }
 }
 
 template <>
-int paged_latent<kThisDType>(const PagedFwdParams& params, const SplitParams& splits, RowRange rows,
-                             void* stream) {
-  return holds_codes(params.pool) ? launch_latent<kThisDType, true>(params, splits, rows, stream)
-                                  : launch_latent<kThisDType, false>(params, splits, rows, stream);
+int paged_latent<kThisDType>(const PagedFwdParams& params, const SplitParams& splits,
+                             const Pieces& pieces, RowRange rows, void* stream) {
+  return holds_codes(params.pool)
+             ? launch_latent<kThisDType, true>(params, splits, pieces, rows, stream)
+             : launch_latent<kThisDType, false>(params, splits, pieces, rows, stream);
 }
 
 }  // namespace attnforge::cuda

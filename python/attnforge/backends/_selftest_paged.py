@@ -15,6 +15,7 @@ __all__ = ["GROUPS", "problem"]
 
 # Features that share code are tested together; windows and sinks stand in the plain problem.
 GROUPS: dict[str, frozenset[str]] = {
+    "split plans": frozenset({"split_plan"}),
     "packed rows and lengths per head": frozenset({"varlen", "lengths_per_head"}),
     "softcap and ALiBi": frozenset({"softcap", "alibi"}),
     "trees": frozenset({"mask"}),
@@ -59,6 +60,12 @@ def _params(group: str, rows: int, device: torch.device) -> PagedParams:
     if group.startswith("softcap"):
         slopes = torch.rand(_HEADS, generator=g).to(device) / 8
         return p._replace(alibi_slopes=slopes, softcap=5.0)
+    if group == "split plans":  # of uneven pieces, and room for more
+        owner, begin, end = [0, 0, 0, 1, -1, -1], [0, 64, 200, 0, 0, 0], [64, 200, 270, 61, 0, 0]
+        pieces = torch.tensor([owner, begin, end], dtype=torch.int32, device=device)
+        first = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
+        sinks = torch.randn(_HEADS, generator=g).to(device)
+        return p._replace(sinks=sinks, split_pieces=pieces, split_first=first)
     if group == "trees":
         mask = torch.rand(2, 1, rows, rows, generator=g) < 0.6
         return p._replace(mask=mask.to(device))

@@ -168,16 +168,18 @@ def paged_attention(
     split_plan: (pieces [3, N], first [B + 1 or more]), int32, in place of both: piece n is keys
         pieces[1, n] .. pieces[2, n] - 1 of sequence pieces[0, n], and those of sequence b, first[b]
         .. first[b + 1] - 1, follow each other from key 0 to its last one (of its longest head).
-        ``attnforge.paged_cache.SplitPlan`` makes one. The CPU kernels follow it for r to 8; more
-        rows are split as without it, and the reference, which splits nothing, only checks it. The
-        Triton and CUDA kernels do not take one, so that selection passes them by.
+        ``attnforge.paged_cache.SplitPlan`` makes one. Kernels follow it where they split keys: the
+        CPU's for r to 8 (more rows are split as without it), CUDA C++ for r to 256, Triton for Sq
+        to 64; on GPUs its numbers may change between replays of a captured graph. The reference,
+        which splits nothing, only checks it.
 
     Other arguments are those of ``flash_attention``. Returns out [B, Sq, Hq, Dv] of q's dtype, or
     (out, lse) with lse [B, Hq, Sq] fp32; packed [T, Hq, Dv] and [Hq, T].
 
     Raises ValueError or TypeError on arguments that do not fit; on the CPU, or anywhere under
-    ``attnforge.debug(checks=True)``, also on lengths that the table has no room for and on page
-    ids within a length that do not exist. Elsewhere keys of such pages are masked.
+    ``attnforge.debug(checks=True)``, also on lengths that the table has no room for, on page ids
+    within a length that do not exist and on plans that do not fit. Elsewhere keys of such pages are
+    masked, and so are those that no piece of their sequence covers.
     """
     q, cache, p = _attention(
         q,

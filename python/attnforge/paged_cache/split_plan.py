@@ -24,8 +24,9 @@ class SplitPlan:
 
     Attributes:
         tensors: (pieces [3, max_pieces], first [max_batch + 1]) int32. They never move, so that a
-            captured CUDA graph replays with what the last `plan` wrote. On the CPU they are the
-            planner's own memory.
+            captured CUDA graph replays with what the last `plan` wrote: kernels have a block for
+            each piece that there is room for, and read on the device whose it is. On the CPU they
+            are the planner's own memory.
 
         plan = attnforge.paged_cache.SplitPlan(64, 132, cache.page_size)
         step = cache.begin(sequences, 1)
@@ -56,6 +57,7 @@ class SplitPlan:
     def plan(self, lengths: Tensor | Sequence[int], *, fixed: int = 0) -> None:
         """Cut sequences of these lengths, [batch] or [batch, heads], into pieces.
 
+        lengths: on the host; a tensor of a GPU is waited for.
         fixed: 0 takes the least piece that gives at most `max_pieces` of them: then results depend
         on the batch, up to the order of sums. Else keys per piece, a multiple of the page size:
         a sequence is always cut in the same way. 2048 gives, bit for bit, what the CPU kernels do

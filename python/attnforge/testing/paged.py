@@ -9,6 +9,7 @@ pages are NaN (codes: the largest), entries of the table behind a length are non
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from attnforge.reference.paged import code_zero, decoded, encoded
 from attnforge.testing import oracle
 from attnforge.testing.oracle import Truth
 
-__all__ = ["CODES", "PagedCase", "PagedInputs", "quantised"]
+__all__ = ["CODES", "PagedCase", "PagedInputs", "planned", "quantised"]
 
 CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
 # Where weights that meet a scale are rounded to 16 bits, small ones leave the normal range of fp16
@@ -55,6 +56,22 @@ def _code_size(codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tens
     if zero is not None:
         size = size + (zero - code_zero(codes.dtype)).abs().unsqueeze(-1)
     return size if scale is None else size * scale.abs().unsqueeze(-1)
+
+
+def planned(cuts: Sequence[Sequence[int]], room: int, batch: int = 0) -> tuple[Tensor, Tensor]:
+    """The tensors of a split plan whose sequences end their pieces at ``cuts``, nonsense behind.
+
+    room: pieces that it has; batch: sequences that it has, at least those of ``cuts``.
+    """
+    pieces = torch.tensor([[-1], [_NONSENSE[0]], [_NONSENSE[2]]]).repeat(1, room)
+    pieces[0, 1::2] = _NONSENSE[3]  # the planner writes -1
+    first, at = torch.zeros(max(batch, len(cuts)) + 1, dtype=torch.int32), 0
+    for b, ends in enumerate(cuts):
+        for begin, end in zip((0, *ends), ends, strict=False):
+            pieces[:, at] = torch.tensor([b, begin, end])
+            at += 1
+        first[b + 1 :] = at
+    return pieces.to(torch.int32), first
 
 
 @dataclass(frozen=True)

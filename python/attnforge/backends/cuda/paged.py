@@ -2,8 +2,8 @@
 
 A sequence goes to one of three launches by its rows per KV head, so that its result does not depend
 on its neighbours: decode and short prefills split their keys, long ones do not. Nothing here looks
-at a value of a tensor: grids cover what the table and the bounds allow, and blocks without work
-leave.
+at a value of a tensor: grids cover what the table (or a plan of the splits) and the bounds allow,
+and blocks without work leave.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ _CASCADE_ROWS = 1024  # of a cascade whose keys are split
 class _Parts(NamedTuple):
     """fp32 states of several splits: [splits, B, rows, Hq, Dv] and [splits, B, Hq, rows].
 
-    By sequence, or by row of q (B 1).
+    By sequence, by row of q (B 1), or by piece of a plan (B 1).
     """
 
     outs: Tensor
     lses: Tensor
     split_keys: int
     by_sequence: bool
+    plan: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def _splits(cache: PagedCache, num_splits: int) -> int:
@@ -68,11 +69,11 @@ def _attend(
 ) -> None:
     """The sequences of (rows[0], rows[1]] rows per KV head."""
     small = (p.cu_seqlens_q, p.alibi_slopes, p.sinks, p.mask)
-    outs, lses, keys, by_sequence = parts or (None, None, 0, False)
+    outs, lses, keys, by_sequence, plan = parts or (None, None, 0, False, (None, None))
     flash._operator("paged_fwd")(
         _gpu.rows(q), *_pool(cache), *map(_gpu.contiguous, small), out, lse, outs, lses,
-        p.max_seqlen_q, p.softmax_scale, p.window_left, p.window_right, p.softcap, *rows, keys,
-        by_sequence, _gpu.stream(q.device),
+        *map(_gpu.contiguous, plan), p.max_seqlen_q, p.softmax_scale, p.window_left, p.window_right,
+        p.softcap, *rows, keys, by_sequence, _gpu.stream(q.device),
     )  # fmt: skip
 
 
@@ -86,16 +87,19 @@ def fwd(q: Tensor, cache: PagedCache, p: PagedParams, out: Tensor, lse: Tensor) 
         return
     batch, group = cache.block_table.shape[0], q.shape[-2] // cache.k_pages.shape[2]
     longest, splits = p.max_seqlen_q * group, _splits(cache, p.num_splits)
+    owners, plan = batch, (p.split_pieces, p.split_first)
+    if p.split_pieces is not None:  # as many as there is room for: what is planned is data
+        owners, splits = 1, p.split_pieces.shape[1]
     with _gpu.on(q.device):
         for above, most in ((0, _FEW), (_FEW, _SOME), (_SOME, _ANY)):
             if longest <= above or (longest > most and not mixed):
                 continue
             parts = None
             rows = min(p.max_seqlen_q, most // group)
-            if splits > 1 and rows > 0 and most != _ANY:
-                outs = out.new_empty((splits, batch, rows, *out.shape[-2:]), dtype=torch.float32)
-                lses = lse.new_empty((splits, batch, q.shape[-2], rows))
-                parts = _Parts(outs, lses, 0 if p.num_splits else _SPLIT, True)
+            if (splits > 1 or plan[0] is not None) and rows > 0 and most != _ANY:
+                outs = out.new_empty((splits, owners, rows, *out.shape[-2:]), dtype=torch.float32)
+                lses = lse.new_empty((splits, owners, q.shape[-2], rows))
+                parts = _Parts(outs, lses, 0 if p.num_splits else _SPLIT, True, plan)
             _attend(q, cache, p, out, lse, (above, most), parts)
 
 
@@ -172,7 +176,8 @@ _COMMON = (
 )
 _CODES = ("kv_fp8", "kv_int8", "kv_int4", "lengths_per_head", "varlen")
 _FWD = Features(
-    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask", "latent"),
+    *(*_CODES, "alibi", "sinks", "softcap", "window_left", "window_right", "mask"),
+    *("split_plan", "latent"),
 )
 _ROW_DIMS = (Dim("head_dim", 2, 1024), Dim("v_head_dim", 2, 1024))
 

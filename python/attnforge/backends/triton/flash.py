@@ -352,10 +352,12 @@ def _merge(
     values: Tensor, stats: Tensor, out: Tensor, lse: Tensor,
     *, inf_is_empty: bool = False, added: bool = False,
     packed: tuple[Tensor, int, int, int] | None = None,
+    pieces: Any = None, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
     """values [N, ..] and stats [N, ..] into out and lse, or their sum if ``added``.
 
     packed: boundaries, their number but one, least and most rows of the sequences to merge.
+    pieces: of a plan, by which parts lie; sinks: that they do not have.
     """
     rows, heads, dv = out.shape[-3:]
     width = padded(dv)
@@ -367,7 +369,8 @@ def _merge(
         _view(values[0]), _stat(stats[0]), _view(out), _stat(lse), rows, heads, values.shape[0],
         tiles, values.stride(0), stats.stride(0),
         DV=dv, BLOCK_M=block, BLOCK_DV=width, INF_IS_EMPTY=inf_is_empty, SUM=added,
-        cu_rows=ends, fewest=fewest, most=longest, num_warps=4,
+        cu_rows=ends, fewest=fewest, most=longest, pieces=pieces, sinks=_contiguous(sinks),
+        num_warps=4,
     )  # fmt: skip
 
 

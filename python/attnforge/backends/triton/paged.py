@@ -1,8 +1,9 @@
 """``triton.paged.*``: the Triton kernels of ``triton_kernels/paged``.
 
 A forward is up to three launches of one kernel, each for the sequences of some numbers of rows: a
-few rows and long splits, more rows and longer splits, many rows and none. Which sequence belongs
-where is decided on the device, from the boundaries alone.
+few rows and long splits, more rows and longer splits, many rows and none; a plan of the splits
+holds for the first two. Which sequence belongs where is decided on the device, from the boundaries
+alone, and so is what a plan says.
 """
 
 from __future__ import annotations
@@ -124,6 +125,15 @@ def _store(c: PagedCache, dims: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     )
 
 
+def _pieces(p: PagedParams, batch: int) -> Any:
+    """The Pieces of a call with a plan."""
+    plan, first = _contiguous(p.split_pieces), _contiguous(p.split_first)
+    if plan is None:
+        return None
+    kind = importlib.import_module("attnforge.triton_kernels.pieces").Pieces
+    return kind(*plan, first, plan.shape[1], batch)
+
+
 class _Launch(NamedTuple):
     """Sequences of ``fewest`` to ``most`` rows, and how they are computed."""
 
@@ -185,30 +195,41 @@ def _launch(
     splits = _tiles(keys, launch.split) if launch.split else 1
     if p.num_splits > 0 and launch.split:  # a split has at least one tile
         splits = min(p.num_splits, _tiles(keys, sizes["BLOCK_N"]))
-    values, stats = (out, lse) if splits == 1 else _workspace(splits, batch, most, q, out)
-    first = (values, stats) if splits == 1 else (values[0], stats[0])
+    pieces = _pieces(p, batch) if launch.split else None
+    owners, several = batch, splits > 1
+    if pieces is not None:  # as many as there is room for: what is planned is data
+        owners, several, splits = 1, True, max(1, pieces.count)
+    values, stats = out, lse
+    if several:
+        values, stats = _workspace(splits, batch, most, q, out, pieces is not None)
+    first = (values[0], stats[0]) if several else (values, stats)
     tiles = _tiles(most * group, sizes["BLOCK_M"])
     inner = FlashParams(
-        None, None, None, p.alibi_slopes, p.sinks, most, keys, p.softmax_scale, p.window_left,
-        p.window_right, p.softcap, () if p.mask is None else tuple(FlashMods(mask=p.mask)),
+        None, None, None, p.alibi_slopes, p.sinks if pieces is None else None, most, keys,
+        p.softmax_scale, p.window_left, p.window_right, p.softcap,
+        () if p.mask is None else tuple(FlashMods(mask=p.mask)),
     )  # fmt: skip
     ends, total = _contiguous(p.cu_seqlens_q), q.shape[-3]
-    _kernel("fwd", "fwd")[(splits * tiles * heads_kv * batch,)](
+    _kernel("fwd", "fwd")[(splits * tiles * heads_kv * owners,)](
         _view(q), *_store(cache, dims), _view(first[0]), _stat(first[1]),
-        None if splits == 1 else values.stride(0), None if splits == 1 else stats.stride(0),
+        values.stride(0) if several else None, stats.stride(0) if several else None,
         ends, total, _scores(inner, heads), heads_kv, group,
         splits, 0 if p.num_splits > 0 or not launch.split else launch.split,
-        launch.fewest, launch.most, tiles, **sizes,
+        launch.fewest, launch.most, tiles, pieces=pieces, **sizes,
     )  # fmt: skip
-    if splits > 1:
+    if several:
         packed = None if ends is None else (ends, batch, launch.fewest, most)
-        _merge(values, stats, out, lse, packed=packed)
+        sinks = None if pieces is None else p.sinks
+        _merge(values, stats, out, lse, packed=packed, pieces=pieces, sinks=sinks)
 
 
-def _workspace(splits: int, batch: int, most: int, q: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 states of splits: of batched rows, of packed rows, or of the first ones of sequences."""
-    rows: tuple[int, ...] = (batch, most)
-    if q.dim() == 3 and q.shape[0] <= batch * most:
+def _workspace(
+    splits: int, batch: int, most: int, q: Tensor, out: Tensor, by_piece: bool
+) -> tuple[Tensor, Tensor]:
+    """fp32 states of splits: of batched rows, of packed rows, or of the first ones of sequences;
+    ``by_piece`` of those of one sequence each."""
+    rows: tuple[int, ...] = (most,) if by_piece else (batch, most)
+    if not by_piece and q.dim() == 3 and q.shape[0] <= batch * most:
         rows = (q.shape[0],)
     heads = q.shape[-2]
     values = out.new_empty((splits, *rows, heads, out.shape[-1]), dtype=torch.float32)
@@ -292,7 +313,8 @@ class _RowDims:
 
 
 _FEATURES = ("varlen", "kv_fp8", "kv_int8", "kv_int4", "lengths_per_head")
-_SCORES = ("latent", "alibi", "sinks", "softcap", "window_left", "window_right", "mask")
+_SCORES = ("latent", "split_plan", "alibi", "sinks", "softcap", "window_left", "window_right",
+           "mask")  # fmt: skip
 
 
 def _spec(
