@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import attnforge
 from attnforge._params import PagedCache, PagedParams
 from attnforge.testing.cases import Target
 from attnforge.testing.compare import assert_same, compare, same_bits
@@ -23,6 +24,7 @@ from attnforge.testing.paged import PagedCase, PagedInputs, planned
 from attnforge.testing.poison import guarded
 
 LENGTHS = (150, 0, 47, 1)
+ONE_HEAD: dict[str, Any] = {"page_size": 8, "heads_q": 2, "heads_k": 1}
 # Ends of pieces of these lengths: few and uneven, inside pages and tiles; one each; many.
 CUTS = {
     "uneven": ((16, 101, 150), (), (47,), (1,)),
@@ -31,6 +33,7 @@ CUTS = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("options", [
     {}, {"dtype": torch.bfloat16, "heads_q": 12}, {"dtype": torch.float16, "v_head_dim": 64},
@@ -57,7 +60,7 @@ def test_one_piece_is_no_split(target: Target) -> None:
 
 def test_new_numbers_in_the_same_tensors(target: Target) -> None:
     """As a captured graph has it: each step has the bits of a plan that was made for it alone."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(1,) * 4, page_size=8, sinks=True).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(1,) * 4, sinks=True, **ONE_HEAD).make()
     held = planned(CUTS["many"], 64)
     found = {}
     for cuts, lengths in (("many", LENGTHS), ("uneven", LENGTHS), ("whole", LENGTHS),
@@ -84,7 +87,7 @@ def alone(inputs: PagedInputs, b: int) -> PagedInputs:
 
 def test_neighbours_change_nothing(target: Target) -> None:
     """A sequence's bits follow its own pieces, wherever they stand in the plan."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, page_size=8).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, **ONE_HEAD).make()
     whole = inputs.forward(target.backend, split_plan=planned(CUTS["many"], 60))
     for b, ends in enumerate(CUTS["many"]):
         mine = {name: x[b : b + 1] for name, x in whole.items()}
@@ -108,6 +111,37 @@ def test_room_for_no_piece(target: Target) -> None:
     got = inputs.forward(target.backend, split_plan=planned(((), ()), 0))
     assert not got["out"].any()
     assert (got["lse"] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("options", [
+    {"window": (60, 0), "sinks": True}, {"code": "int8", "scales": "token", "zeros": True},
+], ids=lambda o: "_".join(o))  # fmt: skip
+def as_on_the_cpu(target: Target, options: dict[str, Any]) -> None:
+    """The CPU kernel's results, from the same plan."""
+    inputs = PagedCase(lengths=LENGTHS, rows=(1,) * 4, page_size=8, **options).make()
+    for cuts in CUTS.values():
+        plan = planned(cuts, 50)
+        got, want = (inputs.forward(x, split_plan=plan) for x in (target.backend, "cpu"))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+def many_steps(target: Target) -> None:
+    """A decode as the cache and the planner have it: prompts, then tokens, one plan in place."""
+    pytest.importorskip("attnforge._host", reason="attnforge._host is not built (make native)")
+    cache = attnforge.PagedKVCache(60, 4, 2, 16, dtype=torch.float32)
+    names = [cache.allocate() for _ in range(3)]
+    plan = attnforge.paged_cache.SplitPlan(4, 12, cache.page_size)
+    for n in range(4):
+        rows = [90, 3, 17] if n == 0 else [1] * len(names)
+        step = cache.begin(names, rows)
+        step.append(*torch.randn(2, sum(rows), 2, 16))
+        plan.plan(step.seqlens_after)
+        q = torch.randn(sum(rows), 4, 16)
+        got = step.attention(q, split_plan=plan.tensors, backend=target.backend)
+        want = step.attention(q, backend="reference")
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+        if n == 2:  # one has left: its pieces go to the others
+            cache.free(names.pop(0))
 
 
 # ---- past the checks of values ----
@@ -143,7 +177,7 @@ def nothing(result: dict[str, Tensor], b: int) -> bool:
 @pytest.mark.parametrize("rows", [2, 20])
 def unchecked_numbers(target: Target, rows: int) -> None:
     """Piece 2, sequence 0's last, with numbers that the planner never writes."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(rows,) * 4, page_size=8).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(rows,) * 4, **ONE_HEAD).make()
     plan = planned(CUTS["uneven"], 8)
     want = launched(target, inputs, plan)
     assert_same(want, inputs.forward(target.backend, split_plan=plan))
@@ -167,10 +201,10 @@ def unchecked_numbers(target: Target, rows: int) -> None:
 
 def unchecked_ranges(target: Target) -> None:
     """Which pieces are a sequence's: those within the plan that say so as well."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, page_size=8).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, **ONE_HEAD).make()
     pieces, first = planned(CUTS["uneven"], 8)
     want = launched(target, inputs, (pieces, first))
-    for number in (4, 8, 9, INT_MAX):
+    for number in (4, 9, INT_MAX):
         wide = first.clone()
         wide[1] = number
         assert_same(launched(target, inputs, (pieces, wide)), want, str(number))
@@ -184,7 +218,7 @@ def unchecked_ranges(target: Target) -> None:
 
 def no_pieces(target: Target) -> None:
     """A plan that has none for a sequence: as one without keys, its sink among it."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, page_size=8).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(2,) * 4, **ONE_HEAD).make()
     sinks = torch.randn(inputs.q.shape[2])
     for plan in (planned(((), (), (47,), (1,)), 5), planned(((), (), (), ()), 0)):
         got = launched(target, inputs, plan)
@@ -197,7 +231,7 @@ def no_pieces(target: Target) -> None:
 
 def any_numbers(target: Target) -> None:
     """Whatever a plan holds: no access out of bounds, and nothing that nobody has written."""
-    inputs = PagedCase(lengths=LENGTHS, rows=(1,) * 4, page_size=8, heads_q=2, heads_k=1).make()
+    inputs = PagedCase(lengths=LENGTHS, rows=(1,) * 4, **ONE_HEAD).make()
     extremes = st.sampled_from([INT_MIN, -1, 2147480000, INT_MAX])
 
     def numbers(most: int, count: int) -> Any:

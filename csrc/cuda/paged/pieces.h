@@ -24,9 +24,10 @@ AF_DEVICE RowWork piece_work(const FlashProblem& p, const RowGrid& grid, const S
                              const Pieces& pieces, int block_m, int block_n) {
   const BlockPlace at = BlockPlace::of(grid);
   const bool planned = pieces.first != nullptr;
-  const int batch = planned ? pieces.sequence[at.split] : at.batch;
-  if (batch < 0 || batch >= p.batch) return {};
-  RowWork w = whole_work(p, grid, at.split, at.tile, at.head, batch, block_m, block_n);
+  const int owner = planned ? pieces.sequence[at.split] : at.batch;
+  const bool owned = owner >= 0 && owner < p.batch;
+  RowWork w = whole_work(p, grid, at.split, at.tile, at.head, owned ? owner : 0, block_m, block_n);
+  w.some = w.some && owned;  // no return before: it would cost registers in the loop
   if (planned) {
     w.keys = w.keys.within(piece_end(pieces.begin[at.split], w.seq.k_len, block_n),
                            piece_end(pieces.end[at.split], w.seq.k_len, block_n));
