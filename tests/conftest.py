@@ -29,7 +29,7 @@ from attnforge.testing.poison import poisoned_memory  # noqa: E402
 
 THREADS = 2
 # Levels of matrix tiles have kernels of their own in these families alone.
-TILE_FAMILIES = ("flash", "paged", "cascade")
+TILE_FAMILIES = ("flash", "paged", "cascade", "block_sparse", "nsa")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "amx", "avx512_soft", "amx_soft")
 
 hypothesis.settings.register_profile(

@@ -5,9 +5,10 @@
 #include "cpu/kernels.h"
 
 // As CMakeLists.txt compiles them: X(name, params struct).
-#define ATTNFORGE_TILE_KERNELS(X) \
-  X(flash_fwd, FlashFwdParams)    \
-  X(paged_middle, PagedFwdParams) \
+#define ATTNFORGE_TILE_KERNELS(X)           \
+  X(flash_fwd, FlashFwdParams)              \
+  X(block_sparse_fwd, BlockSparseFwdParams) \
+  X(paged_middle, PagedFwdParams)           \
   X(paged_prefill, PagedFwdParams)
 
 // Declares what such a level defines; what it lacks is found in the level below.

@@ -36,7 +36,7 @@ def test_sides_run(method: str, backward: bool) -> None:
 
 def test_cases() -> None:
     cases = bench.family_cases("block_sparse", quick=True)
-    assert len({case.name for case in cases}) == len(cases) == 7
+    assert len({case.name for case in cases}) == len(cases) == 8
     dense = cases[0].work / bench_block_sparse._share(Shape("blocks", 8192))
     assert dense == pytest.approx(4 * 64 * 8 * 8192 * 8193 / 2)
     assert 0.1 < bench_block_sparse._share(Shape("blocks", 8192)) < 0.13

@@ -31,13 +31,17 @@ SHAPES = {
     "keys": (8, 1, 2),
 }
 
+# bf16 beside fp32: matrix tiles serve it alone.
+DTYPES = [torch.float32, torch.bfloat16]
 
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_values(target: Target, shape: str, causal: bool) -> None:
+def test_values(target: Target, shape: str, causal: bool, dtype: torch.dtype) -> None:
     q_block, kv_block, heads = SHAPES[shape]
     case = FlashCase(seqlen_q=70, seqlen_k=333, heads_q=4, heads_k=2, head_dim=40, v_head_dim=24,
-                     causal=causal)  # fmt: skip
+                     causal=causal, dtype=dtype)  # fmt: skip
     check(case, random_lists(case, heads, q_block, kv_block, 0.4), target.backend)
 
 
@@ -72,7 +76,7 @@ def test_bands_of_packed_sequences(level: Target) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(level: Target, dtype: torch.dtype) -> None:
-    for head_dim, q_block, kv_block in ((64, 1, 64), (128, 64, 64), (256, 4, 32)):
+    for head_dim, q_block, kv_block in ((64, 1, 64), (128, 64, 64), (192, 128, 48), (256, 4, 32)):
         case = FlashCase(batch=1, seqlen_q=66, seqlen_k=130, heads_q=4, heads_k=2, causal=True,
                          head_dim=head_dim, dtype=dtype)  # fmt: skip
         check(case, random_lists(case, 2, q_block, kv_block, 0.5), level.backend)
@@ -90,7 +94,9 @@ def test_16_bits(level: Target, dtype: torch.dtype) -> None:
     ],
     ids=lambda case: f"{case.seqlen_q}-{case.window}-{case.softcap}-{case.alibi}-{case.sinks}",
 )
-def test_options(target: Target, case: FlashCase) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options(target: Target, case: FlashCase, dtype: torch.dtype) -> None:
+    case = dataclasses.replace(case, dtype=dtype)
     for q_block, kv_block in ((1, 8), (64, 16)):
         check(case, random_lists(case, 2, q_block, kv_block, 0.6), target.backend)
 
@@ -109,6 +115,7 @@ def _any_shape(level: Target, data: st.DataObject) -> None:
         heads_k=heads_k,
         head_dim=data.draw(st.sampled_from([8, 24, 64]), "head_dim"),
         causal=data.draw(st.booleans(), "causal"),
+        dtype=data.draw(st.sampled_from(DTYPES), "dtype"),
     )
     heads = data.draw(st.sampled_from(sorted({1, heads_k, group * heads_k})), "list heads")
     q_block = data.draw(st.sampled_from([1, 3, 16, 64, 128]), "q_block")
@@ -165,13 +172,17 @@ def test_slots_past_the_count_are_not_read(target: Target) -> None:
         assert same_bits(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q_block", [1, 64])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_hidden_values_do_not_leak(target: Target, value: float) -> None:
+def test_hidden_values_do_not_leak(
+    target: Target, value: float, q_block: int, dtype: torch.dtype
+) -> None:
     """Keys of no list, and keys behind a row's position in a block that it does list."""
-    case = FlashCase(seqlen_q=64, seqlen_k=64, causal=True)
+    case = FlashCase(seqlen_q=64, seqlen_k=64, causal=True, dtype=dtype)
     inputs = case.make()
-    ids = torch.tensor([[0, 2]]).expand(1, 1, 64, 2)
-    lists = BlockSelection.from_indices(ids, q_block=1, kv_block=16)
+    ids = torch.tensor([[0, 2]]).expand(1, 1, 64 // q_block, 2)
+    lists = BlockSelection.from_indices(ids, q_block=q_block, kv_block=16)
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, 16:32], v[:, 16:32] = value, value  # block 1 is in no list
     k[:, 40:48], v[:, 40:48] = value, value  # the end of block 2
@@ -185,9 +196,10 @@ def test_hidden_values_do_not_leak(target: Target, value: float) -> None:
         assert not dirty[name][:, 48:].any()
 
 
-def test_packed_equals_one_by_one(target: Target) -> None:
-    lengths, q_block, kv_block = ((30, 50), (0, 7), (1, 1), (33, 33)), 8, 16
-    inputs = FlashCase(lengths=lengths, heads_q=4, heads_k=2, causal=True).make()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_equals_one_by_one(target: Target, dtype: torch.dtype) -> None:
+    lengths, q_block, kv_block = ((30, 50), (0, 7), (1, 40), (33, 33)), 8, 16
+    inputs = FlashCase(lengths=lengths, heads_q=4, heads_k=2, causal=True, dtype=dtype).make()
     g = torch.Generator().manual_seed(0)
     rows = sum(-(-n // q_block) for n, _ in lengths)
     ids = torch.randint(-1, 4, (2, rows, 3), generator=g, dtype=torch.int32)

@@ -293,3 +293,13 @@ def test_no_tokens(target: Target, rows: int) -> None:
     k, v = torch.randn(2, 0, 2, 16), torch.randn(2, 0, 2, 8)
     out = attnforge.nsa_attention(q, None, None, k, v, None, None, gates, backend=target.backend)
     assert torch.equal(out, torch.zeros(2, rows, 4, 8))
+
+
+def test_mixing_a_few_tokens_at_a_time_changes_no_bit() -> None:
+    """Long calls without a gradient go by parts on a CPU; those with one do not."""
+    outs = [torch.randn(2, 2500, 3, 24).bfloat16() for _ in range(3)]
+    gates = torch.rand(2, 2500, 3, 3).bfloat16()
+    parts = attnforge.gated_combine(outs, gates)
+    whole = attnforge.gated_combine(outs, gates.requires_grad_())
+    assert whole.requires_grad
+    assert same_bits(parts, whole.detach())

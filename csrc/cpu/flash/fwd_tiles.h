@@ -225,10 +225,7 @@ struct TileRows {
     if (masked) mask_row(s, n, seen.lo, seen.hi, -kInf);
     alpha = Operands::softmax(row, c0, n, scale, tile.m[r], tile.l[r]);
   }
-  if (alpha != 1.0f) {
-    float* o = tile.o + r * t.plan.ldo;
-    for (int64_t d = 0; d < t.plan.ldo; d += kLanes) store(o + d, load(o + d) * splat(alpha));
-  }
+  if (alpha != 1.0f) scale_row(tile.o + r * t.plan.ldo, t.plan.ldo, alpha);
 }
 
 // Calls f(v, c0, n) for each run of keys [key0 + c0, key0 + c0 + n) of a span that lies in one

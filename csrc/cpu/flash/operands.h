@@ -58,6 +58,24 @@ struct Operands {
                                           float* o, int64_t ldo) {
     tile_gemm(rows, vectors, n, weights(s) + c, 2 * kLds, v, panel_stride, o, ldo, true);
   }
+
+  // The same for rows of Q that are picked one by one, row_stride elements apart.
+  template <class T>
+  AF_INLINE_MEMBER static void load_query(const T* src, int64_t dim, float, BFloat16* row) {
+    for (int64_t d = 0; d < dim; d += kTileDepth) store_raw(row + d, load_pairs(src + d, dim - d));
+  }
+  AF_INLINE_MEMBER static int64_t row_stride(int64_t depth) { return depth; }
+  AF_INLINE_MEMBER static void row_scores(int64_t rows, int64_t vectors, int64_t depth,
+                                          const BFloat16* q, const BFloat16* k, float* s) {
+    scores(rows, vectors, depth, q, k, s);
+  }
+  // One column panel of P V, which is added to o or takes its place.
+  AF_INLINE_MEMBER static void row_values(int64_t rows, int64_t vectors, float* s, int64_t c,
+                                          int64_t n, const BFloat16* v, float* o, int64_t ldo,
+                                          bool accumulate) {
+    tile_gemm(rows, vectors, n, weights(s) + c, 2 * kLds, v, 0, o, ldo, accumulate);
+  }
+
   // One row over the keys that it sees, as add_values would where the others are finite.
   template <class Seen>
   AF_INLINE_MEMBER static void add_seen_values(const Seen& seen, float* s, int64_t c, int64_t n,
@@ -99,9 +117,13 @@ AF_INLINE bool served_by_tiles(const FlashProblem& p) {
 AF_INLINE bool served_by_tiles(const FlashFwdParams& params) {
   return served_by_tiles(params.problem);
 }
-// Calls f with a value of the element type of K and V.
+// Calls f with a value of the element type of K and V; plain: never fp8.
 template <class F>
 AF_INLINE void dispatch_operands(DType, const F& f) {
+  f(BFloat16{});
+}
+template <class F>
+AF_INLINE void dispatch_plain_operands(DType, const F& f) {
   f(BFloat16{});
 }
 // The first statement of an entry point: what tiles do not serve is the level below's.
@@ -143,6 +165,23 @@ struct Operands {
                                           int64_t ldo) {
     gemm<kLds, 1>(rows, vectors, n, s + c, kLds, v, panel_stride, o, ldo, true);
   }
+
+  template <class T>
+  AF_INLINE_MEMBER static void load_query(const T* src, int64_t dim, float scale, float* row) {
+    for (int64_t d = 0; d < dim; d += kLanes)
+      store_partial(row + d, load_partial(src + d, dim - d) * splat(scale), dim - d);
+  }
+  AF_INLINE_MEMBER static int64_t row_stride(int64_t) { return kLds; }
+  AF_INLINE_MEMBER static void row_scores(int64_t rows, int64_t vectors, int64_t depth,
+                                          const float* q, const float* k, float* s) {
+    gemm<kLds, 1>(rows, vectors, depth, q, kLds, k, depth * kNR, s, kLds, false);
+  }
+  AF_INLINE_MEMBER static void row_values(int64_t rows, int64_t vectors, const float* s, int64_t c,
+                                          int64_t n, const float* v, float* o, int64_t ldo,
+                                          bool accumulate) {
+    gemm<kLds, 1>(rows, vectors, n, s + c, kLds, v, 0, o, ldo, accumulate);
+  }
+
   template <class Seen>
   AF_INLINE_MEMBER static void add_seen_values(const Seen& seen, const float* s, int64_t c,
                                                int64_t n, const float* v, int64_t panel_stride,
@@ -166,6 +205,10 @@ struct Operands {
 template <class F>
 AF_INLINE void dispatch_operands(DType dtype, const F& f) {
   dispatch_input(dtype, f);
+}
+template <class F>
+AF_INLINE void dispatch_plain_operands(DType dtype, const F& f) {
+  dispatch_dtype(dtype, f);
 }
 #define AF_LEAVE_UNLESS(SERVED, CALL) static_assert(true)
 

@@ -52,6 +52,10 @@ AF_INLINE void apply_softcap(float* s, int64_t n, float cap2) {
   for (int64_t c = 0; c < n; c += kLanes) store(s + c, splat(cap2) * tanh(load(s + c)));
 }
 
+AF_INLINE void scale_row(float* s, int64_t n, float scale) {
+  for (int64_t c = 0; c < n; c += kLanes) store(s + c, load(s + c) * splat(scale));
+}
+
 AF_INLINE void fill(float* s, int64_t lo, int64_t hi, float value) {
   int64_t c = lo;
   for (; c + kLanes <= hi; c += kLanes) store(s + c, splat(value));

@@ -82,8 +82,4 @@ AF_INLINE float softmax_row_rounded(const float* s, int64_t n, float scale, BFlo
   return alpha;
 }
 
-AF_INLINE void scale_row(float* s, int64_t n, float scale) {
-  for (int64_t c = 0; c < n; c += kLanes) store(s + c, load(s + c) * splat(scale));
-}
-
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -21,8 +21,9 @@ from attnforge.ops.selection import BlockSelection, top_blocks
 
 __all__ = ["moba_attention", "moba_select"]
 
-# Scores held at once: 2^22 fp32 elements, 16 MiB.
+# fp32 scores held at once: 16 MiB; on a CPU 2 MiB, so that what is made of them stays in caches.
 _CHUNK_SCORES = 1 << 22
+_CPU_CHUNK_SCORES = 1 << 19
 _SLICE = 64  # keys of each block of packed sequences that are summed at once
 
 
@@ -63,7 +64,8 @@ def _best(
     means = means.permute(1, 2, 0)  # [Hk, D, blocks]
     ids = q.new_empty((heads, rows, slots), dtype=torch.int32)
     column = torch.arange(blocks, device=q.device)
-    step = max(1, _CHUNK_SCORES // (heads * blocks))
+    chunk = _CPU_CHUNK_SCORES if q.device.type == "cpu" else _CHUNK_SCORES
+    step = max(1, chunk // (heads * blocks))
     for start in range(0, rows, step):
         part = slice(start, min(rows, start + step))
         low, high = (x[part] if isinstance(x, Tensor) else x for x in (first, last))

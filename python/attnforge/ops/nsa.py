@@ -132,13 +132,26 @@ def gated_combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
     want = (*first.shape[:-1], len(outs))
     if tuple(gates.shape) != want:
         fail(op, f"gates has shape {_shape(gates)}; want {want}: one weight per branch")
-    acc = torch.float64 if first.dtype is torch.float64 else torch.float32
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, gates))
+    if first.dim() != 4 or first.device.type != "cpu" or tracked or torch.compiler.is_compiling():
+        return _combined(outs, gates)
+    # A few tokens at a time: what lies between their sums and the result stays in the caches.
+    rows = max(1, _COMBINED // max(1, first.shape[0] * first.shape[2] * first.shape[3]))
+    parts = zip(*(torch.split(x, rows, 1) for x in (*outs, gates)), strict=True)
+    return torch.cat([_combined(part[:-1], part[-1]) for part in parts], 1)
+
+
+_COMBINED = 1 << 18  # elements, 1 MiB of fp32
+
+
+def _combined(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    acc = torch.float64 if outs[0].dtype is torch.float64 else torch.float32
     total: Tensor | None = None
     for x, gate in zip(outs, gates.to(acc).unbind(-1), strict=True):
         weight = gate.unsqueeze(-1)
         total = x.to(acc) * weight if total is None else torch.addcmul(total, x.to(acc), weight)
     assert total is not None
-    return total.to(first.dtype)
+    return total.to(outs[0].dtype)
 
 
 def _window_branch(

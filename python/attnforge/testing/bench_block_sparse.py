@@ -26,7 +26,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One causal problem of batch 1 in fp32. method: "blocks", "moba", "nsa" or a selector."""
+    """One causal problem of batch 1. method: "blocks", "moba", "nsa" or a selector."""
 
     method: str
     seqlen: int
@@ -36,17 +36,25 @@ class Shape:
     density: float = 0.1  # of "blocks": listed share of the causal pairs
     backward: bool = False
     flex: bool = False  # a compiled flex_attention of the same lists among the peers of "blocks"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def kind(self) -> str:
+        """The dtype as names and titles have it."""
+        return "bf16" if self.dtype is torch.bfloat16 else "fp32"
 
     @property
     def name(self) -> str:
         kind = f"{self.method}-{self.density:g}" if self.method == "blocks" else self.method
-        return f"{kind}{'-bwd' if self.backward else ''}-s{self.seqlen}"
+        dtype = "" if self.dtype is torch.float32 else f"-{self.kind}"
+        return f"{kind}{'-bwd' if self.backward else ''}{dtype}-s{self.seqlen}"
 
     @property
     def title(self) -> str:
         kind = f"64x64 blocks, {self.density:.0%}" if self.method == "blocks" else self.method
         both = " fwd+bwd" if self.backward else ""
-        return f"fp32 {kind}{both} S{self.seqlen} H{self.heads}/{self.kv_heads} D{self.head_dim}"
+        sizes = f"S{self.seqlen} H{self.heads}/{self.kv_heads} D{self.head_dim}"
+        return f"{self.kind} {kind}{both} {sizes}"
 
 
 def random_blocks(shape: Shape) -> BlockSelection:
@@ -92,7 +100,7 @@ def build(shape: Shape, backend: str | None = None) -> Workload:
     g = torch.Generator().manual_seed(0)
     s, d = shape.seqlen, shape.head_dim
     q, k, v = (
-        torch.randn(1, s, h, d, generator=g)
+        torch.randn(1, s, h, d, generator=g).to(shape.dtype)
         for h in (shape.heads, shape.kv_heads, shape.kv_heads)
     )  # fmt: skip
     peers: dict[str, Callable[[], object] | str] = {}
@@ -115,7 +123,7 @@ def build(shape: Shape, backend: str | None = None) -> Workload:
             return out
 
     else:
-        gates = torch.rand(1, s, shape.heads, 3, generator=g)
+        gates = torch.rand(1, s, shape.heads, 3, generator=g).to(shape.dtype)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out: Tensor = attnforge.nsa_attention(
@@ -196,6 +204,7 @@ def table(quick: bool = False) -> list[Case]:
     blocks = {"dense": Goal(7, 9), "flex compiled": Goal(8, 10)}
     return [
         _case(Shape("blocks", 8192, flex=True), blocks, n),
+        _case(Shape("blocks", 8192, flex=True, dtype=torch.bfloat16), blocks, n),
         _case(Shape("blocks", 4096, backward=True), {"dense": Goal(5, 9)}, n),
         _case(Shape("moba", 16384), {"dense": Goal(3, 5)}, n),
         _case(Shape("nsa", 16384, **nsa), {"dense": Goal(2.5, 4)}, n),

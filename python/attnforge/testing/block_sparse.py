@@ -48,9 +48,9 @@ def check(
     backend: str,
     mask: Tensor | None = None,
     *,
-    rounded: bool = False,
+    rounded: bool | None = None,
 ) -> None:
-    """Outputs and gradients within their bounds; rounded: of kernels that round P to 16 bits."""
+    """Outputs and gradients within their bounds; rounded: see ``oracle.truth``."""
     inputs = case.make()
     mask = wide_mask(selection, inputs) if mask is None else mask
     truth = inputs.with_(mask=mask).truth(rounded=rounded)
