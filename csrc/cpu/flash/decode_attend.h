@@ -90,7 +90,7 @@ AF_INLINE void weigh_seen(const FlashProblem& p, const Sequence& seq, const RowG
                           int64_t r, Interval seen, const float* s, Keys keys) {
   const RowMods mods = row_mods(p, seq, rows.head[r], rows.query[r]);
   for (int64_t j = seen.lo; j < seen.hi; ++j, s += kRows, keys.skip(1)) {
-    if (sees(mods, j)) weigh<1>(s, keys, 1, p.v_head_dim, {}, rows.o + r * rows.ldo, rows.ldo);
+    if (sees(mods, j)) weigh<1>(s, keys, 1, p.v_head_dim, nullptr, rows.o + r * rows.ldo, rows.ldo);
   }
 }
 
@@ -111,16 +111,17 @@ template <class E>
 struct Ahead {
   RowsAhead<E> k, v;
 
-  // n rows from one head of a key on.
-  AF_INLINE_MEMBER void begin(int64_t key, int64_t head, int64_t n) {
-    k.key = v.key = key, k.head = v.head = head, k.left = v.left = n;
+  AF_INLINE_MEMBER void begin(int64_t keys) { k.begin(keys), v.begin(keys); }
+  AF_INLINE_MEMBER void allow(int64_t part, int64_t parts) {
+    k.allow(part, parts), v.allow(part, parts);
   }
+  AF_INLINE_MEMBER void finish() { ask_for(k, k.left), ask_for(v, v.left); }
 };
 
 template <class Keys>
 AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence& seq,
                       const RowGroup& rows, Keys keys, const float* rotated, int64_t key0,
-                      int64_t key_end, const Ahead<typename Keys::Element>& ahead) {
+                      int64_t key_end, Ahead<typename Keys::Element>& ahead) {
   int64_t lo = max64(key0, rows.lo), hi = min64(key_end, rows.hi);
   if (lo >= hi) return;
   const int64_t n = hi - lo;
@@ -131,11 +132,11 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
     if constexpr (!Keys::kPages) {  // pages hold keys that were rotated as they were written
       if (rotated) {
         const DenseKeys<float> turned{rotated + (lo - key0) * rows.ldq, nullptr, rows.ldq, 0};
-        scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, {}, s);
+        scores<kCount>(rows.q, rows.ldq, turned, n, p.head_dim, nullptr, s);
         return;
       }
     }
-    scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, ahead.k, s);
+    scores<kCount>(rows.q, rows.ldq, keys, n, p.head_dim, &ahead.k, s);
   });
   const int64_t flat = round_up(n * kRows, kLanes);
   fill(s, n * kRows, flat, 0.0f);
@@ -177,7 +178,7 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
   const bool each = some_hidden && !finite_values(keys, n, p.v_head_dim);
   if (!masked && !each) {
     dispatch_rows(rows.rows, [&](auto r) {
-      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, ahead.v, rows.o, rows.ldo);
+      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, &ahead.v, rows.o, rows.ldo);
     });
     return;
   }
@@ -190,7 +191,7 @@ AF_INLINE void attend(const FlashProblem& p, const ScoreMap& map, const Sequence
     if (each) {
       weigh_seen(p, seq, rows, r, {first, end}, weights, seen);
     } else {
-      weigh<1>(weights, seen, end - first, p.v_head_dim, {}, rows.o + r * rows.ldo, rows.ldo);
+      weigh<1>(weights, seen, end - first, p.v_head_dim, nullptr, rows.o + r * rows.ldo, rows.ldo);
     }
   }
 }

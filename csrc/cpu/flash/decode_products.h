@@ -9,13 +9,18 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 
 constexpr int64_t kRows = 4;  // rows of a register group
 
+// Rounds of a walk for each of some steps; small numbers are divided faster.
+template <class E>
+AF_INLINE int64_t share_of(const RowsAhead<E>* walk, int64_t steps) {
+  const uint32_t left = walk ? static_cast<uint32_t>(walk->left) : 0;
+  const uint32_t n = static_cast<uint32_t>(max64(1, steps));
+  return (left + n - 1) / n;
+}
+
 // ---- QK: scores [key][kRows] ----
 
 // Keys per step: the dot products of kDotKeys keys and four rows fill whole vectors.
 constexpr int kDotKeys = kLanes == 16 ? 4 : 2;
-
-// Rows prefetched at a time: what finds no room among the misses under way is dropped.
-constexpr int64_t kAheadRows = 2;
 
 template <int R, class T>
 AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKeys], int64_t dim,
@@ -61,15 +66,16 @@ AF_INLINE void dot_keys(const float* q, int64_t ldq, const T* const (&k)[kDotKey
   }
 }
 
-// `ahead` is walked meanwhile. noclone: GCC's copy for constant arguments keeps pointers in
-// vectors, and those on the stack.
+// What *walk allows is walked meanwhile. noclone: GCC's copy for constant arguments keeps pointers
+// in vectors, and those on the stack.
 template <int R, class Keys>
 [[gnu::noinline, gnu::noclone]] static void scores(const float* q, int64_t ldq, const Keys& keys,
                                                    int64_t n, int64_t dim,
-                                                   RowsAhead<typename Keys::Element> ahead,
+                                                   RowsAhead<typename Keys::Element>* walk,
                                                    float* s) {
+  const int64_t share = share_of(walk, ceil_div(n, kDotKeys));
   for (int64_t c = 0; c < n; c += kDotKeys) {
-    if (c % kAheadRows == 0) ahead.step(kAheadRows);
+    if (share > 0) ask_for(*walk, share);
     const typename Keys::Element* k[kDotKeys];
     for (int64_t j = 0; j < kDotKeys; ++j) {  // beyond the last key: the last key again
       k[j] = keys.k_row(min64(c + j, n - 1));
@@ -122,28 +128,35 @@ AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_
     for (int j = 0; j < NV; ++j) store(o + r * ldo + j * kLanes, acc[r][j]);
 }
 
+// Keys between which prefetches have their turn: 4 KiB of a row of 128 channels. Codes have fewer
+// lines and more arithmetic.
+template <class E>
+constexpr int64_t kTurnKeys = kBits<E> >= 16 ? 16 : 64;
+
 // As many columns at a time as there are accumulators, then pairs, then what pairs leave: the order
-// of Q K and of O. `ahead` is walked meanwhile.
+// of Q K and of O. What *walk allows is walked meanwhile.
 template <int R, class Keys>
-[[gnu::noinline]] static void weigh(const float* p, const Keys& keys, int64_t n, int64_t dim,
-                                    RowsAhead<typename Keys::Element> ahead, float* o,
+[[gnu::noinline]] static void weigh(const float* p, Keys keys, int64_t n, int64_t dim,
+                                    RowsAhead<typename Keys::Element>* walk, float* o,
                                     int64_t ldo) {
   constexpr int kColumns = kLanes == 16 || (kLanes == 8 && R <= 2) ? 4 : 2;  // vectors
-  // Rows per step of columns; small numbers are divided faster.
-  const uint32_t share =
-      static_cast<uint32_t>(ahead.left * kColumns * kLanes + dim - 1) / static_cast<uint32_t>(dim);
-  int64_t d = 0;
-  for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
-    ahead.step(share);
-    weigh_columns<R, kColumns>(p, keys, n, d, 0, o + d, ldo);
-  }
-  if constexpr (kColumns > 2) {
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-      weigh_columns<R, 2>(p, keys, n, d, 0, o + d, ldo);
+  constexpr int64_t kTurn = kTurnKeys<typename Keys::Element>;
+  const int64_t share = share_of(walk, ceil_div(n, kTurn) * (dim / (kColumns * kLanes)));
+  for (; n > 0; n -= kTurn, p += kTurn * kRows, keys.skip(kTurn)) {
+    const int64_t turn = min64(n, kTurn);
+    int64_t d = 0;
+    for (; d + kColumns * kLanes <= dim; d += kColumns * kLanes) {
+      if (share > 0) ask_for(*walk, share);
+      weigh_columns<R, kColumns>(p, keys, turn, d, 0, o + d, ldo);
     }
+    if constexpr (kColumns > 2) {
+      for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+        weigh_columns<R, 2>(p, keys, turn, d, 0, o + d, ldo);
+      }
+    }
+    for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, keys, turn, d, dim - d, o + d, ldo);
   }
-  for (; d < dim; d += kLanes) weigh_columns<R, 1>(p, keys, n, d, dim - d, o + d, ldo);
-  ahead.step(ahead.left);
+  if (share > 0) ask_for(*walk, walk->left);
 }
 
 template <int N>

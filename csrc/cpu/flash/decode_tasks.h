@@ -19,9 +19,9 @@
 //   fp8        the same order, whatever type Q has beside it
 //   order      [B, S, H, D] caches hold all heads of a key together: chunk by chunk, all heads of
 //              the range, so that a memory page is walked once. Planes of heads go one by one
-//   prefetch   a chunk ahead and token by token, K beside Q K and V beside P V; with one or two
-//   rows
-//              per head, which are bound by memory alone, a head ahead
+//   prefetch   a chunk ahead, K beside Q K and V beside P V, by rounds over the memory pages of the
+//              chunk: eight streams (RowsAhead). With one or two rows per head, which are bound by
+//              memory alone, a head ahead
 //   bytes      (D + Dv) * keys * kv heads * element size: the floor is that over the read bandwidth
 //   flops      2 (D + Dv) per visible (row, key) pair
 //
@@ -229,8 +229,9 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
   const Interval own = split_keys_of(params, plan.split_keys, batch, split);
   hi = min64(hi, own.hi);
   lo = own.lo + max64(0, lo - own.lo) / plan.chunk * plan.chunk;
-  // Few rows are bound by memory: what is prefetched far ahead then finds no room among the misses.
-  const bool near = first.q_len * plan.group < 3;
+  // Few rows of wide elements are bound by memory alone: what is prefetched far ahead then finds no
+  // room among the misses.
+  const bool near = first.q_len * plan.group < 3 && kBits<typename Store::Element> >= 16;
   typename Store::Places places[2];
   int64_t here = 0;
   auto locate = [&](int64_t key0, typename Store::Places& at) {
@@ -246,19 +247,18 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
   if (lo < hi) {
     locate(lo, places[here]);
     coming = rows_at(lo, places[here], head0, near ? 1 : heads);
-    coming.begin(0, 0, min64(plan.chunk, hi - lo) * coming.k.heads);
-    coming.k.step(coming.k.left);
-    coming.v.step(coming.v.left);
+    coming.begin(min64(plan.chunk, hi - lo));
+    coming.allow(0, 1);
+    coming.finish();
   }
   for (int64_t key0 = lo; key0 < hi; key0 += plan.chunk, here ^= 1) {
     const int64_t key_end = min64(key0 + plan.chunk, hi);
     const int64_t next = max64(0, min64(plan.chunk, hi - key_end));
-    int64_t at_key = 0, at_head = 0;  // the first row of the next chunk that is still to come
     if (next > 0) {
       locate(key_end, places[here ^ 1]);
       coming = rows_at(key_end, places[here ^ 1], head0, near ? 1 : heads);
+      coming.begin(next);
     }
-    const int64_t keys_each = next / heads, heads_each = next % heads;
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t head = head0 + h;
       const Sequence seq = p.seqused_head ? sequence(p, batch, head) : first;
@@ -270,17 +270,18 @@ AF_INLINE void run_split(const FlashFwdParams& params, const Plan& plan, const S
                     [](auto*, int64_t) {});
         }
       }
-      Ahead<typename Store::Element> ahead = coming;
       if (near && h + 1 < heads) {
-        ahead = rows_at(key0, places[here], head + 1, 1);
-        ahead.begin(0, 0, key_end - key0);
-      } else {
-        ahead.begin(at_key, at_head, next);
-        at_key += keys_each, at_head += heads_each;
-        if (at_head >= heads) at_head -= heads, ++at_key;
+        auto next_head = rows_at(key0, places[here], head + 1, 1);
+        next_head.begin(key_end - key0);
+        next_head.allow(0, 1);
+        for (int64_t g = 0; g < row_groups; ++g) {
+          attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, next_head);
+        }
+        continue;
       }
-      for (int64_t g = 0; g < row_groups; ++g, ahead.begin(0, 0, 0)) {
-        attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, ahead);
+      if (next > 0) coming.allow(near ? 0 : h, near ? 1 : heads);
+      for (int64_t g = 0; g < row_groups; ++g) {
+        attend(p, map, seq, mine[g], keys, w.rotated, key0, key_end, coming);
       }
     }
   }

@@ -17,28 +17,50 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-// Rows that will be read next, brought into L2 meanwhile: those of `heads` heads, key after key,
-// which is the order in which they lie. It is that order which counts: a head's rows alone lie a
-// token apart, and what the hardware fetches beside them is then of no use to anybody.
+// Rows that will be read next, brought into L2 meanwhile, in rounds: a line of each of several
+// streams, which are the memory pages that the rows lie in, walked in the order of memory. Hardware
+// fetches ahead page by page; while the other streams have their turn it does so in this one, and
+// what is asked for next is there or on its way: it waits in no miss buffer.
 template <class E>
 struct RowsAhead {
   const E* rows;      // of the first head
   const int64_t* at;  // of each key from there; null: `stride` apart
   int64_t stride, head_stride, dim, heads;
-  int64_t key, head, left;  // the next one, and how many there are
+  int64_t keys = 0, apart = 1;              // apart: keys of a stream
+  int64_t key = 0, head = 0, channels = 0;  // where the first stream stands
+  int64_t left = 0;                         // rounds to go for now
 
-  AF_INLINE_MEMBER void step(int64_t n) {
-    n = min64(n, left);
-    left -= n;
-    while (n > 0) {
-      const E* row = rows + (at ? at[key] : key * stride) + head * head_stride;
-      const int64_t run = min64(n, heads - head);
-      for (int64_t i = 0; i < run; ++i, row += head_stride) prefetch_row(row, dim);
-      n -= run, head += run;
-      if (head == heads) head = 0, ++key;
-    }
+  static constexpr int64_t kLine = 512 / kBits<E>;  // channels
+  static constexpr int64_t kMemoryPage = 4096;
+
+  AF_INLINE_MEMBER void begin(int64_t n) {
+    const int64_t key_bytes = max64(1, stride * static_cast<int64_t>(sizeof(E)));
+    keys = n, apart = max64(1, min64(n, kMemoryPage / key_bytes));
+    key = head = channels = left = 0;
+  }
+  // The rounds of one of `parts` equal parts of the walk, the earlier ones being done.
+  AF_INLINE_MEMBER void allow(int64_t part, int64_t parts) {
+    const int64_t all = apart * heads * ceil_div(dim, kLine);
+    left += all * (part + 1) / parts - all * part / parts;
   }
 };
+
+// Rounds of a walk, as far as it has some left. Not inlined: products keep their registers.
+template <class E>
+[[gnu::noinline]] static void ask_for(RowsAhead<E>& walk, int64_t rounds) {
+  rounds = min64(rounds, walk.left);
+  walk.left -= rounds;
+  for (; rounds > 0; --rounds) {
+    const E* line = channel(walk.rows + walk.head * walk.head_stride, walk.channels);
+    for (int64_t j = walk.key; j < walk.keys; j += walk.apart) {
+      __builtin_prefetch(line + (walk.at ? walk.at[j] : j * walk.stride), 0, 2);
+    }
+    walk.channels += walk.kLine;
+    if (walk.channels < walk.dim) continue;
+    walk.channels = 0;
+    if (++walk.head == walk.heads) walk.head = 0, ++walk.key;
+  }
+}
 
 template <class T>
 struct DenseKeys {
@@ -74,10 +96,10 @@ struct DenseStore {
             row_ptr<const T>(v, seq.batch, seq.k_row + key0, head), k.seq_stride, v.seq_stride};
   }
   AF_INLINE_MEMBER RowsAhead<T> k_rows(const Keys& keys, int64_t heads, int64_t dim) const {
-    return {keys.k, nullptr, k.seq_stride, k.head_stride, dim, heads, 0, 0, 0};
+    return {keys.k, nullptr, k.seq_stride, k.head_stride, dim, heads};
   }
   AF_INLINE_MEMBER RowsAhead<T> v_rows(const Keys& keys, int64_t heads, int64_t dim) const {
-    return {keys.v, nullptr, v.seq_stride, v.head_stride, dim, heads, 0, 0, 0};
+    return {keys.v, nullptr, v.seq_stride, v.head_stride, dim, heads};
   }
 };
 

@@ -137,10 +137,10 @@ struct PageStore {
             each()};
   }
   AF_INLINE_MEMBER RowsAhead<E> k_rows(const Keys& keys, int64_t heads, int64_t dim) const {
-    return {keys.k, keys.k_at, 0, pool.k.head_stride, dim, heads, 0, 0, 0};
+    return {keys.k, keys.k_at, pool.k.seq_stride, pool.k.head_stride, dim, heads};
   }
   AF_INLINE_MEMBER RowsAhead<E> v_rows(const Keys& keys, int64_t heads, int64_t dim) const {
-    return {keys.v, keys.v_at, 0, pool.v.head_stride, dim, heads, 0, 0, 0};
+    return {keys.v, keys.v_at, pool.v.seq_stride, pool.v.head_stride, dim, heads};
   }
 };
 

@@ -108,6 +108,12 @@ struct Rows {
     keys.k = row_ptr<const T>(k, own, 0, head), keys.v = row_ptr<const T>(v, own, 0, head);
     return keys;
   }
+  AF_INLINE_MEMBER int64_t k_stride() const {
+    return paged() ? params.pool.k.seq_stride : params.flash.k.seq_stride;
+  }
+  AF_INLINE_MEMBER int64_t v_stride() const {
+    return paged() ? params.pool.v.seq_stride : params.flash.v.seq_stride;
+  }
   AF_INLINE_MEMBER void locate(int64_t batch, const int32_t* list, int64_t n, int64_t* k,
                                int64_t* v) const {
     const PagePool& pool = params.pool;
@@ -128,7 +134,7 @@ struct Rows {
 // A line of every row that will be walked.
 template <class T>
 AF_INLINE void touch(const RowsAhead<T>& ahead) {
-  for (int64_t j = 0; j < ahead.left; ++j) __builtin_prefetch(ahead.rows + ahead.at[j], 0, 2);
+  for (int64_t j = 0; j < ahead.keys; ++j) __builtin_prefetch(ahead.rows + ahead.at[j], 0, 2);
 }
 
 // ---- tasks ----
@@ -162,10 +168,10 @@ AF_INLINE void add_bias(const Layout& y, const Four& four, int64_t q_len, const 
 template <class T>
 AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& four,
                             const PageKeys<T>& keys, const float* bias, int64_t n, bool biased,
-                            const Ahead<T>& ahead, bool each) {
+                            Ahead<T>& ahead, bool each) {
   float s[(kMaxChunk + kLanes) * kRows], alpha[kRows];
   dispatch_rows(four.rows, [&](auto r) {
-    scores<decltype(r)::value>(four.q, y.ldq, keys, n, p.head_dim, ahead.k, s);
+    scores<decltype(r)::value>(four.q, y.ldq, keys, n, p.head_dim, &ahead.k, s);
   });
   if (biased) add_bias(y, four, p.seqlen_q, bias, n, s);
   softmax_group(s, n, four.m, four.l, alpha);
@@ -176,7 +182,7 @@ AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& 
   }
   if (!each) {
     dispatch_rows(four.rows, [&](auto r) {
-      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, ahead.v, four.o, y.ldo);
+      weigh<decltype(r)::value>(s, keys, n, p.v_head_dim, &ahead.v, four.o, y.ldo);
     });
     return;
   }
@@ -185,7 +191,7 @@ AF_INLINE void attend_chunk(const FlashProblem& p, const Layout& y, const Four& 
     PageKeys<T> one = keys;
     for (int64_t c = 0; c < n; ++c, one.skip(1)) {
       if (bias[c * y.group + head] == -kInf) continue;
-      weigh<1>(s + c * kRows + r, one, 1, p.v_head_dim, {}, four.o + r * y.ldo, y.ldo);
+      weigh<1>(s + c * kRows + r, one, 1, p.v_head_dim, nullptr, four.o + r * y.ldo, y.ldo);
     }
   }
 }
@@ -211,15 +217,17 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
   int64_t k_at[2][kMaxChunk], v_at[2][kMaxChunk], here = 0;
   PageKeys<T> keys = kv.keys(batch, head);
   auto rows_at = [&](int64_t place, int64_t n) {
-    return Ahead<T>{{keys.k, k_at[place], 0, 0, p.head_dim, 1, 0, 0, n},
-                    {keys.v, v_at[place], 0, 0, p.v_head_dim, 1, 0, 0, n}};
+    Ahead<T> ahead = {{keys.k, k_at[place], kv.k_stride(), 0, p.head_dim, 1},
+                      {keys.v, v_at[place], kv.v_stride(), 0, p.v_head_dim, 1}};
+    ahead.begin(n);
+    ahead.allow(0, 1);
+    return ahead;
   };
   if (lo < hi) {
     const int64_t n = min64(y.chunk, hi - lo);
     kv.locate(batch, g.keys + lo, n, k_at[0], v_at[0]);
     auto start = rows_at(0, n);
-    start.k.step(n);
-    start.v.step(n);
+    start.finish();
   }
   for (int64_t e = lo; e < hi; e += y.chunk, here ^= 1) {
     const int64_t n = min64(y.chunk, hi - e), next = min64(y.chunk, hi - e - n);
@@ -238,7 +246,6 @@ AF_INLINE void run_entries(const IndexedFwdParams& params, const Layout& y, cons
                          part.l + r,
                          part.o + r * y.ldo};
       attend_chunk(p, y, four, keys, g.bias + e * width, n, biased, ahead, each);
-      ahead.begin(0, 0, 0);
     }
   }
 }

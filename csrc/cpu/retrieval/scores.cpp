@@ -59,10 +59,11 @@ AF_INLINE void score_run(const KeyScoresParams& params, const Store& kv, int64_t
       if (rest > 0 && r0 == 0) {
         const auto next = kv.keys(seq, key + kStep, kv_head, places[here ^ 1]);
         ahead = kv.k_rows(next, 1, p.head_dim);
-        ahead.left = min64(kStep, rest);
+        ahead.begin(min64(kStep, rest));
+        ahead.allow(0, 1);
       }
       dispatch_rows(count, [&](auto r) {
-        scores<decltype(r)::value>(q, ldq, keys, n, p.head_dim, ahead, s);
+        scores<decltype(r)::value>(q, ldq, keys, n, p.head_dim, &ahead, s);
       });
       for (int64_t r = 0; r < count; ++r) {
         const Row row = row_of(p, kv_head, r0 + r);
