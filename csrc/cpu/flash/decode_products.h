@@ -96,6 +96,8 @@ AF_INLINE void weigh_columns(const float* p, const Keys& keys, int64_t n, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[r][j] = load(o + r * ldo + j * kLanes);
   NanWatch<typename Keys::Element> watch[(NV + 1) / 2];
+  // Turns are so short that GCC would write them out, and spill.
+#pragma GCC unroll 1
   for (int64_t c = 0; c < n; ++c, p += kRows) {
     const auto* v = channel(keys.v_row(c), d);
     VecF x[NV];

@@ -275,7 +275,7 @@ struct Part {
     Sink<T> sink;
     sink.out = row_ptr<T>(out, span.batch, 0, h.of_q());
     sink.stride = out.seq_stride, sink.dim = p().key_dim;
-    sink.past = streamed<T>(out, token_rows(p()), p().heads, sink.dim);
+    sink.large = streamed<T>(out, token_rows(p()), p().heads, sink.dim);
     sink.sums = group > 1 ? w.sums : nullptr;
     sink.sums_stride = columns, sink.first_column = keys.begin * kTile;
     sink.first = g % group == 0, sink.last = g % group == group - 1;
@@ -311,7 +311,7 @@ struct Part {
     if (backward) {
       sink.out = row_ptr<T>(params.dv, span.batch, 0, h.head);
       sink.stride = params.dv.seq_stride;
-      sink.past = streamed<T>(params.dv, token_rows(p()), p().value_heads, sink.dim);
+      sink.large = streamed<T>(params.dv, token_rows(p()), p().value_heads, sink.dim);
     }
     run(false, g, step, scan, walk, backward, sink);
   }

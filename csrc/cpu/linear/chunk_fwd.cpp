@@ -82,7 +82,7 @@ struct Head {
       sink.lo_stride = params.out_lo.seq_stride;
     }
     sink.dim = p().value_dim;
-    sink.past = !sink.lo && streamed<T>(params.out, token_rows(p()), p().value_heads, sink.dim);
+    sink.large = streamed<T>(params.out, token_rows(p()), p().value_heads, sink.dim);
     return sink;
   }
 };

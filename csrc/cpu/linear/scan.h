@@ -27,7 +27,7 @@ template <class T>
 struct Sink {
   T *out = nullptr, *lo = nullptr;  // token t at t * stride; lo: what rounding dropped, or null
   int64_t stride = 0, lo_stride = 0, dim = 0;
-  bool past = false;  // out goes past the caches (micro/stream.h)
+  bool large = false;  // a plain out goes past the caches (micro/stream.h)
   // Sums over a group of heads: [kBlock][sums_stride] by step and column, null for one head.
   float* sums = nullptr;
   int64_t sums_stride = 0, first_column = 0;
@@ -42,12 +42,9 @@ struct Sink {
   float* running = nullptr;         // kRunning: [2][columns] sum and what it lacks
   int64_t running_stride = 0;
 
-  AF_INLINE_MEMBER void put(T* to, VecF y, int64_t n) const {
-    if (past) return stream(to, y);
-    store_partial(to, y, n);
-  }
   // y is stored and that is all.
   AF_INLINE_MEMBER bool plain() const { return out && !lo && !sums && side == Side::kNothing; }
+  AF_INLINE_MEMBER bool past() const { return large && plain(); }
 };
 
 // The gradient of a gate is the sum of q.dq - k.dk over all later tokens: compensated, and begun
@@ -93,7 +90,7 @@ AF_INLINE void emit(const Sink<T>& sink, int64_t t, int64_t step, int64_t tile, 
     }
     if (!sink.last || !sink.out) continue;
     T* out = sink.out + t * sink.stride + column;
-    sink.put(out, value, n);
+    store_partial(out, value, n);
     if (sink.lo) {
       store_partial(sink.lo + t * sink.lo_stride + column, value - load_partial(out, n), n);
     }
@@ -161,7 +158,7 @@ template <class T>
 }
 
 // The y of n tokens where that is all a sink wants.
-template <class T>
+template <bool kPast, class T>
 [[gnu::noinline]] static void store_rows(const Scan<T>& scan, int64_t step0, int64_t n,
                                          int64_t first, int64_t columns, const Block& block,
                                          const Sink<T>& sink) {
@@ -171,7 +168,11 @@ template <class T>
     const VecF factor = splat(scan.norm.z ? block.inverse[s] : 1.0f);
     for (int64_t c = 0; c < min64(columns, sink.dim - first); c += kLanes) {
       const VecF value = load(y + c / kTile * (kBlock * kTile) + c % kTile) * factor;
-      sink.put(out + c, value, sink.dim - first - c);
+      if constexpr (kPast) {
+        stream(out + c, value);
+      } else {
+        store_partial(out + c, value, sink.dim - first - c);
+      }
     }
   }
 }
@@ -300,7 +301,8 @@ AF_INLINE void run_block_on(const Scan<T>& scan, int64_t step0, int64_t tile0, i
   }
   const bool finite = load_rows(scan, step0, n, first, columns, block.x);
   const int64_t turns = by_channel(kOn) ? kGroups : chunk_turns(positions_of(scan.read.rows()));
-  Ahead<T> ahead(scan, step0, turns * (tile1 - tile0), sink.past ? nullptr : sink.out, sink.stride);
+  Ahead<T> ahead(scan, step0, turns * (tile1 - tile0), sink.past() ? nullptr : sink.out,
+                 sink.stride);
   for (int64_t tile = tile0; tile < tile1; ++tile) {
     const float* x = block.x + (tile - tile0) * kBlock * kTile;
     float* y = block.y + (tile - tile0) * kBlock * kTile;
@@ -315,7 +317,8 @@ AF_INLINE void run_block_on(const Scan<T>& scan, int64_t step0, int64_t tile0, i
     }
   }
   if (scan.walk != Walk::kWrite && sink.plain()) {
-    store_rows(scan, step0, n, first, columns, block, sink);
+    const auto store_them = sink.past() ? store_rows<true, T> : store_rows<false, T>;
+    store_them(scan, step0, n, first, columns, block, sink);
   }
 }
 
