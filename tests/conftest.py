@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Two xdist workers of two threads each on two cores: spinning at barriers would cost most of it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -98,6 +98,20 @@ def _on(target: Target, request: pytest.FixtureRequest) -> Iterator[Target]:
             yield target
     else:
         yield target
+
+
+@pytest.fixture
+def need() -> Callable[..., None]:
+    """A test calls it with the levels that it compares: it is skipped where one does not run."""
+
+    def check(*levels: str) -> None:
+        if reason := _native.unavailable():
+            pytest.skip(reason)
+        for level in levels:
+            if level not in _native.isa_levels():
+                pytest.skip(f"this CPU does not run {level}")
+
+    return check
 
 
 @pytest.fixture(params=["reference", *ISA_LEVELS])

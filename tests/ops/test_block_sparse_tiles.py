@@ -6,6 +6,7 @@ Values, options, hidden keys and packed sequences of bf16 are tested with every 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,23 +14,16 @@ import torch
 from torch import Tensor
 
 import attnforge
-from attnforge import BlockSelection, _native
+from attnforge import BlockSelection
 from attnforge.testing.block_sparse import check, random_lists
 from attnforge.testing.cases import FlashCase, use_isa
 from attnforge.testing.compare import same_bits
 
+Need = Callable[..., None]  # the fixture of tests/conftest.py
 BELOW = {"amx": "avx512", "amx_soft": "avx512_soft"}
 BF16 = torch.bfloat16
 LISTS = [(1, 64), (1, 512), (64, 64), (128, 300), (16, 8)]  # q_block, kv_block
 SHAPE: dict[str, Any] = {"seqlen_q": 300, "seqlen_k": 700, "heads_q": 4, "heads_k": 2}
-
-
-def need(*levels: str) -> None:
-    if reason := _native.unavailable():
-        pytest.skip(reason)
-    for level in levels:
-        if level not in _native.isa_levels():
-            pytest.skip(f"this CPU does not run {level}")
 
 
 def on(level: str, case: FlashCase, lists: BlockSelection) -> tuple[Tensor, Tensor]:
@@ -42,7 +36,7 @@ def on(level: str, case: FlashCase, lists: BlockSelection) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize("level", BELOW)
-def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str) -> None:
+def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str, need: Need) -> None:
     need(level, BELOW[level])
     for dtype in (BF16, torch.float16, torch.float32):
         case = FlashCase(dtype=dtype, head_dim=64, causal=True, **SHAPE)
@@ -55,7 +49,7 @@ def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str) -> 
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
 @pytest.mark.parametrize("lists", LISTS, ids=str)
 def test_the_software_twin_has_the_bits_of_the_hardware(
-    head_dim: int, lists: tuple[int, int]
+    head_dim: int, lists: tuple[int, int], need: Need
 ) -> None:
     need("amx", "amx_soft")
     case = FlashCase(head_dim=head_dim, dtype=BF16, causal=True, **SHAPE)
@@ -66,7 +60,7 @@ def test_the_software_twin_has_the_bits_of_the_hardware(
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30, 3.0])
 @pytest.mark.parametrize("level", BELOW)
-def test_any_scale(level: str, scale: float) -> None:
+def test_any_scale(level: str, scale: float, need: Need) -> None:
     """Scores are scaled as part of softmax only where that keeps the maximum."""
     need(level)
     case = FlashCase(dtype=BF16, softmax_scale=scale, causal=True, seqlen_q=70, seqlen_k=130)
@@ -77,7 +71,9 @@ def test_any_scale(level: str, scale: float) -> None:
 
 @pytest.mark.parametrize("lists", LISTS, ids=str)
 @pytest.mark.parametrize("level", BELOW)
-def test_a_row_does_not_depend_on_its_neighbours(level: str, lists: tuple[int, int]) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(
+    level: str, lists: tuple[int, int], need: Need
+) -> None:
     """In a batch or alone, and whatever the values of others behind it are."""
     need(level)
     case = FlashCase(batch=2, dtype=BF16, causal=True, **SHAPE)

@@ -15,21 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attnforge import _native
 from attnforge.testing.cases import FlashCase, FlashInputs, use_isa
 from attnforge.testing.compare import assert_same, compare, same_bits
 
+Need = Callable[..., None]  # the fixture of tests/conftest.py
 BELOW = {"amx": "avx512", "amx_soft": "avx512_soft"}
 BF16 = torch.bfloat16
 SHAPE: dict[str, Any] = {"seqlen_q": 70, "seqlen_k": 130, "heads_q": 4, "head_dim": 40}
-
-
-def need(*levels: str) -> None:
-    if reason := _native.unavailable():
-        pytest.skip(reason)
-    for level in levels:
-        if level not in _native.isa_levels():
-            pytest.skip(f"this CPU does not run {level}")
 
 
 def on(level: str, inputs: FlashInputs) -> dict[str, Tensor]:
@@ -38,7 +30,7 @@ def on(level: str, inputs: FlashInputs) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("level", BELOW)
-def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str) -> None:
+def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str, need: Need) -> None:
     need(level, BELOW[level])
     tiles = FlashCase(dtype=BF16, **SHAPE).make()
     assert not same_bits(on(level, tiles)["out"], on(BELOW[level], tiles)["out"])
@@ -54,7 +46,9 @@ def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str) -> 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
-def test_the_software_twin_has_the_bits_of_the_hardware(head_dim: int, causal: bool) -> None:
+def test_the_software_twin_has_the_bits_of_the_hardware(
+    head_dim: int, causal: bool, need: Need
+) -> None:
     need("amx", "amx_soft")
     inputs = FlashCase(seqlen_q=300, seqlen_k=700, heads_q=2, heads_k=1, head_dim=head_dim,
                        dtype=BF16, causal=causal).make()  # fmt: skip
@@ -63,7 +57,7 @@ def test_the_software_twin_has_the_bits_of_the_hardware(head_dim: int, causal: b
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30, 3.0])
 @pytest.mark.parametrize("level", BELOW)
-def test_any_scale(level: str, scale: float) -> None:
+def test_any_scale(level: str, scale: float, need: Need) -> None:
     """Scores are scaled as part of softmax only where that keeps the maximum."""
     need(level)
     with use_isa(level):
@@ -72,7 +66,7 @@ def test_any_scale(level: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("level", BELOW)
-def test_a_row_does_not_depend_on_its_neighbours(level: str) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(level: str, need: Need) -> None:
     """Alone, in a batch, and beside keys with a NaN that it does not see."""
     need(level)
     inputs = FlashCase(batch=3, dtype=BF16, causal=True, **SHAPE).make()
@@ -103,7 +97,7 @@ def _others() -> list[Callable[[], Tensor]]:
     ]
 
 
-def test_torch_and_we_share_the_tiles_of_a_thread() -> None:
+def test_torch_and_we_share_the_tiles_of_a_thread(need: Need) -> None:
     """Each finds the tiles as it needs them, whoever used them last on that thread."""
     need("amx")
     inputs = FlashCase(dtype=BF16, seqlen_q=200, seqlen_k=200, heads_q=4, head_dim=64).make()
