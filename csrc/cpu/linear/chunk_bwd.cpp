@@ -11,8 +11,7 @@
 // row of S^T, z, whose share of dO is -<dO, o> / d (LinearNorm).
 //   phases  1  per row: 1 / d and the share of the ones column
 //           2  per (sequence, some heads, columns): dq from the left, then dk and dv from the
-//           right,
-//              block by block, as they read the same rows; the value heads of a group add up
+//              right, block by block, as they read the same rows; value heads of a group add up
 //           3  per (sequence, value head): sums over time for a gate that is one number
 //   flops   12 K V per token and value head; 16 K V with a gate of value channels
 //   bytes   q, k, v, dO read twice at most; gradients once

@@ -247,7 +247,7 @@ def _case(shape: Shape, repeats: int, series: str = "", peers: tuple[str, ...] =
 def _keep_freed_memory() -> None:
     """Have glibc give results the memory of freed ones, which it does below 32 MB by itself.
 
-    Results of long calls would lie in fresh pages, at 0.6 us each: as long as their tokens take.
+    Results of long calls would lie in fresh pages, at 0.6 us each: a third of such a call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
