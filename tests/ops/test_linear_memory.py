@@ -79,3 +79,18 @@ def test_large_results_have_the_bits_of_small_ones(
                         dout=own(whole.dout).contiguous()).run(level.backend)  # fmt: skip
         del alone["state"]
         assert_same(alone, {n: own(x) for n, x in of_all.items()})
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "key", "value"])
+def test_tasks_of_many_value_heads(level: Target, gate: str) -> None:
+    """One small head of q: with two threads dv has tasks of its own, with one it has not."""
+    case = LinearCase(time=70, heads=1, value_heads=4, key_dim=8, value_dim=4, gate=gate)
+    inputs, threads = linear_inputs(case), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(inputs.run(level.backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(found[0], found[1])

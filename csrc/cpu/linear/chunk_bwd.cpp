@@ -35,9 +35,10 @@ struct Tiles {
 };
 
 // A task is some heads of q of a sequence side by side, or some columns of one of them, of K and of
-// V alike.
+// V alike. Where these are fewer than threads, dv of each value head of a group is one of its own.
 struct Plan {
   int64_t key_tiles, value_tiles, splits, heads, parts;
+  bool apart;
 
   Plan(const LinearProblem& p, int64_t threads)
       : key_tiles(ceil_div(p.key_dim, kTile)), value_tiles(ceil_div(p.value_dim, kTile)) {
@@ -48,6 +49,7 @@ struct Plan {
     const int64_t group = p.value_heads / p.heads;
     heads = heads_abreast(p.sequences, p.heads, group * (keyed + valued), threads);
     parts = p.heads / heads;
+    apart = group > 1 && all * splits < threads;
   }
   AF_INLINE_MEMBER static Tiles share(int64_t tiles, int64_t split, int64_t splits) {
     return {tiles * split / splits, tiles * (split + 1) / splits};
@@ -408,22 +410,25 @@ void linear_chunk_bwd(const LinearBwdParams& params, const Workers& workers) {
       });
     }
     const int64_t tasks = p.sequences * plan.parts * plan.splits;
-    parallel_tasks(workers, tasks, [&](int64_t task, int64_t worker) {
+    const int64_t alone = plan.apart ? p.sequences * p.value_heads : 0;
+    parallel_tasks(workers, tasks + alone, [&](int64_t task, int64_t worker) {
       const FlushDenormals guard;
       Scratch w({static_cast<char*>(params.workspace) + shared.bytes + worker * bytes}, p, plan);
-      const int64_t split = task % plan.splits, part = task / plan.splits % plan.parts;
-      const int64_t sequence = task / plan.splits / plan.parts;
-      const int64_t heads = plan.heads * (p.value_heads / p.heads);
-      Part<T>{params,
-              shared,
-              w,
-              sequence,
-              part * heads,
-              heads,
-              token_span(p.cu_seqlens, p.rows, sequence),
-              Plan::share(plan.key_tiles, split, plan.splits),
-              Plan::share(plan.value_tiles, split, plan.splits)}
-          .differentiate();
+      const auto differentiate = [&](int64_t sequence, int64_t head0, int64_t heads, Tiles keys,
+                                     Tiles values) __attribute__((always_inline)) {
+        const TokenSpan span = token_span(p.cu_seqlens, p.rows, sequence);
+        Part<T>{params, shared, w, sequence, head0, heads, span, keys, values}.differentiate();
+      };
+      if (task < tasks) {
+        const int64_t split = task % plan.splits, part = task / plan.splits % plan.parts;
+        const int64_t heads = plan.heads * (p.value_heads / p.heads);
+        differentiate(task / plan.splits / plan.parts, part * heads, heads,
+                      Plan::share(plan.key_tiles, split, plan.splits),
+                      Plan::share(plan.apart ? 0 : plan.value_tiles, split, plan.splits));
+      } else {
+        differentiate((task - tasks) / p.value_heads, (task - tasks) % p.value_heads, 1, {0, 0},
+                      {0, plan.value_tiles});
+      }
       end_stream();
     });
   });
