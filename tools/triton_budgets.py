@@ -382,7 +382,7 @@ def choices(head_dim: int) -> None:
     used, out = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 8, 1, 96)
     counts = torch.zeros(2, 2, 96, dtype=torch.int32)
     launchers.key_scores(q, k, None, None, counts, 0.1, out)
-    launchers.page_scores(q, k, k, None, used, 0.1, False, out)
+    launchers.page_scores(q, k, k, None, None, used, 0.1, False, out)
     ids, lens = torch.zeros(16, 10, dtype=torch.int32), torch.zeros(16, dtype=torch.int32)
     for kind in ("topk", "threshold", "topp"):
         p = SelectParams(kind, 10, out[0, 0, 0, :1], 0.9, 1, 2)

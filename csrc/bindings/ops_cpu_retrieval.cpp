@@ -42,10 +42,11 @@ void key_scores(const Tensor& q, const Tensor& k, const OptionalTensor& table,
 }
 
 void page_scores(const Tensor& q, const Tensor& low, const Tensor& high,
-                 const OptionalTensor& table, const OptionalTensor& used, double softmax_scale,
-                 bool grouped, const Tensor& out) {
+                 const OptionalTensor& scale, const OptionalTensor& table,
+                 const OptionalTensor& used, double softmax_scale, bool grouped,
+                 const Tensor& out) {
   PageScoresParams params =
-      page_scores_params(q, low, high, table, used, softmax_scale, grouped, out);
+      page_scores_params(q, low, high, scale, table, used, softmax_scale, grouped, out);
   if (out.numel() == 0) return;
   Tensor scratch = workspace(kernels().page_scores_workspace(params, workers().num_threads));
   params.workspace = scratch.mutable_data_ptr();
@@ -196,8 +197,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
       "key_scores(Tensor q, Tensor k, Tensor? block_table, Tensor? cache_seqlens, Tensor? counts, "
       "float softmax_scale, Tensor(a!) out) -> ()");
   m.def(
-      "page_scores(Tensor q, Tensor low, Tensor high, Tensor? block_table, Tensor? used, float "
-      "softmax_scale, bool grouped, Tensor(a!) out) -> ()");
+      "page_scores(Tensor q, Tensor low, Tensor high, Tensor? page_scale, Tensor? block_table, "
+      "Tensor? used, float softmax_scale, bool grouped, Tensor(a!) out) -> ()");
   m.def(
       "select_columns(Tensor scores, Tensor? used, int kind, int k, Tensor? threshold, float mass, "
       "int first, int last, Tensor(a!) ids, Tensor(b!) lens) -> ()");

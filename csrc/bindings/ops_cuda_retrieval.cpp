@@ -103,7 +103,7 @@ void page_scores_of(const Tensor& q, const Tensor& low, const Tensor& high,
                     const OptionalTensor& table, const OptionalTensor& used, double softmax_scale,
                     const Tensor& out, int64_t stream) {
   const PageScoresParams params =
-      cpu::page_scores_params(q, low, high, table, used, softmax_scale, false, out);
+      cpu::page_scores_params(q, low, high, {}, table, used, softmax_scale, false, out);
   if (out.numel() == 0) return;
   check_aligned(low, "page_min"), check_aligned(high, "page_max");
   check(page_scores(params, stream_of(stream)), "cuda_page_scores");

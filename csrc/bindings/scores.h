@@ -48,10 +48,12 @@ inline KeyScoresParams key_scores_params(const Tensor& q, const Tensor& k,
   return params;
 }
 
-// low and high: [pages, heads, dim] beside a table, else [batch, pages, heads, dim].
+// low and high: [pages, heads, dim] beside a table, else [batch, pages, heads, dim]; scale: of
+// int8.
 inline PageScoresParams page_scores_params(const Tensor& q, const Tensor& low, const Tensor& high,
-                                           const OptionalTensor& table, const OptionalTensor& used,
-                                           double softmax_scale, bool grouped, const Tensor& out) {
+                                           const OptionalTensor& scale, const OptionalTensor& table,
+                                           const OptionalTensor& used, double softmax_scale,
+                                           bool grouped, const Tensor& out) {
   PageScoresParams params;
   FlashProblem& p = params.problem;
   STD_TORCH_CHECK(q.dim() == 4 && low.dim() == (table ? 3 : 4) && high.dim() == low.dim() &&
@@ -66,7 +68,16 @@ inline PageScoresParams page_scores_params(const Tensor& q, const Tensor& low, c
                       p.head_dim <= 576 && (table || low.size(0) == p.batch),
                   "attnforge_native: shapes of q, low and high do not fit");
   p.softmax_scale = static_cast<float>(softmax_scale);
-  params.bounds_dtype = dtype_of(low);
+  if (scale) {
+    STD_TORCH_CHECK(low.scalar_type() == ScalarType::Char && scale->dim() == h + 1 &&
+                        scale->numel() * p.head_dim == low.numel() &&
+                        scale->scalar_type() == ScalarType::Float,
+                    "attnforge_native: scale does not fit int8 bounds");
+    params.scale = {const_cast<void*>(scale->const_data_ptr()), scale->stride(0),
+                    table ? 0 : scale->stride(1), scale->stride(h)};
+  } else {
+    params.bounds_dtype = dtype_of(low);
+  }
   params.q = ref(q, p.q_dtype);
   auto bounds = [&](const Tensor& t) {
     const int64_t page = table ? 0 : t.stride(1);

@@ -36,15 +36,15 @@ ATTNFORGE_ISA_LIST
 
 namespace {
 
-// Whether the CPU has tiles of bf16 and the system lets this process use them: Linux keeps their
-// 8 KiB per thread for those that have asked. The answer holds for all threads.
+// Whether the CPU has tiles of bf16 and of bytes and the system lets this process use them: Linux
+// keeps their 8 KiB per thread for those that have asked. The answer holds for all threads.
 bool tiles_run_here() {
 #if defined(__x86_64__) && defined(__linux__)
   static const bool granted = [] {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+    if ((edx & kBf16) == 0 || (edx & kTile) == 0 || (edx & kInt8) == 0) return false;
     if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & 1u << 5) == 0) return false;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;

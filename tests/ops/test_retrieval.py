@@ -126,6 +126,62 @@ def test_page_scores_of_infinite_bounds(target: Target) -> None:
     assert got[..., [0, 2, 3, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_in_int8_are_bounds(target: Target, dtype: torch.dtype) -> None:
+    for n, size in ((70, 16), (5, 1), (300, 64)):
+        q, k = torch.randn(2, 2, 4, 24).to(dtype), torch.randn(2, n, 2, 24).to(dtype)
+        exact = retrieval.page_bounds(k, size)
+        low, high, scale = retrieval.quantize_bounds(*exact)
+        a, b = (x.double() * scale.double().unsqueeze(-1) for x in (low, high))
+        assert (a <= exact[0].double()).all()
+        assert (b >= exact[1].double()).all()
+        step = 1.01 * scale.unsqueeze(-1)
+        assert (exact[0] - a <= step).all()
+        assert (b - exact[1] <= step).all()
+        got = retrieval.score_pages(q, low, high, page_scale=scale, backend=target.backend)
+        rows = q.double().transpose(1, 2).unsqueeze(3)
+        ends = [x.transpose(1, 2).repeat_interleave(2, 1).unsqueeze(2) for x in (a, b)]
+        want = 24**-0.5 * torch.maximum(rows * ends[0], rows * ends[1])
+        slack = 1e-4 * want.abs().sum(-1)
+        assert ((got.double() - want.sum(-1)).abs() <= slack).all()
+        keys = retrieval.score_keys(q, k, backend="reference")
+        assert ((got + slack)[..., torch.arange(n) // size] >= keys).all()
+        tops = retrieval.score_pages(
+            q, low, high, page_scale=scale, grouped=True, backend=target.backend
+        )
+        assert same_bits(tops, retrieval.by_group(got, 2).amax(2))
+
+
+def test_bounds_in_int8_through_a_table(target: Target) -> None:
+    q, k = torch.randn(2, 1, 4, 64), torch.randn(2, 320, 2, 64)
+    codes = retrieval.quantize_bounds(*retrieval.page_bounds(k, 8))
+    order = torch.randperm(80)
+    stored = [x.new_empty(80, *x.shape[2:]) for x in codes]
+    for x, y in zip(stored, codes, strict=True):
+        x[order] = y.flatten(0, 1)
+    used = torch.tensor([40, 3], dtype=torch.int32)
+    got, want = (
+        retrieval.score_pages(q, low, high, page_scale=scale, used=used, backend=target.backend,
+                              block_table=table)
+        for (low, high, scale), table in ((stored, order.view(2, 40).int()), (codes, None))
+    )  # fmt: skip
+    assert same_bits(got, want)
+    assert (got[1, ..., 3:] == -math.inf).all()
+
+
+def test_bounds_in_int8_of_keys_and_queries_that_are_not_finite(target: Target) -> None:
+    q, k = torch.randn(1, 2, 4, 40), torch.randn(1, 96, 2, 40)
+    k[:, 17, :, 3], k[:, 70, :, 5], k[:, 80:] = math.inf, math.nan, 0.0
+    q[:, 1, 3, 4] = math.nan
+    low, high, scale = retrieval.quantize_bounds(*retrieval.page_bounds(k, 16))
+    got = retrieval.score_pages(q, low, high, page_scale=scale, backend=target.backend)
+    assert got[:, :, 0, [1, 4]].isnan().all()
+    assert got[:, :, 0, [0, 2, 3]].isfinite().all()
+    assert (got[:, :, 0, 5] == 0).all()
+    assert got[:, 3, 1].isnan().all()
+    assert got[:, :3, 1, 0].isfinite().all()
+
+
 # ---- selection ----
 
 
@@ -274,6 +330,15 @@ def test_errors() -> None:
         (lambda: retrieval.score_pages(q, k, k[:, :2]), "want one shape"),
         (lambda: retrieval.score_centroids(q, k, torch.ones(1, 2, 5)), "counts must be int32"),
         (lambda: retrieval.page_bounds(k, 0), "page_size is 0"),
+        (
+            lambda: retrieval.score_pages(q, k.char(), k.char()),
+            "page_scale None; want a page_scale",
+        ),
+        (lambda: retrieval.score_pages(q, k, k, page_scale=k[..., 0]), "page_scale given; want"),
+        (
+            lambda: retrieval.score_pages(q, k.char(), k.char(), page_scale=k),
+            "page_scale is float32",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             call()

@@ -23,8 +23,8 @@ def test_opcheck(backend: str) -> None:
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (OPS.key_scores, (q, k, None, used, None, 0.25, backend)),
         (OPS.key_scores, (q, k, None, None, counts, 0.25, backend)),
-        (OPS.page_scores, (q, k - 1, k + 1, None, used, 0.25, False, backend)),
-        (OPS.page_scores, (q, k - 1, k + 1, None, None, 0.25, True, backend)),
+        (OPS.page_scores, (q, k - 1, k + 1, None, None, used, 0.25, False, backend)),
+        (OPS.page_scores, (q, k - 1, k + 1, None, None, None, 0.25, True, backend)),
         (OPS.nearest, (k[0].float(), k[0, :, :9].float().contiguous(), None, backend)),
         (OPS.cluster_sums, (k[0].float(), torch.zeros(k.shape[1:3]).long(), 3, backend)),
         (OPS.select_columns, (scores, None, "topk", 4, None, 1.0, 1, 1, 4, backend)),

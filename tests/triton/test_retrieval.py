@@ -214,6 +214,12 @@ def test_page_scores(dtype: torch.dtype, device: str) -> None:
     stored = [torch.empty(10, 2, 24, device=device, dtype=dtype) for _ in range(2)]
     for x, y in zip(stored, (low, high), strict=True):
         x[order] = y.flatten(0, 1)
+    codes = retrieval.quantize_bounds(low, high)
+    of_codes = retrieval.score_pages(
+        q, *codes[:2], page_scale=codes[2], used=used, backend="triton"
+    )
+    wide = (x * codes[2].unsqueeze(-1) for x in codes[:2])
+    assert same_bits(of_codes, retrieval.score_pages(q, *wide, used=used, backend="triton"))
     by_table = retrieval.score_pages(
         q, *stored, block_table=order.view(2, 5).int(), used=used, backend="triton"
     )

@@ -126,10 +126,6 @@ template <class F>
 AF_INLINE void dispatch_plain_operands(DType, const F& f) {
   f(BFloat16{});
 }
-// The first statement of an entry point: what tiles do not serve is the level below's.
-#define AF_LEAVE_UNLESS(SERVED, CALL) \
-  if (!(SERVED)) return ATTNFORGE_BELOW::CALL
-
 #else
 
 struct Operands {
@@ -210,8 +206,6 @@ template <class F>
 AF_INLINE void dispatch_plain_operands(DType dtype, const F& f) {
   dispatch_dtype(dtype, f);
 }
-#define AF_LEAVE_UNLESS(SERVED, CALL) static_assert(true)
-
 #endif
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

@@ -1,5 +1,6 @@
-// Matrix tiles of bf16 (AMX): eight registers of 16 rows by 64 bytes, and the one product they
-// have.
+// Matrix tiles (AMX): eight registers of 16 rows by 64 bytes, and the two products of them that are
+// used here: of bf16 (dot), and of signed bytes into 32 bits (dot_codes), in which B has four rows
+// of codes side by side and sums are exact.
 //
 //   A    16 rows of 32 bf16
 //   B    16 pairs of rows of 16 columns: bf16 2 k and 2 k + 1 of a column side by side
@@ -68,6 +69,10 @@ struct Tiles {
   AF_INLINE_MEMBER void dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
   }
+  template <int C, int A, int B>
+  AF_INLINE_MEMBER void dot_codes() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(C), "i"(A), "i"(B));
+  }
 };
 
 #else
@@ -113,6 +118,19 @@ struct Tiles {
         odd = fma(splat(odd_a[k]), odd_b[k], odd);
       }
       row[C][m] = float_to_bits(bits_to_float(row[C][m]) + (even + odd));
+    }
+  }
+  template <int C, int A, int B>
+  AF_INLINE_MEMBER void dot_codes() {
+    for (int64_t m = 0; m < kTileRows; ++m) {
+      VecI sum = __builtin_bit_cast(VecI, row[C][m]);
+      for (int64_t k = 0; k < kTileRows; ++k) {
+        const VecI b = __builtin_bit_cast(VecI, row[B][k]);
+        const int32_t a = static_cast<int32_t>(row[A][m][k]);
+        sum += (a << 24 >> 24) * (b << 24 >> 24) + (a << 16 >> 24) * (b << 16 >> 24) +
+               (a << 8 >> 24) * (b << 8 >> 24) + (a >> 24) * (b >> 24);
+      }
+      row[C][m] = __builtin_bit_cast(VecU, sum);
     }
   }
 

@@ -1,9 +1,8 @@
 // Attention to listed keys, forward: decode over gathered rows.
 //
 //   lists      first every list is reduced to what it sees: keys in use, one copy per KV head.
-//   Query
-//              heads with lists of their own are merged to a union with a bias per head, so that a
-//              row of K and V is gathered once for all of them
+//              Query heads with lists of their own are merged to a union with a bias per head, so
+//              that a row of K and V is gathered once for all of them
 //   split      kSplitEntries entries of a KV head are a task, as in decode; the partial results are
 //              merged in ascending order. Ragged lists balance, since tasks are taken one by one
 //   rows       up to kRowBlock rows go over a split together; more rows than that do not split
@@ -11,75 +10,24 @@
 //              known, unlike those of a walk. First a line of each: rows of [B, S, H, D] lie two to
 //              a memory page, and walks of the page tables that are asked for together run side by
 //              side, while a product between two of them makes them wait for each other
+//   tiles      bf16 on matrix tiles, where a level has them: indexed_tiles.h
 //   bytes      (D + Dv) * entries of the union * element size: what bounds decode
 //
 // A row of a union is -inf at keys of other heads. A value there may be NaN or infinite, and
 // 0 * NaN is NaN: a split whose result is not finite is computed anew, each row over its own keys.
-#include "cpu/flash/decode_tasks.h"
-#include "cpu/kernels.h"
-#include "cpu/paged/pages.h"
-#include "cpu/retrieval/gather.h"
+#include "cpu/flash/operands.h"
+#include "cpu/retrieval/indexed_layout.h"
+#include "cpu/tile_kernels.h"
+#ifdef ATTNFORGE_BELOW
+#include "cpu/retrieval/indexed_tiles.h"
+#endif
 
 namespace attnforge::cpu {
-ATTNFORGE_DECLARE_ISA(ATTNFORGE_ISA)
+ATTNFORGE_DECLARE_HERE
 }
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
-
-constexpr int64_t kSplitEntries = 1024;
-constexpr int64_t kRowBlock = 16;
-// Of K in a chunk: rows that lie a power of two apart share few sets of L1.
-constexpr int64_t kGatherBytes = 4 << 10;
-
-struct Layout {
-  int64_t units, group, rows, blocks;  // units: (batch, KV head); rows: padded to kRows
-  bool united;
-  int64_t capacity;  // entries of a unit
-  int64_t split, splits, chunk;
-  int64_t ldq, ldo;
-};
-
-AF_INLINE Layout make_layout(const IndexedFwdParams& params, int64_t element_bytes) {
-  const FlashProblem& p = params.flash.problem;
-  Layout y;
-  y.units = p.batch * p.heads_k;
-  y.group = group_size(p);
-  const int64_t rows = p.seqlen_q * y.group;
-  y.rows = round_up(rows, kRows);
-  y.blocks = ceil_div(rows, kRowBlock);
-  y.united = wants_union(p, params.lists);
-  y.capacity = params.lists.slots * (y.united ? y.group : 1);
-  y.split = y.blocks == 1 ? kSplitEntries : max64(1, y.capacity);
-  y.splits = max64(1, ceil_div(y.capacity, y.split));
-  const int64_t row_bytes = p.head_dim * element_bytes;
-  y.chunk = max64(8, min64(kMaxChunk, kGatherBytes / row_bytes / 8 * 8));
-  y.ldq = round_up(p.head_dim, kLanes);
-  y.ldo = round_up(p.v_head_dim, kLanes);
-  return y;
-}
-
-struct Room {
-  char* gathered;
-  int64_t gathered_bytes;  // of one unit
-  Partials partials;
-  char* scratch;
-  int64_t scratch_bytes;  // per worker: a block of scaled q
-};
-
-AF_INLINE Gathered take_gathered(Arena& a, const Layout& y) {
-  Gathered g;
-  g.count = a.take<int64_t>(1);
-  g.keys = a.take<int32_t>(y.capacity);
-  g.bias = a.take<float>(y.capacity * (y.united ? y.group : 1));
-  g.order = a.take<uint64_t>(y.united ? y.capacity : 0);
-  return g;
-}
-
-AF_INLINE Gathered gathered_of(const Room& room, const Layout& y, int64_t unit) {
-  Arena a{room.gathered + unit * room.gathered_bytes};
-  return take_gathered(a, y);
-}
 
 AF_INLINE int64_t place_room(Room& room, const Layout& y, int64_t threads, char* base) {
   Arena one{nullptr};
@@ -87,49 +35,14 @@ AF_INLINE int64_t place_room(Room& room, const Layout& y, int64_t threads, char*
   room.gathered = base, room.gathered_bytes = one.used;
   room.partials = {base + one.used * y.units, y.rows, y.ldo, y.splits};
   room.scratch = room.partials.base + room.partials.bytes() * y.units * y.splits;
-  Arena q{nullptr};
-  q.take<float>(kRowBlock * y.ldq);
-  room.scratch_bytes = q.used;
-  return room.scratch - base + q.used * threads;
+  Arena scratch{nullptr};
+  scratch.take<float>(kRowBlock * y.ldq);
+#ifdef ATTNFORGE_BELOW
+  take_list_tiles(scratch, y.ldq, y.ldo);
+#endif
+  room.scratch_bytes = scratch.used;
+  return room.scratch - base + scratch.used * threads;
 }
-
-// ---- where listed keys lie ----
-
-template <class T>
-struct Rows {
-  const IndexedFwdParams& params;
-
-  AF_INLINE_MEMBER bool paged() const { return params.pool.table != nullptr; }
-  AF_INLINE_MEMBER PageKeys<T> keys(int64_t batch, int64_t head) const {
-    PageKeys<T> keys{};
-    const TensorRef &k = paged() ? params.pool.k : params.flash.k,
-                    &v = paged() ? params.pool.v : params.flash.v;
-    const int64_t own = paged() ? 0 : batch;
-    keys.k = row_ptr<const T>(k, own, 0, head), keys.v = row_ptr<const T>(v, own, 0, head);
-    return keys;
-  }
-  AF_INLINE_MEMBER int64_t k_stride() const {
-    return paged() ? params.pool.k.seq_stride : params.flash.k.seq_stride;
-  }
-  AF_INLINE_MEMBER int64_t v_stride() const {
-    return paged() ? params.pool.v.seq_stride : params.flash.v.seq_stride;
-  }
-  AF_INLINE_MEMBER void locate(int64_t batch, const int32_t* list, int64_t n, int64_t* k,
-                               int64_t* v) const {
-    const PagePool& pool = params.pool;
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t key = list[j];
-      if (!paged()) {
-        k[j] = key * params.flash.k.seq_stride, v[j] = key * params.flash.v.seq_stride;
-        continue;
-      }
-      const int32_t entry = pool.table[batch * pool.table_stride + key / pool.page_size];
-      const int64_t page = max64(0, min64(entry, pool.pages - 1)), slot = key % pool.page_size;
-      k[j] = page * pool.k.batch_stride + slot * pool.k.seq_stride;
-      v[j] = page * pool.v.batch_stride + slot * pool.v.seq_stride;
-    }
-  }
-};
 
 // A line of every row that will be walked.
 template <class T>
@@ -261,14 +174,25 @@ AF_INLINE void run_task(const IndexedFwdParams& params, const Layout& y, const R
   const Sequence seq = sequence(p, unit / p.heads_k);
   const int64_t row0 = block * kRowBlock;
   const int64_t rows = min64(kRowBlock, p.seqlen_q * y.group - row0);
-  float* q = reinterpret_cast<float*>(room.scratch + worker * room.scratch_bytes);
-  const float scale = score_map(p).q_scale;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t head = unit % p.heads_k * y.group + (row0 + r) / p.seqlen_q;
-    load_query<T>(params.flash, seq, head, (row0 + r) % p.seqlen_q, scale, nullptr, q + r * y.ldq);
-  }
+  Arena scratch{room.scratch + worker * room.scratch_bytes};
+  float* q = scratch.take<float>(kRowBlock * y.ldq);
+  auto load_rows = [&] {
+    const float scale = score_map(p).q_scale;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = unit % p.heads_k * y.group + (row0 + r) / p.seqlen_q;
+      load_query<T>(params.flash, seq, head, (row0 + r) % p.seqlen_q, scale, nullptr,
+                    q + r * y.ldq);
+    }
+  };
+#ifdef ATTNFORGE_BELOW
+  run_entries_on_tiles(params, y, g, unit, row0, rows, lo, hi, part,
+                       take_list_tiles(scratch, p.head_dim, p.v_head_dim));
+#else
+  load_rows();
   run_entries<T>(params, y, g, unit, row0, rows, lo, hi, part, q, false);
+#endif
   if (y.united && !all_finite(part.o + row0 * y.ldo, rows * y.ldo)) {
+    load_rows();
     run_entries<T>(params, y, g, unit, row0, rows, lo, hi, part, q, true);
   }
 }
@@ -319,17 +243,25 @@ AF_INLINE void run_indexed(const IndexedFwdParams& params, const Workers& worker
   });
 }
 
+#ifdef ATTNFORGE_BELOW
+AF_INLINE bool served_here(const IndexedFwdParams& params) {
+  return served_by_tiles(params.flash.problem) && score_map(params.flash.problem).q_scale > 0.0f;
+}
+#endif
+
 }  // namespace
 
 int64_t indexed_fwd_workspace(const IndexedFwdParams& params, int64_t num_threads) {
+  AF_LEAVE_UNLESS(served_here(params), indexed_fwd_workspace(params, num_threads));
   Room room;
   const Layout y = make_layout(params, item_size(params.flash.problem.dtype));
   return place_room(room, y, num_threads, nullptr);
 }
 
 void indexed_fwd(const IndexedFwdParams& params, const Workers& workers) {
-  dispatch_dtype(params.flash.problem.dtype,
-                 [&](auto element) { run_indexed<decltype(element)>(params, workers); });
+  AF_LEAVE_UNLESS(served_here(params), indexed_fwd(params, workers));
+  dispatch_plain_operands(params.flash.problem.dtype,
+                          [&](auto element) { run_indexed<decltype(element)>(params, workers); });
 }
 
 }  // namespace attnforge::cpu::ATTNFORGE_ISA

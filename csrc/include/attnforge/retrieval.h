@@ -43,6 +43,7 @@ struct PageScoresParams {
   TensorRef q;
   TensorRef low, high;  // [pages or batch, 1 or pages, heads_k, head_dim] of bounds_dtype
   DType bounds_dtype = DType::kFloat32;
+  TensorRef scale;  // fp32 like low and high but for head_dim, of bounds in int8; null: none
   const int32_t* table = nullptr;  // [batch, columns]; null: pages lie by sequence
   int64_t table_stride = 0, pages = 0;
   const int32_t* used = nullptr;  // [batch] pages in use, or null

@@ -75,6 +75,7 @@ def _page_scores(
     q: Tensor,
     low: Tensor,
     high: Tensor,
+    page_scale: Tensor | None,
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
@@ -83,9 +84,9 @@ def _page_scores(
 ) -> Tensor:
     names = {"paged": block_table is not None, "seqused_k": used is not None}
     meta = _meta(q, q.shape[3], q.shape[2] // low.shape[-2], *(n for n, on in names.items() if on))
-    out = _page_scores_fake(q, low, high, block_table, used, scale, grouped)
+    out = _page_scores_fake(q, low, high, page_scale, block_table, used, scale, grouped)
     launch = launcher("page_scores", meta, request, backend)
-    launch(q, low, high, block_table, used, scale, grouped, out)
+    launch(q, low, high, page_scale, block_table, used, scale, grouped, out)
     return out
 
 
@@ -93,6 +94,7 @@ def _page_scores_fake(
     q: Tensor,
     low: Tensor,
     high: Tensor,
+    page_scale: Tensor | None,
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
@@ -264,8 +266,8 @@ key_scores = _ops.define(
     _key_scores_fake,
 )
 page_scores = _ops.define(
-    "page_scores(Tensor q, Tensor low, Tensor high, Tensor? block_table, Tensor? used, "
-    "float softmax_scale, bool grouped, str? backend) -> Tensor",
+    "page_scores(Tensor q, Tensor low, Tensor high, Tensor? page_scale, Tensor? block_table, "
+    "Tensor? used, float softmax_scale, bool grouped, str? backend) -> Tensor",
     _page_scores,
     _page_scores_fake,
 )

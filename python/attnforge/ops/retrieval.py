@@ -22,8 +22,8 @@ from attnforge.ops._checks import _name, _shape, fail
 from attnforge.ops.flash import _choice
 
 __all__ = [
-    "by_group", "page_bounds", "page_tokens", "score_centroids", "score_keys", "score_pages",
-    "select_threshold", "select_topk", "select_topp",
+    "by_group", "page_bounds", "page_tokens", "quantize_bounds", "score_centroids", "score_keys",
+    "score_pages", "select_threshold", "select_topk", "select_topp",
 ]  # fmt: skip
 
 
@@ -123,6 +123,7 @@ def score_pages(
     page_min: Tensor,
     page_max: Tensor,
     *,
+    page_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     used: Tensor | None = None,
     grouped: bool = False,
@@ -132,7 +133,8 @@ def score_pages(
     """Upper bounds of the logits in each page: sum over channels of scale max(q min, q max).
 
     q [B, Sq, Hq, D]. page_min, page_max: [B, N, Hk, D], or [P, Hk, D] as ``paged_append`` keeps
-    them, with block_table [B, N]; floating, rounded outwards if in 16 bits (``page_bounds``).
+    them, with block_table [B, N]; floating, rounded outwards if in 16 bits (``page_bounds``), or
+    int8 times page_scale, fp32 [B, N, Hk] or [P, Hk] (``quantize_bounds``).
     used: int32 [B] pages in use; the others are -inf. grouped: the largest bound of the query heads
     of each KV head. Returns fp32 [B, Hq, Sq, N], or [B, Hk, Sq, N] grouped. Source: Quest, Tang et
     al., 2024, algorithm 1.
@@ -150,11 +152,33 @@ def score_pages(
     elif page_min.shape[0] != q.shape[0]:
         fail(op, f"page_min has batch {page_min.shape[0]}; want {q.shape[0]} like q")
     _checks.lengths(op, "used", used, q, q.shape[0])
+    page_min, page_max, page_scale = _codes(op, page_min, page_max, page_scale, backend)
     scale = _scale(op, q, softmax_scale)
     scores: Tensor = _retrieval_ops.page_scores(
-        q, page_min, page_max, block_table, used, scale, grouped, _choice(op, backend)
+        q, page_min, page_max, page_scale, block_table, used, scale, grouped, _choice(op, backend)
     )
     return scores
+
+
+def _codes(
+    op: str, low: Tensor, high: Tensor, scale: Any, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bounds in int8 as they are where a kernel reads them, else as fp32."""
+    if (low.dtype is torch.int8) != (scale is not None):
+        fail(op, f"page_min is {_name(low.dtype)}, page_scale "
+                 f"{'given' if scale is not None else 'None'}; want a page_scale with int8 bounds "
+                 "and with no others")  # fmt: skip
+    if scale is None:
+        return low, high, None
+    _checks.tensor(op, "page_scale", scale)
+    if scale.shape != low.shape[:-1] or scale.dtype is not torch.float32 or (
+        scale.device != low.device
+    ):  # fmt: skip
+        fail(op, f"page_scale is {_name(scale.dtype)} {_shape(scale)} on {scale.device}; want "
+                 f"float32 {tuple(low.shape[:-1])} on {low.device}")  # fmt: skip
+    if low.device.type == "cpu" and backend in (None, "cpu", "reference"):
+        return low, high, scale
+    return low * scale.unsqueeze(-1), high * scale.unsqueeze(-1), None
 
 
 def page_bounds(k: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -171,6 +195,20 @@ def page_bounds(k: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         x = torch.cat([k, k.new_full((b, rest, h, d), fill)], 1) if rest else k
         found.append(getattr(x.reshape(b, -1, page_size, h, d), name)(2))
     return found[0], found[1]
+
+
+def quantize_bounds(page_min: Tensor, page_max: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds [.., Hk, D] in int8, rounded outwards, and the scale of each page and head [.., Hk].
+
+    Half of the bytes of bf16 for ``score_pages``; a bound is at most a 127th of the page's largest
+    magnitude further out. A page with a NaN or an infinity has a scale that is not finite, and its
+    scores are NaN.
+    """
+    most = torch.maximum(page_min.abs(), page_max.abs()).amax(-1).float()
+    scale = torch.where(most == 0, 1.0, most * ((1 + 2.0**-20) / 127))
+    low, high = (x.float() / scale.unsqueeze(-1) for x in (page_min, page_max))
+    low, high = (x.clamp(-127, 127).nan_to_num().to(torch.int8) for x in (low.floor(), high.ceil()))
+    return low, high, scale
 
 
 def page_tokens(pages: Tensor, page_size: int) -> Tensor:

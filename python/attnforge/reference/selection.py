@@ -53,6 +53,7 @@ def page_scores(
     q: Tensor,
     low: Tensor,
     high: Tensor,
+    page_scale: Tensor | None,
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
@@ -61,8 +62,11 @@ def page_scores(
 ) -> None:
     """Fill out [B, Hq, Sq, N]: sum over channels of max(q low, q high).
 
-    grouped: the largest over the query heads of each KV head, [B, Hk, Sq, N].
+    page_scale: of bounds in int8. grouped: the largest over the query heads of each KV head,
+    [B, Hk, Sq, N].
     """
+    if page_scale is not None:
+        low, high = (x.to(out.dtype) * page_scale.unsqueeze(-1) for x in (low, high))
     for b in range(q.shape[0]):
         ends = [low[b], high[b]]
         if block_table is not None:

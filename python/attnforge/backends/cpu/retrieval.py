@@ -87,6 +87,7 @@ def page_scores(
     q: Tensor,
     low: Tensor,
     high: Tensor,
+    page_scale: Tensor | None,
     block_table: Tensor | None,
     used: Tensor | None,
     scale: float,
@@ -95,7 +96,7 @@ def page_scores(
 ) -> None:
     """Launcher of ``page_scores``."""
     _native_op("page_scores")(
-        *(*map(_unit, (q, low, high)), *map(_plain, (block_table, used))),
+        *(*map(_unit, (q, low, high)), page_scale, *map(_plain, (block_table, used))),
         *(scale, grouped, out),
     )
 

@@ -91,13 +91,13 @@ def key_scores(
 
 
 def page_scores(
-    q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, used: Tensor | None,
-    scale: float, grouped: bool, out: Tensor,
+    q: Tensor, low: Tensor, high: Tensor, page_scale: None, block_table: Tensor | None,
+    used: Tensor | None, scale: float, grouped: bool, out: Tensor,
 ) -> None:  # fmt: skip
     """Launcher of ``page_scores``; the largest of a group is a second launch."""
     if grouped:
         each = out.new_empty((out.shape[0], q.shape[2], *out.shape[2:]))
-        page_scores(q, low, high, block_table, used, scale, False, each)
+        page_scores(q, low, high, None, block_table, used, scale, False, each)
         _gpu.top_of_groups(each, out)
         return
     with _gpu.on(q.device):

@@ -212,8 +212,8 @@ def key_scores(
 
 
 def page_scores(
-    q: Tensor, low: Tensor, high: Tensor, block_table: Tensor | None, used: Tensor | None,
-    scale: float, grouped: bool, out: Tensor,
+    q: Tensor, low: Tensor, high: Tensor, page_scale: None, block_table: Tensor | None,
+    used: Tensor | None, scale: float, grouped: bool, out: Tensor,
 ) -> None:  # fmt: skip
     """Launcher of ``page_scores``; the largest of a group is a second launch."""
     if out.numel() == 0:
@@ -222,7 +222,7 @@ def page_scores(
     heads, columns = low.shape[-2], out.shape[3]
     if grouped:
         each = out.new_empty((batch, heads_q, rows, columns))
-        page_scores(q, low, high, block_table, used, scale, False, each)
+        page_scores(q, low, high, None, block_table, used, scale, False, each)
         _gpu.top_of_groups(each, out)
         return
     width = padded(dim) if dim <= 512 else 1024
