@@ -71,5 +71,5 @@ def gated_combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
         fail(op, f"gates has shape {_shape(gates)}; want {want}: one weight per branch")
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return combine(outs, gates)
-    result: Tensor = _Combine.apply(gates, *outs)
+    result: Tensor = _Combine.apply(gates, *outs)  # type: ignore[no-untyped-call]
     return result
