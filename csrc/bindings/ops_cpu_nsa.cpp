@@ -139,7 +139,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnforge_native, m) {
       "int slc_block, int blocks, int top_n, int init_blocks, int local_blocks) -> ()");
   m.def(
       "nsa_attend(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) indices, "
+      "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) "
+      "indices, "
       "int max_seqlen_q, int max_seqlen_k, float softmax_scale, int cmp_block, int cmp_stride, "
       "int slc_block, int blocks, int top_n, int init_blocks, int local_blocks) -> ()");
   m.def("combine(Tensor[] x, Tensor gates, Tensor(a!) out) -> ()");

@@ -90,9 +90,9 @@ AF_INLINE void pack_block(const NsaAttendParams& params, const Plan& plan, const
     pack_key_panel(k_rows + c * k.seq_stride, k.seq_stride, n - c, p.head_dim,
                    head.k + block * plan.k_floats + c * p.head_dim);
   }
-  head.finite[block] = pack_column_panels(
-      row_ptr<const T>(v, seq.batch, seq.k_row + key0, kv_head), v.seq_stride, n, p.v_head_dim,
-      1.0f, head.v + block * plan.v_floats, kWindows * kNR);
+  head.finite[block] =
+      pack_column_panels(row_ptr<const T>(v, seq.batch, seq.k_row + key0, kv_head), v.seq_stride, n,
+                         p.v_head_dim, 1.0f, head.v + block * plan.v_floats, kWindows * kNR);
 }
 
 template <class T>
@@ -204,8 +204,7 @@ AF_INLINE void run_task(const NsaAttendParams& params, const Plan& plan, const T
     return {tile.s + i * round_up(plan.rows, kMR) * kWindowLds, key0,
             min64(kWindows, windows - key0)};
   };
-  for (int64_t i = 0; i < blocks; ++i)
-    score_block(t, tile, block(i), head.k + i * plan.k_floats);
+  for (int64_t i = 0; i < blocks; ++i) score_block(t, tile, block(i), head.k + i * plan.k_floats);
   for (int64_t i = 0; i < blocks; ++i)
     weigh_block(t, plan, tile, block(i), head.v + i * plan.v_floats, head.finite[i]);
   for (int64_t r = 0; r < t.rows(); ++r) {

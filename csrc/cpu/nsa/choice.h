@@ -9,7 +9,7 @@
 
 namespace attnforge::cpu::ATTNFORGE_ISA {
 
-constexpr int64_t kWindows = 256;               // compressed keys of one product
+constexpr int64_t kWindows = 256;              // compressed keys of one product
 constexpr int64_t kWindowLds = kWindows + 16;  // off the power of two: rows do not share L1 sets
 
 struct TaskPlan {
@@ -110,7 +110,7 @@ AF_INLINE void add_scores(const Task& t, const Choice& choice, int64_t key0, int
 // The n best of scores [0, blocks), ids rising: of equal ones the later one goes first. Forced
 // blocks stand at +inf, NaN is never chosen.
 AF_INLINE void pick(const NsaSelectParams& params, const Choice& choice, const float* scores,
-                      int64_t blocks, int32_t* out) {
+                    int64_t blocks, int32_t* out) {
   const int64_t n = params.top_n;
   int64_t size = 0;
   for (int64_t j = 0; j < blocks; ++j) {

@@ -4,8 +4,8 @@
 //   p_j  = sum_i overlap(i, j) sum_h P_hi       h over the query heads of a KV head
 //
 // A task is a few tokens with all heads of a KV head, as rows of one product. It goes through the
-// windows in blocks: S = Q K^T, P, the sum over heads [tokens][kWindows], and from it into the scores
-// [tokens][blocks] of the task. Then each token picks its blocks. What is held is one task's
+// windows in blocks: S = Q K^T, P, the sum over heads [tokens][kWindows], and from it into the
+// scores [tokens][blocks] of the task. Then each token picks its blocks. What is held is one task's
 // scores: no S x N buffer, unless the importance itself is what is asked for.
 //
 //   tile     96 rows (heads x tokens) x 256 windows
@@ -144,8 +144,7 @@ int64_t nsa_select_workspace(const NsaSelectParams& params, int64_t num_threads)
   const TaskPlan plan = make_plan(params, num_threads);
   Arena tile{nullptr};
   take_tile(tile, params, plan);
-  return tile.used * num_threads +
-         plan.slots * plan.key_blocks * block_floats(params.problem) * 4;
+  return tile.used * num_threads + plan.slots * plan.key_blocks * block_floats(params.problem) * 4;
 }
 
 void nsa_select(const NsaSelectParams& params, const Workers& workers) {
