@@ -66,17 +66,17 @@ def _choose(
 _MANY_ROWS = 64
 
 
+def _takes_attend(q: Tensor, k: Tensor, v: Tensor, p: FlashParams, choice: str | None) -> bool:
+    """Whether one kernel computes branch and choice: there is one, many rows and no gradient."""
+    apart = q.shape[-3] < _MANY_ROWS or torch.compiler.is_compiling() or needs_grad(q, k, v, None)
+    return not apart and _nsa_ops.serves_attend(q, v, p, choice)
+
+
 def _compressed_branch(
     c: CompressedProblem, counts: tuple[int, int, int], choice: str | None
 ) -> tuple[Tensor, BlockSelection]:
     """Output of the compressed branch and the choice by it, of one kernel where there is one."""
-    apart = (
-        c.q.shape[-3] < _MANY_ROWS
-        or torch.compiler.is_compiling()
-        or needs_grad(c.q, c.k, c.v, None)
-        or not _nsa_ops.serves_attend(c.q, c.v, c.p._replace(mods=()), choice)
-    )
-    if apart:
+    if not _takes_attend(c.q, c.k, c.v, c.p._replace(mods=()), choice):
         out, lse = attend(c.q, c.k, c.v, c.p, choice)
         return out, _choose(c, lse, counts, choice)
     out, _, indices = _nsa_ops.nsa_attend(c.q, c.k, c.v, *_rest(c, counts, choice))
@@ -170,8 +170,10 @@ def _nsa_requests(
     if len(names) == 1:
         dims = (q.shape[-1], v_slc.shape[-1], q.shape[-2] // k_slc.shape[-2])
         found.append(_paged_ops.request("paged_fwd", (q.device, q.dtype, dims, ())))
-    meta = _nsa_ops.metadata(q, k_slc, p._replace(window_right=-1))
-    return [*found, _nsa_ops.request("nsa_select", meta)]
+    p = p._replace(window_right=-1)
+    if _takes_attend(q, k_slc, v_slc, p, None):
+        found.append(_nsa_ops.request("nsa_attend", _nsa_ops.metadata(q, v_slc, p)))
+    return [*found, _nsa_ops.request("nsa_select", _nsa_ops.metadata(q, k_slc, p))]
 
 
 @explained_by(_nsa_requests)
