@@ -55,6 +55,7 @@ void flash_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
   if (out_lo) zero_tail(*out_lo, p.cu_seqlens_q, p.batch);
   fill_tail(lse, p.cu_seqlens_q, p.batch, -std::numeric_limits<float>::infinity());
   if (empty(p)) return;
+  large(out);
   if (p.dtype == DType::kFloat8) p.out_dtype = dtype_of(out);
   params.q = ref(q, p.q_dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
   params.out = ref(out, p.out_dtype), params.out_lo = ref(out_lo, p.out_dtype);
@@ -108,6 +109,7 @@ void flash_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, 
   zero_tail(dv, p.cu_seqlens_k, p.batch);
   fill_tail(delta, p.cu_seqlens_q, p.batch, 0.0f);
   if (empty(p)) return;
+  large(dq, dk, dv);
   params.dout = ref(dout, p.dtype);
   params.q = ref(q, p.dtype), params.k = ref(k, p.dtype), params.v = ref(v, p.dtype);
   params.out = ref(out, p.dtype), params.out_lo = ref(out_lo, p.dtype);

@@ -66,6 +66,7 @@ void block_sparse_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const T
   if (out_lo) zero_tail(*out_lo, p.cu_seqlens_q, p.batch);
   fill_tail(lse, p.cu_seqlens_q, p.batch, -std::numeric_limits<float>::infinity());
   if (empty(p)) return;
+  large(out);
   params.selection = selection(p, indices, counts, {q_block, kv_block});
   f.q = ref(q, p.dtype), f.k = ref(k, p.dtype), f.v = ref(v, p.dtype);
   f.out = ref(out, p.dtype), f.out_lo = ref(out_lo, p.dtype);
@@ -96,6 +97,7 @@ void block_sparse_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tens
   zero_tail(dv, p.cu_seqlens_k, p.batch);
   fill_tail(delta, p.cu_seqlens_q, p.batch, 0.0f);
   if (empty(p)) return;
+  large(dq, dk, dv);
   params.selection = selection(p, indices, counts, {q_block, kv_block});
   f.dout = ref(dout, p.dtype);
   f.q = ref(q, p.dtype), f.k = ref(k, p.dtype), f.v = ref(v, p.dtype);

@@ -5,12 +5,6 @@
 namespace attnforge::cpu {
 namespace {
 
-// Outputs are large and new.
-template <class... Tensors>
-void large(const Tensors&... outputs) {
-  (advise_huge_pages(outputs, outputs.numel() * outputs.element_size()), ...);
-}
-
 void delta_chunk_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& g,
                      const Tensor& beta, const OptionalTensor& initial_state,
                      const OptionalTensor& cu_seqlens, double scale, const Tensor& out,

@@ -57,6 +57,12 @@ inline void advise_huge_pages(const Tensor& t, int64_t bytes) {
   advise_huge_pages(t.const_data_ptr(), bytes);
 }
 
+// Outputs, which may be large and are new.
+template <class... Tensors>
+void large(const Tensors&... outputs) {
+  (advise_huge_pages(outputs, outputs.numel() * outputs.element_size()), ...);
+}
+
 // Scratch memory from torch's allocator.
 inline Tensor workspace(int64_t bytes) {
   Tensor scratch = torch::stable::empty({std::max<int64_t>(bytes, 64)}, ScalarType::Byte);

@@ -31,6 +31,7 @@ namespace attnforge::cpu {
   X(block_sparse_fwd, BlockSparseFwdParams) \
   X(block_sparse_bwd, BlockSparseBwdParams) \
   X(nsa_select, NsaSelectParams)            \
+  X(nsa_attend, NsaAttendParams)            \
   X(paged_decode, PagedFwdParams)           \
   X(paged_middle, PagedFwdParams)           \
   X(paged_prefill, PagedFwdParams)          \
@@ -50,6 +51,7 @@ namespace attnforge::cpu {
 // Kernels without one.
 #define ATTNFORGE_PLAIN_KERNELS(X)     \
   X(merge_states, MergeParams)         \
+  X(combine, CombineParams)            \
   X(head_gradient, HeadGradientParams) \
   X(paged_append, PagedAppendParams)   \
   X(linear_step, LinearStepParams)     \

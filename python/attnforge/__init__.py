@@ -56,13 +56,14 @@ if _TYPE_CHECKING:
     from attnforge.ops.block_sparse_decode import block_sparse_decode
     from attnforge.ops.centroid import CentroidIndex, centroid_attention
     from attnforge.ops.compressed import compressed_attention
+    from attnforge.ops.gating import gated_combine
     from attnforge.ops.gsa import gsa
     from attnforge.ops.inverse import invert_selection
     from attnforge.ops.linear_models import additive_gla, mamba2_ssd
     from attnforge.ops.lsh import LSHIndex, lsh_attention
     from attnforge.ops.moba import moba_attention, moba_select
     from attnforge.ops.msa import msa_select
-    from attnforge.ops.nsa import gated_combine, nsa_attention, nsa_select
+    from attnforge.ops.nsa import nsa_attention, nsa_select
     from attnforge.ops.pooling import pool_blocks
     from attnforge.ops.seer import seer_attention, seer_loss, seer_select, seer_targets
     from attnforge.ops.tables import rope_tables, t5_rel_bias
@@ -82,7 +83,7 @@ _LATER = {
     "block_sparse_decode": ".ops.block_sparse_decode",
     "centroid_attention": ".ops.centroid",
     "compressed_attention": ".ops.compressed",
-    "gated_combine": ".ops.nsa",
+    "gated_combine": ".ops.gating",
     "gsa": ".ops.gsa",
     "invert_selection": ".ops.inverse",
     "jit": ".jit",

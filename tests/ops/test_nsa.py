@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnforge
+from attnforge.ops import _nsa_ops, compressed, nsa
 from attnforge.testing.cases import Target
 from attnforge.testing.compare import same_bits
 
@@ -295,11 +296,112 @@ def test_no_tokens(target: Target, rows: int) -> None:
     assert torch.equal(out, torch.zeros(2, rows, 4, 8))
 
 
-def test_mixing_a_few_tokens_at_a_time_changes_no_bit() -> None:
-    """Long calls without a gradient go by parts on a CPU; those with one do not."""
-    outs = [torch.randn(2, 2500, 3, 24).bfloat16() for _ in range(3)]
-    gates = torch.rand(2, 2500, 3, 3).bfloat16()
-    parts = attnforge.gated_combine(outs, gates)
-    whole = attnforge.gated_combine(outs, gates.requires_grad_())
-    assert whole.requires_grad
-    assert same_bits(parts, whole.detach())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_mixing(dtype: torch.dtype) -> None:
+    """Branches that are not contiguous, gates of another dtype; the same bits with a gradient."""
+    outs = [torch.randn(2, 2500, 3, 24).to(dtype) for _ in range(2)]
+    outs.append(torch.randn(2, 2500, 24, 3).to(dtype).transpose(2, 3))
+    gates = torch.rand(2, 2500, 3, 3)
+    got = attnforge.gated_combine(outs, gates)
+    assert got.dtype is dtype
+    want = sum(x.double() * gates[..., n, None].double() for n, x in enumerate(outs))
+    tol = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+    torch.testing.assert_close(got.double(), want, rtol=tol[dtype], atol=tol[dtype])
+    tracked = attnforge.gated_combine(outs, gates.requires_grad_())
+    assert tracked.requires_grad
+    assert same_bits(got, tracked.detach())
+
+
+def test_gradients_of_mixing() -> None:
+    outs = [torch.randn(2, 5, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    gates = torch.rand(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(gates: Tensor, *outs: Tensor) -> Tensor:
+        return attnforge.gated_combine(outs, gates)
+
+    assert torch.autograd.gradcheck(call, (gates, *outs))
+    assert torch.autograd.gradgradcheck(call, (gates, *outs))
+
+
+def chosen_together(
+    q: Tensor, k: Tensor, v: Tensor, sizes: tuple[int, int, int], tokens: int, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, LSE and lists of ``nsa_attend``."""
+    c = compressed.compressed_problem("test", q, k, v, sizes, tokens, None, None, None)
+    found: tuple[Tensor, Tensor, Tensor] = _nsa_ops.nsa_attend(
+        c.q, c.k, c.v, *nsa._rest(c, (n, 1, 2), "cpu")
+    )
+    return found
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "heads", "dim"),
+    [(300, 300, (4, 2), 16), (70, 70, (100, 1), 8), (1300, 64, (16, 1), 64), (9, 9, (3, 1), 24)],
+)
+def test_branch_and_choice_together(
+    level: Target,
+    sizes: tuple[int, int, int],
+    tokens: int,
+    rows: int,
+    heads: tuple[int, int],
+    dim: int,
+) -> None:
+    q, k, v = make(tokens, rows, sizes, heads, dim)
+    want = truth(q, k, v, sizes, tokens)
+    out, lse, ids = chosen_together(q, k, v, sizes, tokens, 4)
+    torch.testing.assert_close(out.double(), want[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-5, atol=1e-5)
+    check_lists(ids, want[2], torch.arange(rows) + tokens - rows, sizes[2], 4, 1e-4)
+
+
+def test_together_hidden_windows_do_not_leak(level: Target) -> None:
+    """NaN and infinities in windows that a query does not see; several blocks of windows."""
+    sizes = (8, 4, 16)
+    q, k, v = make(1500, 1500, sizes, (4, 2), 16)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[:, 300:] = math.nan  # windows 300.. end at token 1207 or later
+    bad_v[:, 300:310], bad_v[:, 310:] = math.inf, math.nan
+    clean = chosen_together(q, k, v, sizes, 1500, 6)
+    other = chosen_together(q, bad_k, bad_v, sizes, 1500, 6)
+    assert same_bits(clean[0][:, :1207], other[0][:, :1207])
+    assert same_bits(clean[1][:, :, :1207], other[1][:, :, :1207])
+    assert torch.equal(clean[2][:, :, :1207], other[2][:, :, :1207])
+    assert other[0][:, 1210:].isnan().any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_together_threads_and_neighbours_do_not_matter(threads: int) -> None:
+    sizes = (8, 4, 16)
+    q, k, v = make(1500, 1500, sizes, (4, 2), 16)
+    want = chosen_together(q, k, v, sizes, 1500, 6)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = chosen_together(q[1:], k[1:], v[1:], sizes, 1500, 6)
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(got, want, strict=True):
+        assert same_bits(x, y[1:])
+
+
+def test_whole_method_is_the_same_with_and_without_gradients() -> None:
+    """Packed sequences too: without a gradient one kernel attends and chooses."""
+    lengths = (150, 0, 70, 1)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    g = torch.Generator().manual_seed(0)
+    q, gates = (torch.randn(221, 4, n, generator=g) for n in (16, 3))
+    k, v = torch.randn(2, 221, 2, 16, generator=g)
+    options: dict[str, Any] = {**names((8, 4, 16)), "top_n": 4, "window": 9}
+    for packed in (True, False):
+        own: Any = (q, k, v, gates) if packed else tuple(x[None] for x in (q, k, v, gates))
+        more = {"cu_seqlens": cu} if packed else {}
+        results = []
+        for tracked in (False, True):
+            q1 = own[0].clone().requires_grad_(tracked)
+            results.append(attnforge.nsa_attention(
+                q1, None, None, own[1], own[2], None, None, own[3], return_selection=True,
+                **options, **more,
+            ))  # fmt: skip
+        torch.testing.assert_close(results[0][0], results[1][0].detach(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(results[0][1].indices, results[1][1].indices)

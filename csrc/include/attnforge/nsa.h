@@ -26,4 +26,21 @@ struct NsaSelectParams {
   void* workspace = nullptr;
 };
 
+// Attention to the compressed keys and the choice that follows from it: `select` with its lse as
+// an output, and v_head_dim in use.
+struct NsaAttendParams {
+  NsaSelectParams select;
+  TensorRef v, out;
+};
+
+// Branches of one layout mixed by gates, see cpu/nsa/combine.cpp.
+struct CombineParams {
+  static constexpr int64_t kMost = 8;
+  DType dtype = DType::kFloat32;
+  const void* x[kMost] = {};     // [rows, dim]
+  const float* gates = nullptr;  // [rows, branches]
+  void* out = nullptr;
+  int64_t branches = 0, rows = 0, dim = 0;
+};
+
 }  // namespace attnforge

@@ -22,12 +22,13 @@ from attnforge.ops.block_sparse import block_sparse_attention
 from attnforge.ops.block_sparse_decode import block_sparse_decode
 from attnforge.ops.compressed import CompressedProblem, compressed_problem
 from attnforge.ops.flash import _choice, flash_attention, flash_attention_varlen
+from attnforge.ops.gating import gated_combine
 from attnforge.ops.pooling import pool_blocks
 from attnforge.ops.selection import BlockSelection
 from attnforge.registry.explain import explained_by
 from attnforge.registry.spec import Request
 
-__all__ = ["gated_combine", "nsa_attention", "nsa_select"]
+__all__ = ["nsa_attention", "nsa_select"]
 
 _SELECT = "nsa_select"
 _NSA = "nsa_attention"
@@ -47,17 +48,39 @@ def _check_counts(op: str, top_n: int, init_blocks: int, local_blocks: int) -> N
         )
 
 
+def _rest(c: CompressedProblem, counts: tuple[int, int, int], choice: str | None) -> Any:
+    """Arguments of the operators behind their tensors."""
+    blocks = max(1, -(-c.tokens // c.sizes[2]))
+    return (c.positions, *c.p[:3], *c.p[5:8], *c.sizes, blocks, *counts, choice)
+
+
 def _choose(
     c: CompressedProblem, lse: Tensor, counts: tuple[int, int, int], choice: str | None
 ) -> BlockSelection:
-    slc_block = c.sizes[2]
-    blocks = max(1, -(-c.tokens // slc_block))
-    p = c.p
-    indices = _nsa_ops.nsa_select(
-        c.q.detach(), c.k.detach(), lse.detach(), c.positions, *p[:3], *p[5:8], *c.sizes, blocks,
-        *counts, choice,
-    )  # fmt: skip
-    return BlockSelection(indices, 1, slc_block)
+    q, k = c.q.detach(), c.k.detach()
+    indices = _nsa_ops.nsa_select(q, k, lse.detach(), *_rest(c, counts, choice))
+    return BlockSelection(indices, 1, c.sizes[2])
+
+
+# With fewer rows the flash kernels share out the keys, of decodes.
+_MANY_ROWS = 64
+
+
+def _takes_attend(q: Tensor, k: Tensor, v: Tensor, p: FlashParams, choice: str | None) -> bool:
+    """Whether one kernel computes branch and choice: there is one, many rows and no gradient."""
+    apart = q.shape[-3] < _MANY_ROWS or torch.compiler.is_compiling() or needs_grad(q, k, v, None)
+    return not apart and _nsa_ops.serves_attend(q, v, p, choice)
+
+
+def _compressed_branch(
+    c: CompressedProblem, counts: tuple[int, int, int], choice: str | None
+) -> tuple[Tensor, BlockSelection]:
+    """Output of the compressed branch and the choice by it, of one kernel where there is one."""
+    if not _takes_attend(c.q, c.k, c.v, c.p._replace(mods=()), choice):
+        out, lse = attend(c.q, c.k, c.v, c.p, choice)
+        return out, _choose(c, lse, counts, choice)
+    out, _, indices = _nsa_ops.nsa_attend(c.q, c.k, c.v, *_rest(c, counts, choice))
+    return out, BlockSelection(indices, 1, c.sizes[2])
 
 
 def _select_requests(
@@ -112,48 +135,6 @@ def nsa_select(
     return _choose(c, lse.to(_flash_ops._stat_dtype(c.q.dtype)), counts, _choice(_SELECT, backend))
 
 
-def gated_combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
-    """sum_n gates[..., n] * outs[n]: branches mixed by gates that need not sum to 1.
-
-    outs: n tensors [.., H, Dv] of one shape. gates [.., H, n]: weights of each token and head, as
-    they are (NSA: after the sigmoid). Sums are fp32 (fp64 of fp64), the result has the dtype of
-    outs. Differentiable in both: d gates[.., n] = <dO, outs[n]>. Branches are softmaxes of their
-    own, so no LSE takes part; for parts of one softmax see ``merge_states``.
-    """
-    op = "gated_combine"
-    if not outs:
-        fail(op, "outs is empty; want at least one tensor")
-    tensor(op, "gates", gates)
-    first = outs[0]
-    for n, x in enumerate(outs):
-        tensor(op, f"outs[{n}]", x)
-        if x.shape != first.shape or x.dtype is not first.dtype:
-            fail(op, f"outs[{n}] is {x.dtype} {_shape(x)}; want {first.dtype} {_shape(first)}")
-    want = (*first.shape[:-1], len(outs))
-    if tuple(gates.shape) != want:
-        fail(op, f"gates has shape {_shape(gates)}; want {want}: one weight per branch")
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (*outs, gates))
-    if first.dim() != 4 or first.device.type != "cpu" or tracked or torch.compiler.is_compiling():
-        return _combined(outs, gates)
-    # A few tokens at a time: what lies between their sums and the result stays in the caches.
-    rows = max(1, _COMBINED // max(1, first.shape[0] * first.shape[2] * first.shape[3]))
-    parts = zip(*(torch.split(x, rows, 1) for x in (*outs, gates)), strict=True)
-    return torch.cat([_combined(part[:-1], part[-1]) for part in parts], 1)
-
-
-_COMBINED = 1 << 18  # elements, 1 MiB of fp32
-
-
-def _combined(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
-    acc = torch.float64 if outs[0].dtype is torch.float64 else torch.float32
-    total: Tensor | None = None
-    for x, gate in zip(outs, gates.to(acc).unbind(-1), strict=True):
-        weight = gate.unsqueeze(-1)
-        total = x.to(acc) * weight if total is None else torch.addcmul(total, x.to(acc), weight)
-    assert total is not None
-    return total.to(outs[0].dtype)
-
-
 def _window_branch(
     q: Tensor, k: Tensor, v: Tensor, window: int, used: Tensor | None, cu: Any, **options: Any
 ) -> Tensor:
@@ -189,8 +170,10 @@ def _nsa_requests(
     if len(names) == 1:
         dims = (q.shape[-1], v_slc.shape[-1], q.shape[-2] // k_slc.shape[-2])
         found.append(_paged_ops.request("paged_fwd", (q.device, q.dtype, dims, ())))
-    meta = _nsa_ops.metadata(q, k_slc, p._replace(window_right=-1))
-    return [*found, _nsa_ops.request("nsa_select", meta)]
+    p = p._replace(window_right=-1)
+    if _takes_attend(q, k_slc, v_slc, p, None):
+        found.append(_nsa_ops.request("nsa_attend", _nsa_ops.metadata(q, v_slc, p)))
+    return [*found, _nsa_ops.request("nsa_select", _nsa_ops.metadata(q, k_slc, p))]
 
 
 @explained_by(_nsa_requests)
@@ -263,8 +246,7 @@ def nsa_attention(
         _NSA, q, k_cmp, v_cmp, sizes, tokens, cu_seqlens, cu_seqlens_k, softmax_scale
     )
     choice = _choice(_NSA, backend)
-    o_cmp, lse = attend(c.q, c.k, c.v, c.p, choice)
-    selection = _choose(c, lse, (top_n, init_blocks, local_blocks), choice)
+    o_cmp, selection = _compressed_branch(c, (top_n, init_blocks, local_blocks), choice)
     options: dict[str, Any] = {"softmax_scale": softmax_scale, "backend": backend}
     if _decodes(q, k_slc, v_slc, cu_seqlens):
         o_slc = block_sparse_decode(

@@ -9,7 +9,7 @@ counted in strides d (Yuan et al., 2025, equations 9 and 10). Rows go in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from attnforge._params import NsaSelectParams
 from attnforge.reference import flash
 
-__all__ = ["chosen", "importance", "overlap", "select"]
+__all__ = ["chosen", "combine", "importance", "overlap", "select"]
 
 _CHUNK = 1 << 22  # scores held at once
 
@@ -96,3 +96,14 @@ def select(
             out[batch, :, rows, :slots] = ids
         else:
             out[:, rows, :slots] = ids[0]
+
+
+def combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """sum_n gates[..., n] * outs[n], differentiable."""
+    acc = flash._accumulator(outs[0].dtype)
+    total: Tensor | None = None
+    for x, gate in zip(outs, gates.to(acc).unbind(-1), strict=True):
+        part = x.to(acc) * gate.unsqueeze(-1)
+        total = part if total is None else total + part
+    assert total is not None
+    return total.to(outs[0].dtype)

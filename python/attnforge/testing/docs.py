@@ -87,10 +87,11 @@ _OF_THE_MATRIX = frozenset({"varlen", "sinks", *_MODS.values()})
 # merge_states combines outputs: masks and biases have no meaning there. A decode is never packed.
 _NOT_ASKED = {
     "merge_states": frozenset(_FEATURES.values()),
+    "nsa_combine": frozenset(_FEATURES.values()),
     "block_sparse_fwd": frozenset(_MODS.values()) | _PAGED,
     "block_sparse_bwd": frozenset(_MODS.values()) | _PAGED,
     **dict.fromkeys(
-        ("nsa_importance", "nsa_select"),
+        ("nsa_attend", "nsa_importance", "nsa_select"),
         frozenset(_FEATURES.values()) - {"varlen", "seqused_k"},
     ),
     "flash_fwd": _PAGED,

@@ -28,6 +28,12 @@ def select(
         reference.select(q, k, lse, positions, p, out)
 
 
+def combine(outs: list[Tensor], gates: Tensor, out: Tensor) -> None:
+    """Launcher of ``nsa_combine``."""
+    with _plain(out):
+        out.copy_(reference.combine(outs, gates))
+
+
 def _spec(kind: str, notes: str) -> KernelSpec:
     return KernelSpec(
         id=f"reference.nsa.{kind}",
@@ -43,4 +49,5 @@ def _spec(kind: str, notes: str) -> KernelSpec:
 SPECS = (
     _spec("importance", "plain PyTorch, rows in chunks; float64-capable"),
     _spec("select", "plain PyTorch, a stable sort"),
+    _spec("combine", "plain PyTorch"),
 )
