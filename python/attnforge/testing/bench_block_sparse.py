@@ -1,8 +1,11 @@
 """Benchmark cases of block-sparse attention and its methods, against dense attention of our own.
 
-The peer ``dense`` is our ``flash_attention(causal=True)`` with the same tensors, ``flex compiled``
-is torch's flex attention with the same lists. In the cases of selectors the peer ``method`` is the
-whole method that the selector is a part of: a ratio of 3 says that choosing takes a third.
+The peer ``dense`` is our ``flash_attention(causal=True)`` with the same tensors. Of torch's flex
+attention, compiled, there are two: ``flex compiled`` is given the lists themselves, blocks of 64
+and a causal ``mask_mod``; ``flex by mask_mod`` the same mask in the way of its documentation,
+``create_block_mask`` of a ``mask_mod`` with its own block size. In the cases of selectors the peer
+``method`` is the whole method that the selector is a part of: a ratio of 3 says that choosing takes
+a third.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from attnforge.testing.bench import QUICK_REPEATS, Case, Goal, Workload
 __all__ = ["Shape", "build", "sweep", "table"]
 
 Run = Callable[[], object]
+_FLEX = ("flex compiled", "flex by mask_mod")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Shape:
     head_dim: int = 64
     density: float = 0.1  # of "blocks": listed share of the causal pairs
     backward: bool = False
-    flex: bool = False  # a compiled flex_attention of the same lists among the peers of "blocks"
+    flex: bool = False  # compiled flex_attention of the same mask among the peers of "blocks"
     dtype: torch.dtype = torch.float32
 
     @property
@@ -69,19 +73,31 @@ def random_blocks(shape: Shape) -> BlockSelection:
     return BlockSelection.from_mask(mask | (row == row[:, None]), q_block=64, kv_block=64)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, lists: BlockSelection) -> Run:
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+def _flex(q: Tensor, k: Tensor, v: Tensor, lists: BlockSelection) -> dict[str, Run]:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    tokens = q.shape[1]
+    mask = lists.to_mask(tokens // 64)
 
     def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return j <= i
 
-    mask = lists.to_mask(q.shape[1] // 64)
+    def listed(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask[0, h, i // 64, j // 64] & (j <= i)
+
     counts = mask.sum(-1, dtype=torch.int32)
     order = (~mask).to(torch.int32).argsort(dim=-1, stable=True).to(torch.int32)
-    block_mask = BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=64, mask_mod=causal)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    masks = (
+        BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=64, mask_mod=causal),
+        create_block_mask(listed, 1, q.shape[2], tokens, tokens, q.device),
+    )
     qt, kt, vt = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    return lambda: compiled(qt, kt, vt, block_mask=block_mask)
+
+    def of(block_mask: BlockMask) -> Run:
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return lambda: compiled(qt, kt, vt, block_mask=block_mask)
+
+    return dict(zip(_FLEX, map(of, masks), strict=True))
 
 
 def _trained(call: Callable[..., Tensor], tensors: list[Tensor]) -> Run:
@@ -113,7 +129,7 @@ def build(shape: Shape, backend: str | None = None) -> Workload:
             return out
 
         if shape.flex:
-            peers["flex compiled"] = _flex(q, k, v, lists)
+            peers.update(_flex(q, k, v, lists))
     elif shape.method.startswith("moba"):
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -201,7 +217,7 @@ def table(quick: bool = False) -> list[Case]:
     n = 3 if quick else 5
     nsa: dict[str, Any] = {"heads": 16, "kv_heads": 1}
     third = {"method": Goal(1 / 0.35, 5)}
-    blocks = {"dense": Goal(7, 9), "flex compiled": Goal(8, 10)}
+    blocks = {"dense": Goal(7, 9), **dict.fromkeys(_FLEX, Goal(8, 10))}
     return [
         _case(Shape("blocks", 8192, flex=True), blocks, n),
         _case(Shape("blocks", 8192, flex=True, dtype=torch.bfloat16), blocks, n),
