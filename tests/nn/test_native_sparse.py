@@ -31,6 +31,16 @@ def test_compression_sees_places() -> None:
     close(compress(x[0], starts), got[0])
 
 
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_compressed_keys_differ_from_the_start(expansion: int) -> None:
+    """Of tokens that vary by 1 windows do, too: nothing common drowns what tells them apart."""
+    torch.manual_seed(0)
+    compress = anf.native_sparse.BlockCompression(32, 8, 4, expansion)
+    keys = compress(torch.randn(4, 260, 1, 32)).detach().flatten(0, 2)
+    assert 0.7 < float(keys.std(0).mean()) < 1.4
+    assert float(keys.mean(0).abs().mean()) < 0.5 * float(keys.std(0).mean())
+
+
 def test_compression_by_means() -> None:
     """The layer's compressed keys are those that the function makes where it gets none."""
     net = layer(compression="mean", share_kv=True, rope_base=None)

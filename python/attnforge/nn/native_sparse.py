@@ -20,6 +20,7 @@ from attnforge.ops.pooling import pooled_lengths
 __all__ = ["BlockCompression", "MeanCompression", "NSACache", "NativeSparseAttention"]
 
 _OP = "nn.NativeSparseAttention"
+_GELU_GAIN = 1.7  # gelu(x) of a standard normal x has a standard deviation of 1 / 1.7
 
 
 def _windows(x: Tensor, block: int, stride: int, starts: Tensor | None) -> Tensor:
@@ -53,15 +54,20 @@ class BlockCompression(nn.Module):
     """Learned compression of windows of tokens: an MLP over their channels and places.
 
     y_i = W_2 gelu(W_1 [x_id + e_0, ..., x_{id+l-1} + e_{l-1}]), one for all heads
+
+    W_1 and W_2 begin such that windows vary as their tokens do: with torch's own initialization
+    compressed keys are alike at first, and a branch that cannot tell windows apart may stay idle.
     """
 
     def __init__(self, dim: int, block: int, stride: int, expansion: int = 1) -> None:
         super().__init__()
         self.block, self.stride = block, stride
         self.position = nn.Parameter(torch.randn(block, dim) * 0.02)
-        self.mlp = nn.Sequential(
-            nn.Linear(block * dim, expansion * dim), nn.GELU(), nn.Linear(expansion * dim, dim)
-        )
+        mixed, out = nn.Linear(block * dim, expansion * dim), nn.Linear(expansion * dim, dim)
+        for layer, gain in ((mixed, 1.0), (out, _GELU_GAIN)):
+            nn.init.normal_(layer.weight, std=gain * layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(mixed, nn.GELU(), out)
 
     def forward(self, x: Tensor, starts: Tensor | None = None) -> Tensor:
         """x [B, T, H, D] -> [B, N, H, D]; starts [N]: first tokens of the windows, of packed x
