@@ -96,7 +96,7 @@ def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def train(kind: str, steps: int, seed: int = 0) -> dict[str, object]:
     torch.manual_seed(seed)
     model = Finder(kind)
-    known, held = (torch.Generator().manual_seed(s) for s in (seed + 1, 1000))
+    known, held = (torch.Generator().manual_seed(s) for s in (seed + 1, 2000))
     tests = [batch(held) for _ in range(TESTS)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps + 1)
