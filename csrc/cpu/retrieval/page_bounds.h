@@ -21,18 +21,15 @@ struct Pages {
   const E *low[N], *high[N];
 };
 
-// The formula itself, for a scaled row.
+// The formula itself, for a scaled row with zeros behind it.
 template <class E>
 [[gnu::noinline]] static float bound_page(const float* q, const E* low, const E* high,
                                           int64_t dim) {
   VecF sum{};
   for (int64_t d = 0; d < dim; d += kLanes) {
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < min64(kLanes, dim - d); ++i) {
-      const float a = q[d + i] * to_float(low[d + i]), b = q[d + i] * to_float(high[d + i]);
-      lanes[i] = a > b ? a : b;
-    }
-    sum += load(lanes);
+    const VecF x = load(q + d);
+    const VecF a = x * load_partial(low + d, dim - d), b = x * load_partial(high + d, dim - d);
+    sum += a > b ? a : b;
   }
   return reduce_add(sum);
 }

@@ -84,9 +84,6 @@ AF_INLINE VecF widen_nibbles(VecU bytes) {
 #endif
 }
 
-AF_INLINE float to_float(Int8 x) {
-  return static_cast<float>(x.value);
-}
 AF_INLINE VecF load(const Int8* p) {
   return __builtin_convertvector(widen_signed(load_raw<Bytes>(p)), VecF);
 }
