@@ -28,6 +28,7 @@ CASES = [
     *(replace(CASE, lists="kv", bias=False, entries=n) for n in (1, 31, 33, 64, 65)),
     *(replace(CASE, lists=lists, heads_q=10, rows=5) for lists in ("kv", "query")),
     replace(CASE, page_size=16, used=(170, 41)),
+    replace(CASE, page_size=16, layout="HND", heads_q=16, heads_k=8, head_dim=128),
     replace(CASE, batch=1, keys=1200, entries=1100, lists="kv", bias=False),
 ]
 
@@ -59,6 +60,14 @@ def test_bf16_is_served_by_tiles_and_the_rest_by_the_level_below(level: str, nee
         case = replace(CASE, dtype=dtype)
         same = same_bits(on(level, case)["out"], on(BELOW[level], case)["out"])
         assert same == (dtype is not BF16)
+
+
+@pytest.mark.parametrize("level", BELOW)
+def test_rows_far_apart_are_those_of_the_level_below(level: str, need: Need) -> None:
+    need(level, BELOW[level])
+    for heads, same in ((4, False), (5, True)):  # 1,024 and 1,280 bytes
+        case = replace(CASE, heads_q=heads, heads_k=heads, head_dim=128)
+        assert same_bits(on(level, case)["out"], on(BELOW[level], case)["out"]) == same
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])

@@ -6,7 +6,7 @@
 //   O += P V       V is B: two rows side by side, even columns in one tile and odd ones in the
 //   next,
 //                  which is the pair order that decode sums in
-//   prefetch       of the next chunk's rows, one for one with those that are copied
+//   prefetch       of the next chunk's rows between those that are copied, by rounds (flash/keys.h)
 //
 // P is rounded to bf16, sums are of P before rounding.
 #pragma once
@@ -41,16 +41,21 @@ AF_INLINE ListTiles take_list_tiles(Arena& a, int64_t dim, int64_t v_dim) {
   return w;
 }
 
-// row(j): of n keys; next(j): the rows that come after them, `coming` of them.
-template <class Row, class Next>
-AF_INLINE void copy_keys(const ListTiles& w, int64_t n, int64_t dim, int64_t coming, const Row& row,
-                         const Next& next) {
+// Between this many keys prefetches have their turn.
+constexpr int64_t kTurn = 8;
+
+// row(j): of n keys. What *walk has left is walked meanwhile.
+template <class Row>
+AF_INLINE void copy_keys(const ListTiles& w, int64_t n, int64_t dim, RowsAhead<BFloat16>& walk,
+                         const Row& row) {
+  const int64_t share = share_of(&walk, n / kTurn);
   for (int64_t j = 0; j < n; ++j) {
-    if (j < coming) prefetch_row(next(j), dim);
+    if (j % kTurn == 0) ask_for(walk, share);
     const BFloat16* src = row(j);
     for (int64_t d = 0; d < dim; d += kTileDepth)
       store_raw(w.rows + j * w.depth + d, load_pairs(src + d, dim - d));
   }
+  ask_for(walk, walk.left);
 }
 
 // Two rows of up to 32 columns as a row of each of two tiles.
@@ -70,11 +75,12 @@ AF_INLINE void put_side_by_side(const BFloat16* first, const BFloat16* second, i
 }
 
 // The same for V; `keys`: n rounded up to whole tiles.
-template <class Row, class Next>
-AF_INLINE void pair_values(const ListTiles& w, int64_t n, int64_t keys, int64_t dim, int64_t coming,
-                           const Row& row, const Next& next) {
+template <class Row>
+AF_INLINE void pair_values(const ListTiles& w, int64_t n, int64_t keys, int64_t dim,
+                           RowsAhead<BFloat16>& walk, const Row& row) {
+  const int64_t share = share_of(&walk, keys / kTurn);
   for (int64_t j = 0; j < keys; j += 2) {
-    for (int64_t i = j; i < min64(j + 2, coming); ++i) prefetch_row(next(i), dim);
+    if (j % kTurn == 0) ask_for(walk, share);
     const BFloat16* first = j < n ? row(j) : nullptr;
     BFloat16* to = w.rows + j / kTileDepth * 2 * kTileSize + j % kTileDepth * kTileRows;
     for (int64_t d = 0; d < dim; d += kTileDepth, to += keys * kNR) {
@@ -85,6 +91,7 @@ AF_INLINE void pair_values(const ListTiles& w, int64_t n, int64_t keys, int64_t 
       }
     }
   }
+  ask_for(walk, walk.left);
 }
 
 // S of `rows` rows from S^T of whole tiles of keys; what is past n is not seen.
@@ -140,7 +147,7 @@ AF_INLINE void run_entries_on_tiles(const IndexedFwdParams& params, const Layout
   const Rows<BFloat16> kv{params};
   const float scale = score_map(p).q_scale;
   const bool biased = y.united || params.lists.log_bias;
-  PageKeys<BFloat16> keys = kv.keys(batch, head), coming = keys;
+  PageKeys<BFloat16> keys = kv.keys(batch, head);
   auto q_row = [&](int64_t r) {
     return row_ptr<const BFloat16>(params.flash.q, batch, seq.q_row + (row0 + r) % p.seqlen_q,
                                    head * y.group + (row0 + r) / p.seqlen_q);
@@ -156,19 +163,18 @@ AF_INLINE void run_entries_on_tiles(const IndexedFwdParams& params, const Layout
     const int64_t whole = round_up(n, kTileDepth);
     kv.locate(batch, g.keys + e + n, next, k_at[here ^ 1], v_at[here ^ 1]);
     keys.k_at = k_at[here], keys.v_at = v_at[here];
-    coming.k_at = k_at[here ^ 1], coming.v_at = v_at[here ^ 1];
-    copy_keys(
-        w, n, p.head_dim, next, [&](int64_t j) { return keys.k_row(j); },
-        [&](int64_t j) { return coming.k_row(j); });
+    Ahead<BFloat16> ahead = {{keys.k, k_at[here ^ 1], kv.k_stride(), 0, p.head_dim, 1},
+                             {keys.v, v_at[here ^ 1], kv.v_stride(), 0, p.v_head_dim, 1}};
+    ahead.begin(next);
+    if (next > 0) ahead.allow(0, 1);
+    copy_keys(w, n, p.head_dim, ahead.k, [&](int64_t j) { return keys.k_row(j); });
     tile_gemm(n, 1, w.depth, w.rows, w.depth, w.q, 0, w.turned, kTileRows, false);
     if (biased)
       bias_turned(y, p.seqlen_q, row0, rows, g.bias + e * (y.united ? y.group : 1), n, scale,
                   w.turned);
     turn_scores(w, rows, n, whole);
     weigh_listed(w, rows, whole, biased ? 1.0f : scale, part.m + row0, part.l + row0);
-    pair_values(
-        w, n, whole, p.v_head_dim, next, [&](int64_t j) { return keys.v_row(j); },
-        [&](int64_t j) { return coming.v_row(j); });
+    pair_values(w, n, whole, p.v_head_dim, ahead.v, [&](int64_t j) { return keys.v_row(j); });
     tile_gemm(rows, vectors_of(p.v_head_dim), whole, weights_of(w, 0), 2 * kTileLds, w.rows,
               whole * kNR, w.o, w.ldo, true);
   }
