@@ -201,7 +201,7 @@ PLACES = {
     "retrieval.indexed_fwd": ("indexed_fwd", 4),
     "retrieval.indexed_bwd": ("indexed_bwd", 4),
     "retrieval.key_scores": ("key_scores", 6),
-    "retrieval.page_scores": ("page_scores", 7),
+    "retrieval.page_scores": ("page_scores", 8),
     "retrieval.lsh_retrieve": ("lsh_retrieve", 14),
     "scan.diag_scan_fwd": ("diag_scan_fwd", 4),
     "scan.diag_scan_bwd": ("diag_scan_bwd", 6),

@@ -90,7 +90,7 @@ def _scores(
         operands = [x.flatten(0, 1) for x in operands]
         table = torch.randperm(2 * _KEYS, generator=g).view(2, -1).int().to(q.device)
     size = torch.randint(0, 4, (2, _HEADS_KV, _KEYS), generator=g).int().to(q.device)
-    calls = [(table, _used(q), *([None] if of_keys else []))]
+    calls = [(table, _used(q), None) if of_keys else (None, table, _used(q))]
     if of_keys and not group:
         calls.append((None, None, size))
     results = []
