@@ -12,9 +12,24 @@ from torch.autograd.function import Function
 
 from attnforge.ops import _nsa_ops
 from attnforge.ops._checks import _shape, fail, tensor
-from attnforge.reference.nsa import combine
 
 __all__ = ["gated_combine"]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _weights(gates: Tensor, acc: torch.dtype) -> tuple[Tensor, ...]:
+    """Of each branch, [.., H, 1]."""
+    return gates.to(acc).unsqueeze(-2).unbind(-1)
+
+
+def _plain(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
+    """The sum in PyTorch, for what traces or differentiates forwards."""
+    acc = _accumulator(outs[0].dtype)
+    parts = [x.to(acc) * w for x, w in zip(outs, _weights(gates, acc), strict=True)]
+    return sum(parts[1:], parts[0]).to(outs[0].dtype)
 
 
 class _Combine(Function):  # type: ignore[misc, unused-ignore]
@@ -35,13 +50,13 @@ class _Combine(Function):  # type: ignore[misc, unused-ignore]
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         gates, *outs = ctx.saved_tensors
-        acc = torch.float64 if dout.dtype is torch.float64 else torch.float32
+        acc = _accumulator(dout.dtype)
         wide = dout.to(acc)
         need = ctx.needs_input_grad
         d_gates = None
         if need[0]:
             d_gates = torch.stack([(wide * x.to(acc)).sum(-1) for x in outs], -1).to(gates.dtype)
-        weights = gates.to(acc).unsqueeze(-2).unbind(-1)
+        weights = _weights(gates, acc)
         d_outs = [
             (wide * w).to(dout.dtype) if wanted else None
             for w, wanted in zip(weights, need[1:], strict=True)
@@ -70,6 +85,6 @@ def gated_combine(outs: Sequence[Tensor], gates: Tensor) -> Tensor:
     if tuple(gates.shape) != want:
         fail(op, f"gates has shape {_shape(gates)}; want {want}: one weight per branch")
     if forward_ad._current_level >= 0 or torch.compiler.is_compiling():
-        return combine(outs, gates)
+        return _plain(outs, gates)
     result: Tensor = _Combine.apply(gates, *outs)  # type: ignore[no-untyped-call]
     return result
