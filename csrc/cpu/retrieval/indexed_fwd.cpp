@@ -244,8 +244,8 @@ AF_INLINE void run_indexed(const IndexedFwdParams& params, const Workers& worker
 }
 
 #ifdef ATTNFORGE_BELOW
-// Rows that lie further apart are fetched better between the FMAs of the level below: four rows of
-// a memory page and more gain a quarter, two lose a tenth.
+// Rows that lie further apart are fetched better between the FMAs of the level below. Measured were
+// rows 256 bytes apart, 0.75 of its time, and 2 KiB apart, 1.1 to 1.5; the limit is between them.
 constexpr int64_t kNearBytes = 1024;
 
 AF_INLINE bool served_here(const IndexedFwdParams& params) {

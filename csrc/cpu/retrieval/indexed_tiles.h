@@ -1,12 +1,10 @@
 // Listed keys on matrix tiles: bf16 rows of K and V copied together, kTileKeys at a time.
 //
-//   S^T = K Q^T    K is A as it lies in memory, the rows of a unit are the 16 columns of B: copies
-//   of
-//                  rows are all that K costs. S is S^T turned by 16 x 16
-//   O += P V       V is B: two rows side by side, even columns in one tile and odd ones in the
-//   next,
-//                  which is the pair order that decode sums in
-//   prefetch       of the next chunk's rows between those that are copied, by rounds (flash/keys.h)
+//   S^T = K Q^T   K is A as it lies in memory, the rows of a unit are the 16 columns of B: K costs
+//                 copies of its rows alone. S is S^T turned by 16 x 16
+//   O += P V      V is B: two rows side by side, even columns in one tile, odd ones in the next:
+//                 the pair order that decode sums in
+//   prefetch      the next chunk's rows between those that are copied, by rounds (flash/keys.h)
 //
 // P is rounded to bf16, sums are of P before rounding.
 #pragma once
