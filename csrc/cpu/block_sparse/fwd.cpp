@@ -13,7 +13,8 @@
 //   gather     copies D channels of Q per row and block, adds Dv floats of O: 2 to 4% of the fp32
 //              products over a block of 64 keys
 //   flops      2 (D + Dv) per row and listed key
-//   bytes      Q, O once; K, V packed once per KV head, then from cache once per tile and block
+//   bytes      Q, O once; K, V packed once per KV head, then from cache once per tile and block:
+//              FMAs ask for the panel that the next product reads, and a large O is not read first
 //   order      (batch, KV head) in waves whose packed K and V stay inside kWaveBytes; heavy tiles
 //              first, those of all heads in turn, or with matrix tiles head after head
 //
@@ -21,6 +22,7 @@
 // not see never reaches the row.
 #include "cpu/block_sparse/lists.h"
 #include "cpu/flash/operands.h"
+#include "cpu/micro/stream.h"
 #include "cpu/tile_kernels.h"
 
 namespace attnforge::cpu {
@@ -43,8 +45,9 @@ constexpr int64_t kSpan = 256;  // keys of one product
 constexpr int64_t kMaxWidth = kSpan + 2 * kNR;
 constexpr int64_t kMaxSpans = 8;
 constexpr int64_t kTileBytes = 256 << 10;
-// In bf16 a head of 8192 keys and D 64: 0.92 of the time of two, for less new memory.
-constexpr int64_t kWaveBytes = Operands::kTiles ? 2 << 20 : 4 << 20;
+// In bf16 a head of 8192 keys and D 64: 0.92 of the time of two, for less new memory. In fp32 two
+// heads of them: rows of both lie side by side, and panels come from L3 as they are asked for.
+constexpr int64_t kWaveBytes = Operands::kTiles ? 2 << 20 : 8 << 20;
 constexpr int64_t kPackKeys = 256;
 static_assert(kMaxWidth <= kLds, "S has room for it");
 
@@ -222,6 +225,7 @@ AF_INLINE int64_t span_width(Interval keys) {
 struct Group {
   Span spans[kMaxSpans];
   int64_t count = 0, width = 0;
+  int64_t next = -1;  // the first key of what comes after this group, if that is known
 
   AF_INLINE_MEMBER bool fits(Interval keys) const {
     return count < kMaxSpans && width + span_width(keys) <= kMaxWidth;
@@ -295,19 +299,49 @@ AF_INLINE int64_t group_width(const Tile& tile, const Group& g, const Batch& b, 
   return kNR;
 }
 
+// Panels of a head, as what the next product reads.
+AF_INLINE LinesSoon keys_soon(const Plan& plan, const PackedHead& head, int64_t key) {
+  constexpr int64_t kSize = sizeof(Element);
+  return {reinterpret_cast<const char*>(head.k + key / kNR * kNR * plan.depth),
+          plan.depth * kNR * kSize / LinesSoon::kLine};
+}
+AF_INLINE LinesSoon values_soon(const Plan& plan, const PackedHead& head, int64_t d,
+                                const Span& span) {
+  constexpr int64_t kSize = sizeof(Element);
+  return {reinterpret_cast<const char*>(head.v + d * plan.keys + span.key0 * kNR),
+          span.width * kNR * kSize / LinesSoon::kLine};
+}
+
+// What is read after the scores of span i from column c on: its next panel, the next span, or V.
+AF_INLINE LinesSoon after_scores(const Plan& plan, const PackedHead& head, const Group& g,
+                                 int64_t i, int64_t c) {
+  if (c + kNR < g.spans[i].width) return keys_soon(plan, head, g.spans[i].key0 + c + kNR);
+  if (i + 1 < g.count) return keys_soon(plan, head, g.spans[i + 1].key0);
+  return values_soon(plan, head, 0, g.spans[0]);
+}
+// What is read after columns d .. of P V of span i.
+AF_INLINE LinesSoon after_values(const Plan& plan, const PackedHead& head, const Group& g,
+                                 int64_t i, int64_t d, int64_t v_dim) {
+  if (i + 1 < g.count) return values_soon(plan, head, d, g.spans[i + 1]);
+  if (d + kNR < v_dim) return values_soon(plan, head, d + kNR, g.spans[0]);
+  return g.next < 0 ? LinesSoon{} : keys_soon(plan, head, g.next);
+}
+
 // Scores of a span, panel by panel; those that no earlier row group sees, as below the diagonal,
 // begin with the first one that does.
 AF_INLINE void score_span(const TileRows& t, const Tile& tile, const PackedHead& head,
-                          const Span& span, const Batch& b) {
+                          const Group& g, int64_t i, const Batch& b) {
+  const Span& span = g.spans[i];
   const int64_t depth = t.plan.depth;
   int64_t row = 0;
   for (int64_t c = 0; c < span.width; c += kNR) {
     while (row < b.count && tile.keys[b.row(tile, row)].hi <= span.key0 + c) ++row;
     const int64_t first = row / Operands::kRowGroup * Operands::kRowGroup;
     if (first < b.count) {
+      LinesSoon soon = after_scores(t.plan, head, g, i, c);
       Operands::row_scores(b.count - first, 2, depth, b.q + first * Operands::row_stride(depth),
                            head.k + (span.key0 + c) * depth,
-                           tile.s + first * kLds + span.column + c);
+                           tile.s + first * kLds + span.column + c, soon);
     }
   }
 }
@@ -321,8 +355,10 @@ struct Sums {
 // P V of a span. `seen` is the least end of what rows see: where it lies in the span, each row
 // group takes keys up to the last that one of its rows sees.
 AF_INLINE void weigh_span(const TileRows& t, const Tile& tile, const PackedHead& head,
-                          const Span& span, const Batch& b, int64_t seen, const Sums& sums,
+                          const Group& g, int64_t i, const Batch& b, int64_t seen, const Sums& sums,
                           bool accumulate) {
+  const Span& span = g.spans[i];
+  LinesSoon soon = after_values(t.plan, head, g, i, sums.d, t.params.flash.problem.v_head_dim);
   // Tiles take whole panels, in which hidden keys weigh nothing.
   const int64_t lo = Operands::kTiles ? span.key0 : span.keys.lo;
   const Element* v = head.v + sums.d * t.plan.keys + lo * kNR;
@@ -335,7 +371,7 @@ AF_INLINE void weigh_span(const TileRows& t, const Tile& tile, const PackedHead&
       end = max64(end, min64(span.keys.hi, tile.keys[b.row(tile, n)].hi));
     if (end == lo) continue;
     Operands::row_values(rows, sums.vectors, tile.s + row * kLds, span.column + lo - span.key0,
-                         end - lo, v, sums.at + row * sums.ld, sums.ld, accumulate);
+                         end - lo, v, sums.at + row * sums.ld, sums.ld, accumulate, soon);
   }
 }
 
@@ -364,7 +400,7 @@ AF_INLINE void weigh_group(const TileRows& t, const Tile& tile, const PackedHead
     Sums sums = {tile.pv, kNR, d, min64(2, vectors_of(v_dim - d))};
     if (!b.gathered()) sums.at = tile.o + b.first * ldo + d, sums.ld = ldo;
     for (int64_t i = 0; i < g.count && finite; ++i)
-      weigh_span(t, tile, head, g.spans[i], b, seen, sums, !b.gathered() || i > 0);
+      weigh_span(t, tile, head, g, i, b, seen, sums, !b.gathered() || i > 0);
     for (int64_t n = 0; n < b.count && !finite; ++n) {
       if (b.gathered()) fill(tile.pv + n * kNR, 0, kNR, 0.0f);
       weigh_seen(t, tile, head, g, b, n, sums);
@@ -388,7 +424,7 @@ AF_INLINE void run_group(const TileRows& t, const Tile& tile, const ScoreMap& ma
   for (int64_t i = 0; i < g.count; ++i) {
     const Span& span = g.spans[i];
     for (int64_t c = 0; c < span.width; c += kNR) finite &= head.finite[(span.key0 + c) / kNR];
-    score_span(t, tile, head, span, b);
+    score_span(t, tile, head, g, i, b);
   }
   int64_t width = g.width;
   for (int64_t n = 0; n < b.count; ++n) {
@@ -485,7 +521,10 @@ AF_INLINE void run_list(const TileRows& t, const Tile& tile, const ScoreMap& map
     const int64_t end = min64((id + 1) * kv_block, t.seq.k_len);
     for (int64_t key = id * kv_block; key < end; key += kSpan) {
       const Interval keys = {key, min64(end, key + kSpan)};
-      if (!g.fits(keys)) flush();
+      if (!g.fits(keys)) {
+        g.next = key;
+        flush();
+      }
       g.add(keys);
     }
   }
@@ -523,15 +562,23 @@ AF_INLINE void run_tile(const TileRows& t, const TileRows& next, const Tile& til
   } else {
     run_blocks(t, tile, map, head, lists.blocks, soon);
   }
+  const bool large = !Operands::kTiles && !f.out_lo.data &&
+                     streamed<T>(f.out, p.batch * p.seqlen_q, p.heads_q, p.v_head_dim);
   for (int64_t r = 0; r < t.rows(); ++r) {
-    if (!Operands::kTiles && r + kRowsAhead < t.rows())
+    if (!large && !Operands::kTiles && r + kRowsAhead < t.rows())
       prefetch_row(out_row(r + kRowsAhead), p.v_head_dim);
     const int64_t h = t.head(r), row = t.seq.q_row + t.query(r);
     const RowEnd end = finish_softmax(tile.m[r], tile.l[r], p.sinks ? p.sinks[h] : -kInf);
     *stat_ptr(f.lse, t.seq, h, t.query(r)) = end.lse;
+    const float* o = tile.o + r * t.plan.ldo;
+    if (large) {
+      stream_row(o, end.scale, p.v_head_dim, out_row(r));
+      continue;
+    }
     T* lo = f.out_lo.data ? row_ptr<T>(f.out_lo, t.seq.batch, row, h) : nullptr;
-    store_output(tile.o + r * t.plan.ldo, end.scale, p.v_head_dim, out_row(r), lo);
+    store_output(o, end.scale, p.v_head_dim, out_row(r), lo);
   }
+  if (large) end_stream();
 }
 
 template <class T>

@@ -59,20 +59,22 @@ struct Operands {
     tile_gemm(rows, vectors, n, weights(s) + c, 2 * kLds, v, panel_stride, o, ldo, true);
   }
 
-  // The same for rows of Q that are picked one by one, row_stride elements apart.
+  // The same for rows of Q that are picked one by one, row_stride elements apart. `soon` is what
+  // the next product reads, which FMAs ask for.
   template <class T>
   AF_INLINE_MEMBER static void load_query(const T* src, int64_t dim, float, BFloat16* row) {
     for (int64_t d = 0; d < dim; d += kTileDepth) store_raw(row + d, load_pairs(src + d, dim - d));
   }
   AF_INLINE_MEMBER static int64_t row_stride(int64_t depth) { return depth; }
   AF_INLINE_MEMBER static void row_scores(int64_t rows, int64_t vectors, int64_t depth,
-                                          const BFloat16* q, const BFloat16* k, float* s) {
+                                          const BFloat16* q, const BFloat16* k, float* s,
+                                          LinesSoon&) {
     scores(rows, vectors, depth, q, k, s);
   }
   // One column panel of P V, which is added to o or takes its place.
   AF_INLINE_MEMBER static void row_values(int64_t rows, int64_t vectors, float* s, int64_t c,
                                           int64_t n, const BFloat16* v, float* o, int64_t ldo,
-                                          bool accumulate) {
+                                          bool accumulate, LinesSoon&) {
     tile_gemm(rows, vectors, n, weights(s) + c, 2 * kLds, v, 0, o, ldo, accumulate);
   }
 
@@ -169,13 +171,14 @@ struct Operands {
   }
   AF_INLINE_MEMBER static int64_t row_stride(int64_t) { return kLds; }
   AF_INLINE_MEMBER static void row_scores(int64_t rows, int64_t vectors, int64_t depth,
-                                          const float* q, const float* k, float* s) {
-    gemm<kLds, 1>(rows, vectors, depth, q, kLds, k, depth * kNR, s, kLds, false);
+                                          const float* q, const float* k, float* s,
+                                          LinesSoon& soon) {
+    gemm<kLds, 1>(rows, vectors, depth, q, kLds, k, depth * kNR, s, kLds, false, soon);
   }
   AF_INLINE_MEMBER static void row_values(int64_t rows, int64_t vectors, const float* s, int64_t c,
                                           int64_t n, const float* v, float* o, int64_t ldo,
-                                          bool accumulate) {
-    gemm<kLds, 1>(rows, vectors, n, s + c, kLds, v, 0, o, ldo, accumulate);
+                                          bool accumulate, LinesSoon& soon) {
+    gemm<kLds, 1>(rows, vectors, n, s + c, kLds, v, 0, o, ldo, accumulate, soon);
   }
 
   template <class Seen>

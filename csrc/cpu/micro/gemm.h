@@ -31,9 +31,25 @@ constexpr int kNR = 2 * kLanes;
 
 #define AF_ROWS(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 
-template <int MR, int NV, int ARow, int AK, int BK = kNR>
+// Memory that a later product reads, asked for a line per step of this one: a burst of as many
+// requests would fill the core's buffers for misses, and the next loads would wait for them.
+struct LinesSoon {
+  const char* at;
+  int64_t left;
+
+  // The first of n lines to ask for; lines that are here already where none are left.
+  AF_INLINE_MEMBER const char* take(int64_t n, const float* here) {
+    const char* line = left > 0 ? at : reinterpret_cast<const char*>(here);
+    at += n * kLine;
+    left -= n;
+    return line;
+  }
+  static constexpr int64_t kLine = 64;
+};
+
+template <int MR, int NV, int ARow, int AK, int BK = kNR, bool kAsks = false>
 [[gnu::noinline]] static void gemm_tile(int64_t depth, const float* a, const float* b, float* c,
-                                        int64_t ldc, bool accumulate) {
+                                        int64_t ldc, bool accumulate, const char* line = nullptr) {
   static_assert(MR <= 12 && (NV == 1 || NV == 2));
 #define AF_DECLARE(r) VecF x##r{}, y##r{};
   AF_ROWS(AF_DECLARE)
@@ -58,6 +74,10 @@ template <int MR, int NV, int ARow, int AK, int BK = kNR>
   }
     AF_ROWS(AF_STEP)
 #undef AF_STEP
+    if constexpr (kAsks) {
+      __builtin_prefetch(line);
+      line += LinesSoon::kLine;
+    }
     a += AK;
     b += BK;
   } while (--depth > 0);
@@ -70,23 +90,25 @@ template <int MR, int NV, int ARow, int AK, int BK = kNR>
 #undef AF_STORE
 }
 
-template <int MR, int ARow, int AK, int BK>
+template <int MR, int ARow, int AK, int BK, class... Soon>
 AF_INLINE void gemm_rows(bool pair, int64_t depth, const float* a, const float* b, float* c,
-                         int64_t ldc, bool accumulate) {
+                         int64_t ldc, bool accumulate, Soon&... soon) {
+  constexpr bool kAsks = sizeof...(soon) > 0;
   if (pair) {
-    gemm_tile<MR, 2, ARow, AK, BK>(depth, a, b, c, ldc, accumulate);
+    gemm_tile<MR, 2, ARow, AK, BK, kAsks>(depth, a, b, c, ldc, accumulate, soon.take(depth, b)...);
   } else {
-    gemm_tile<MR, 1, ARow, AK, BK>(depth, a, b, c, ldc, accumulate);
+    gemm_tile<MR, 1, ARow, AK, BK, kAsks>(depth, a, b, c, ldc, accumulate, soon.take(depth, b)...);
   }
 }
 
 // Rows are computed in steps of kMR; what is left in one step of kFewMR, kTailMR or kMR, for which
 // A and C must have room. `vectors` is the number of column vectors wanted. a_row_stride: distance
-// of consecutive rows that start a kMR group (depth for packed groups).
-template <int ARow, int AK, int BK = kNR>
+// of consecutive rows that start a kMR group (depth for packed groups). `soon`: nothing, or the
+// LinesSoon of what is read next.
+template <int ARow, int AK, int BK = kNR, class... Soon>
 AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a,
                     int64_t a_row_stride, const float* b, int64_t panel_stride, float* c,
-                    int64_t ldc, bool accumulate) {
+                    int64_t ldc, bool accumulate, Soon&... soon) {
   for (int64_t v = 0; v < vectors; v += 2, b += panel_stride, c += kNR) {
     const bool pair = v + 1 < vectors;
     for (int64_t row = 0; row < rows; row += kMR) {
@@ -94,11 +116,11 @@ AF_INLINE void gemm(int64_t rows, int64_t vectors, int64_t depth, const float* a
       const float* rows_a = a + row * a_row_stride;
       float* rows_c = c + row * ldc;
       if (left > kTailMR) {
-        gemm_rows<kMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
+        gemm_rows<kMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate, soon...);
       } else if (left > kFewMR) {
-        gemm_rows<kTailMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
+        gemm_rows<kTailMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate, soon...);
       } else {
-        gemm_rows<kFewMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate);
+        gemm_rows<kFewMR, ARow, AK, BK>(pair, depth, rows_a, b, rows_c, ldc, accumulate, soon...);
       }
     }
   }

@@ -86,6 +86,11 @@ AF_INLINE VecF with_sign_of(VecF x, VecF size) {
   return x > splat(0.0f) ? size : x < splat(0.0f) ? splat(0.0f) - size : size * x;
 }
 
+// A maximum stays in force while scores are less than this above it, in the base-2 domain: weights
+// are then up to 256 instead of 1, and few rows of few blocks have anything to rescale. (A branch
+// that one row in three takes costs as much as a third of the exponentials.)
+constexpr float kMaxSlack = 8.0f;
+
 // One online-softmax step of a row: s becomes 2^(s - m), m and l are updated.
 // Returns the factor for what was accumulated under the old maximum.
 // A row that has seen only -inf keeps m = -inf and gets zeros: no (-inf) - (-inf) anywhere.
@@ -93,16 +98,16 @@ AF_INLINE VecF with_sign_of(VecF x, VecF size) {
 template <bool kSigned = false>
 AF_INLINE float softmax_row(float* s, int64_t n, float& m, float& l) {
   auto size = [](VecF x) __attribute__((always_inline)) { return kSigned ? size_of(x) : x; };
-  VecF max0 = splat(m), max1 = max0;
+  VecF max0 = splat(-kInf), max1 = max0;
   for (int64_t c = 0; c < n; c += kNR) {
     max0 = vmax(size(load(s + c)), max0);
     max1 = vmax(size(load(s + c + kLanes)), max1);
   }
-  float m_new = reduce_max(vmax(max0, max1));
+  const float top = reduce_max(vmax(max0, max1));
   float alpha = 1.0f;
-  if (m_new > m) {
-    alpha = m == -kInf ? 0.0f : exp2(splat(m - m_new))[0];
-    m = m_new;
+  if (top > m + kMaxSlack) {
+    alpha = m == -kInf ? 0.0f : exp2(splat(m - top))[0];
+    m = top;
   }
   VecF base = splat(m == -kInf ? 0.0f : m);
   VecF sum0{}, sum1{};

@@ -40,6 +40,12 @@ AF_INLINE void stream(T* p, VecF x) {
 AF_INLINE void end_stream() {}
 #endif
 
+// A row of whole lines, times scale.
+template <class T>
+AF_INLINE void stream_row(const float* row, float scale, int64_t dim, T* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) stream(out + d, load(row + d) * splat(scale));
+}
+
 // Whether `rows` rows of `dim` elements of so many heads are large, and whole lines each.
 template <class T>
 AF_INLINE bool streamed(const TensorRef& out, int64_t rows, int64_t heads, int64_t dim) {

@@ -49,11 +49,6 @@ AF_INLINE VecF exp2_by_table(VecF x) {
   return fma(power * f, q, power);
 }
 
-// A maximum stays in force while scores are less than this above it, in the base-2 domain: weights
-// are then up to 256 instead of 1, and few rows of few blocks have anything to rescale. (A branch
-// that one row in three takes costs as much as a third of the exponentials.)
-constexpr float kMaxSlack = 8.0f;
-
 // p becomes 2^(scale s - m) in bf16, m and l are updated; l sums weights before rounding. scale >
 // 0. p may begin where s does. Returns the factor for what was accumulated under the old maximum.
 AF_INLINE float softmax_row_rounded(const float* s, int64_t n, float scale, BFloat16* p, float& m,
