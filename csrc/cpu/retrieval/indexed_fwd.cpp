@@ -191,9 +191,9 @@ AF_INLINE void run_task(const IndexedFwdParams& params, const Layout& y, const R
   load_rows();
   run_entries<T>(params, y, g, unit, row0, rows, lo, hi, part, q, false);
 #endif
-  if (y.united && !all_finite(part.o + row0 * y.ldo, rows * y.ldo)) {
+  if ((Operands::kTiles || y.united) && !all_finite(part.o + row0 * y.ldo, rows * y.ldo)) {
     load_rows();
-    run_entries<T>(params, y, g, unit, row0, rows, lo, hi, part, q, true);
+    run_entries<T>(params, y, g, unit, row0, rows, lo, hi, part, q, y.united);
   }
 }
 

@@ -1,12 +1,15 @@
-// Listed keys on matrix tiles: bf16 rows of K and V copied together, kTileKeys at a time.
+// Listed keys on matrix tiles: bf16 rows of K and V as they lie in memory, kTileRows at a time
+// where they lie a fixed way apart, as those of a page do; others are copied side by side first.
 //
-//   S^T = K Q^T   K is A as it lies in memory, the rows of a unit are the 16 columns of B: K costs
-//                 copies of its rows alone. S is S^T turned by 16 x 16
-//   O += P V      V is B: two rows side by side, even columns in one tile, odd ones in the next:
-//                 the pair order that decode sums in
-//   prefetch      the next chunk's rows between those that are copied, by rounds (flash/keys.h)
+//   S^T = K Q^T   K is A, the rows of a unit are the 16 columns of B. S is S^T turned by 16 x 16
+//   O += P V      V is B, though B takes pairs of rows: a row of V is read as 16 pairs of channels,
+//                 one key deep. A has (p, 0) in its upper half and (0, p) in the lower, so the
+//                 upper half of C sums even channels and the lower odd ones: half of the products
+//                 are by 0, on rows that a few queries would leave idle
+//   prefetch      the next chunk's rows between products, by rounds (flash/keys.h)
 //
-// P is rounded to bf16, sums are of P before rounding.
+// P is rounded to bf16, sums are of P before rounding. As 0 * NaN is NaN, a channel that is not
+// finite spoils its neighbour: such results are computed anew by FMAs.
 #pragma once
 
 #include "cpu/micro/tile_pack.h"
@@ -17,82 +20,78 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileGroups = kTileKeys / kTileRows;
 constexpr int64_t kTileLds = kTileKeys + 16;  // off the power of two
+constexpr int64_t kHalfRows = kTileRows / 2;  // rows of one A of P
+constexpr int64_t kSquare = kTileRows * kTileRows;
 
 struct ListTiles {
-  BFloat16* q;     // one panel of B
-  BFloat16* rows;  // K [kTileKeys][depth], then V as B
+  BFloat16* q;     // B: [depth / 32][two tiles], the second one unused
+  BFloat16* rows;  // copies: K [kTileKeys][depth], behind them V [kTileKeys][width]
   float* turned;   // S^T [kTileKeys][16]
   float* s;        // S, then P in its place: [16][kTileLds]
-  float* o;        // [16][ldo]
-  int64_t depth, ldo;
+  uint32_t* p;     // A: [half][group][16][16 pairs]
+  float* o;        // C: [half][width / 32][16][16]
+  int64_t depth, width;
+
+  AF_INLINE_MEMBER int64_t tiles() const { return width / kTileDepth; }  // of C
 };
 
 AF_INLINE ListTiles take_list_tiles(Arena& a, int64_t dim, int64_t v_dim) {
   ListTiles w;
-  w.depth = tile_depth(dim), w.ldo = round_up(v_dim, kNR);
+  w.depth = tile_depth(dim), w.width = tile_depth(v_dim);
   w.q = a.take<BFloat16>(w.depth * kNR);
-  w.rows = a.take<BFloat16>(kTileKeys * max64(w.depth, w.ldo));
+  w.rows = a.take<BFloat16>(kTileKeys * (w.depth + w.width));
   w.turned = a.take<float>(kTileKeys * kTileRows);
   w.s = a.take<float>(kTileRows * kTileLds);
-  w.o = a.take<float>(kTileRows * w.ldo);
+  w.p = a.take<uint32_t>(2 * kTileGroups * kSquare);
+  w.o = a.take<float>(2 * w.tiles() * kSquare);
   return w;
 }
 
-// Between this many keys prefetches have their turn.
-constexpr int64_t kTurn = 8;
+// Rows of a tile in memory.
+struct TileSource {
+  const BFloat16* rows;
+  int64_t bytes;  // from one to the next
+};
 
-// row(j): of n keys. What *walk has left is walked meanwhile.
-template <class Row>
-AF_INLINE void copy_keys(const ListTiles& w, int64_t n, int64_t dim, RowsAhead<BFloat16>& walk,
-                         const Row& row) {
-  const int64_t share = share_of(&walk, n / kTurn);
-  for (int64_t j = 0; j < n; ++j) {
-    if (j % kTurn == 0) ask_for(walk, share);
-    const BFloat16* src = row(j);
-    for (int64_t d = 0; d < dim; d += kTileDepth)
-      store_raw(w.rows + j * w.depth + d, load_pairs(src + d, dim - d));
+// n rows of `dim` elements at `at`, as whole tiles.
+AF_INLINE TileSource tile_source(const BFloat16* first, const int64_t* at, int64_t n, int64_t dim,
+                                 BFloat16* copy) {
+  const int64_t step = n > 1 ? at[1] - at[0] : 0, depth = tile_depth(dim);
+  bool even = n == kTileRows && dim == depth;
+  for (int64_t j = 2; j < n; ++j) even &= at[j] - at[j - 1] == step;
+  if (even) return {first + at[0], step * static_cast<int64_t>(sizeof(BFloat16))};
+  for (int64_t j = 0; j < kTileRows; ++j) {
+    for (int64_t d = 0; d < depth; d += kTileDepth)
+      store_raw(copy + j * depth + d, j < n ? load_pairs(first + at[j] + d, dim - d) : VecU{});
   }
-  ask_for(walk, walk.left);
+  return {copy, depth * static_cast<int64_t>(sizeof(BFloat16))};
 }
 
-// Two rows of up to 32 columns as a row of each of two tiles.
-AF_INLINE void put_side_by_side(const BFloat16* first, const BFloat16* second, int64_t columns,
-                                BFloat16* to) {
-  VecU a = load_pairs(first, columns), b = second ? load_pairs(second, columns) : VecU{};
-  if (columns >= kTileDepth) {
-    store_raw(to, (a & 0xffffu) | (b << 16));
-    store_raw(to + kTileSize, (a >> 16) | (b & 0xffff0000u));
-    return;
-  }
-  BFloat16 x[kTileDepth], y[kTileDepth], pair[2 * kTileDepth];  // the order of memory
-  store_raw(x, a), store_raw(y, b);
-  for (int64_t i = 0; i < kTileDepth; ++i) pair[2 * i] = x[i], pair[2 * i + 1] = y[i];
-  store_raw(to, load_raw<VecU>(pair));
-  store_raw(to + kTileSize, load_raw<VecU>(pair + kTileDepth));
-}
-
-// The same for V; `keys`: n rounded up to whole tiles.
-template <class Row>
-AF_INLINE void pair_values(const ListTiles& w, int64_t n, int64_t keys, int64_t dim,
-                           RowsAhead<BFloat16>& walk, const Row& row) {
-  const int64_t share = share_of(&walk, keys / kTurn);
-  for (int64_t j = 0; j < keys; j += 2) {
-    if (j % kTurn == 0) ask_for(walk, share);
-    const BFloat16* first = j < n ? row(j) : nullptr;
-    BFloat16* to = w.rows + j / kTileDepth * 2 * kTileSize + j % kTileDepth * kTileRows;
-    for (int64_t d = 0; d < dim; d += kTileDepth, to += keys * kNR) {
-      if (first) {
-        put_side_by_side(first + d, j + 1 < n ? row(j + 1) + d : nullptr, dim - d, to);
-      } else {
-        store_raw(to, VecU{}), store_raw(to + kTileSize, VecU{});
-      }
+// S^T of one or two groups of keys; soon() after each step.
+template <bool kTwo, class Soon>
+AF_INLINE void score_groups(const ListTiles& w, const TileSource* k, float* turned,
+                            const Soon& soon) {
+  Tiles t;
+  t.zero<0>();
+  if constexpr (kTwo) t.zero<1>();
+  for (int64_t d = 0; d < w.depth; d += kTileDepth) {
+    t.load<6>(w.q + d / kTileDepth * 2 * kTileSize, 64);
+    t.load<4>(k[0].rows + d, k[0].bytes);
+    t.dot<0, 4, 6>();
+    soon();
+    if constexpr (kTwo) {
+      t.load<5>(k[1].rows + d, k[1].bytes);
+      t.dot<1, 5, 6>();
+      soon();
     }
   }
-  ask_for(walk, walk.left);
+  t.store<0>(turned, 64);
+  if constexpr (kTwo) t.store<1>(turned + kSquare, 64);
 }
 
-// S of `rows` rows from S^T of whole tiles of keys; what is past n is not seen.
+// S of `rows` rows from S^T of whole groups of keys; what is past n is not seen.
 AF_INLINE void turn_scores(const ListTiles& w, int64_t rows, int64_t n, int64_t keys) {
   for (int64_t c = 0; c < keys; c += kLanes) {
     VecU x[kLanes];
@@ -103,18 +102,52 @@ AF_INLINE void turn_scores(const ListTiles& w, int64_t rows, int64_t n, int64_t 
   for (int64_t r = 0; r < rows && n < keys; ++r) mask_row(w.s + r * kTileLds, keys, 0, n, -kInf);
 }
 
-AF_INLINE BFloat16* weights_of(const ListTiles& w, int64_t r) {
-  return reinterpret_cast<BFloat16*>(w.s + r * kTileLds);
-}
-
-// S to P; O is brought under the new maximum.
+// S to P, as A of its products; O is brought under the new maximum. `keys`: whole panels.
 AF_INLINE void weigh_listed(const ListTiles& w, int64_t rows, int64_t keys, float scale, float* m,
                             float* l) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float alpha =
-        softmax_row_rounded(w.s + r * kTileLds, keys, scale, weights_of(w, r), m[r], l[r]);
-    if (alpha != 1.0f) scale_row(w.o + r * w.ldo, w.ldo, alpha);
+    float* s = w.s + r * kTileLds;
+    BFloat16* weights = reinterpret_cast<BFloat16*>(s);
+    const float alpha = softmax_row_rounded(s, keys, scale, weights, m[r], l[r]);
+    const int64_t half = r / kHalfRows, row = r % kHalfRows * kTileRows;
+    for (int64_t c = 0; c < keys; c += kTileRows) {
+      uint32_t* p = w.p + (half * kTileGroups + c / kTileRows) * kSquare + row;
+      const VecU odd = float_to_bits(load(weights + c));
+      store_raw(p, odd >> 16);
+      store_raw(p + kSquare / 2, odd);
+    }
+    if (alpha == 1.0f) continue;
+    float* o = w.o + half * w.tiles() * kSquare + row;
+    for (int64_t tile = 0; tile < w.tiles(); ++tile, o += kSquare) {
+      store(o, load(o) * splat(alpha));
+      store(o + kSquare / 2, load(o + kSquare / 2) * splat(alpha));
+    }
   }
+}
+
+// O += P V of a half on N tiles of C; soon() after each product.
+template <int N, class Soon>
+AF_INLINE void add_values(const uint32_t* p, const TileSource* v, int64_t groups, int64_t column,
+                          float* o, const Soon& soon) {
+  Tiles t;
+  t.load<0>(o, 64);
+  if constexpr (N > 1) t.load<1>(o + kSquare, 64);
+  if constexpr (N > 2) t.load<2>(o + 2 * kSquare, 64);
+  if constexpr (N > 3) t.load<3>(o + 3 * kSquare, 64);
+  for (int64_t g = 0; g < groups; ++g) {
+    const BFloat16* rows = v[g].rows + column;
+    t.load<4>(p + g * kSquare, 64);
+    t.load<5>(rows, v[g].bytes);
+    t.dot<0, 4, 5>();
+    soon();
+    if constexpr (N > 1) t.load<6>(rows + kTileDepth, v[g].bytes), t.dot<1, 4, 6>(), soon();
+    if constexpr (N > 2) t.load<7>(rows + 2 * kTileDepth, v[g].bytes), t.dot<2, 4, 7>(), soon();
+    if constexpr (N > 3) t.load<5>(rows + 3 * kTileDepth, v[g].bytes), t.dot<3, 4, 5>(), soon();
+  }
+  t.store<0>(o, 64);
+  if constexpr (N > 1) t.store<1>(o + kSquare, 64);
+  if constexpr (N > 2) t.store<2>(o + 2 * kSquare, 64);
+  if constexpr (N > 3) t.store<3>(o + 3 * kSquare, 64);
 }
 
 // Biases of n entries on S^T, which is scaled here.
@@ -145,40 +178,76 @@ AF_INLINE void run_entries_on_tiles(const IndexedFwdParams& params, const Layout
   const Rows<BFloat16> kv{params};
   const float scale = score_map(p).q_scale;
   const bool biased = y.united || params.lists.log_bias;
-  PageKeys<BFloat16> keys = kv.keys(batch, head);
+  const PageKeys<BFloat16> keys = kv.keys(batch, head);
   auto q_row = [&](int64_t r) {
     return row_ptr<const BFloat16>(params.flash.q, batch, seq.q_row + (row0 + r) % p.seqlen_q,
                                    head * y.group + (row0 + r) / p.seqlen_q);
   };
   pack_key_tiles(q_row, rows, p.head_dim, w.q);
-  __builtin_memset(w.s, 0, kTileRows * kTileLds * sizeof(float));
-  __builtin_memset(w.o, 0, kTileRows * w.ldo * sizeof(float));
+  __builtin_memset(w.p, 0, 2 * kTileGroups * kSquare * sizeof(uint32_t));
+  __builtin_memset(w.o, 0, 2 * w.tiles() * kSquare * sizeof(float));
   for (int64_t r = row0; r < row0 + rows; ++r) part.m[r] = -kInf, part.l[r] = part.z[r] = 0.0f;
   int64_t k_at[2][kTileKeys], v_at[2][kTileKeys], here = 0;
   kv.locate(batch, g.keys + lo, min64(kTileKeys, hi - lo), k_at[0], v_at[0]);
   for (int64_t e = lo; e < hi; e += kTileKeys, here ^= 1) {
     const int64_t n = min64(kTileKeys, hi - e), next = min64(kTileKeys, hi - e - n);
-    const int64_t whole = round_up(n, kTileDepth);
+    const int64_t groups = ceil_div(n, kTileRows), panels = round_up(n, kNR);
     kv.locate(batch, g.keys + e + n, next, k_at[here ^ 1], v_at[here ^ 1]);
-    keys.k_at = k_at[here], keys.v_at = v_at[here];
     Ahead<BFloat16> ahead = {{keys.k, k_at[here ^ 1], kv.k_stride(), 0, p.head_dim, 1},
                              {keys.v, v_at[here ^ 1], kv.v_stride(), 0, p.v_head_dim, 1}};
     ahead.begin(next);
     if (next > 0) ahead.allow(0, 1);
-    copy_keys(w, n, p.head_dim, ahead.k, [&](int64_t j) { return keys.k_row(j); });
-    tile_gemm(n, 1, w.depth, w.rows, w.depth, w.q, 0, w.turned, kTileRows, false);
+    const int64_t k_share = share_of(&ahead.k, groups * (w.depth / kTileDepth)),
+                  v_share = share_of(&ahead.v, groups * w.tiles());
+    auto k_soon = [&] { ask_for(ahead.k, k_share); };
+    auto v_soon = [&] { ask_for(ahead.v, v_share); };
+    TileSource k[kTileGroups], v[kTileGroups];
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t j = i * kTileRows, own = min64(kTileRows, n - j);
+      k[i] = tile_source(keys.k, k_at[here] + j, own, p.head_dim, w.rows + j * w.depth);
+      v[i] = tile_source(keys.v, v_at[here] + j, own, p.v_head_dim,
+                         w.rows + kTileKeys * w.depth + j * w.width);
+    }
+    for (int64_t i = 0; i < groups; i += 2) {
+      float* turned = w.turned + i * kSquare;
+      if (i + 1 < groups) {
+        score_groups<true>(w, k + i, turned, k_soon);
+      } else {
+        score_groups<false>(w, k + i, turned, k_soon);
+      }
+    }
     if (biased)
       bias_turned(y, p.seqlen_q, row0, rows, g.bias + e * (y.united ? y.group : 1), n, scale,
                   w.turned);
-    turn_scores(w, rows, n, whole);
-    weigh_listed(w, rows, whole, biased ? 1.0f : scale, part.m + row0, part.l + row0);
-    pair_values(w, n, whole, p.v_head_dim, ahead.v, [&](int64_t j) { return keys.v_row(j); });
-    tile_gemm(rows, vectors_of(p.v_head_dim), whole, weights_of(w, 0), 2 * kTileLds, w.rows,
-              whole * kNR, w.o, w.ldo, true);
+    turn_scores(w, rows, n, panels);
+    weigh_listed(w, rows, panels, biased ? 1.0f : scale, part.m + row0, part.l + row0);
+    for (int64_t half = 0; half * kHalfRows < rows; ++half) {
+      const uint32_t* a = w.p + half * kTileGroups * kSquare;
+      for (int64_t tile = 0; tile < w.tiles(); tile += 4) {
+        float* o = w.o + (half * w.tiles() + tile) * kSquare;
+        const int64_t column = tile * kTileDepth;
+        switch (min64(4, w.tiles() - tile)) {
+          case 1:
+            add_values<1>(a, v, groups, column, o, v_soon);
+            break;
+          case 2:
+            add_values<2>(a, v, groups, column, o, v_soon);
+            break;
+          case 3:
+            add_values<3>(a, v, groups, column, o, v_soon);
+            break;
+          default:
+            add_values<4>(a, v, groups, column, o, v_soon);
+        }
+      }
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t d = 0; d < y.ldo; d += kLanes)
-      store(part.o + (row0 + r) * y.ldo + d, load(w.o + r * w.ldo + d));
+    const float* o = w.o + r / kHalfRows * w.tiles() * kSquare + r % kHalfRows * kTileRows;
+    for (int64_t d = 0; d < y.ldo; ++d) {
+      part.o[(row0 + r) * y.ldo + d] =
+          o[d / kTileDepth * kSquare + d % 2 * (kSquare / 2) + d % kTileDepth / 2];
+    }
   }
 }
 

@@ -17,6 +17,9 @@ AF_INLINE VecF negative(VecF x) {
 
 constexpr int64_t kPageBlock = 16;
 constexpr int64_t kBoundRows = kRows;
+struct BoundScope {
+  AF_INLINE_MEMBER ~BoundScope() {}
+};
 
 template <class F>
 AF_INLINE void dispatch_bounds(const PageScoresParams& params, const F& f) {
@@ -118,11 +121,13 @@ template <int R, class E>
 }
 
 // bounds [row][kPageBlock] of rows [r0, r0 + rows) and the first `count` pages.
-template <class E>
+template <class E, class Soon>
 AF_INLINE void bound_block(const BoundQueries& queries, int64_t r0, int64_t rows,
-                           const Pages<E, kPageBlock>& pages, int64_t count, float* bounds) {
+                           const Pages<E, kPageBlock>& pages, int64_t count, Soon& soon,
+                           float* bounds) {
   const SplitQuery q = queries.from(r0);
   for (int64_t page = 0; page < count; page += kDotKeys) {
+    soon(kDotKeys);
     const E *low[kDotKeys], *high[kDotKeys];
     for (int64_t j = 0; j < kDotKeys; ++j)
       low[j] = pages.low[page + j], high[j] = pages.high[page + j];

@@ -2,8 +2,8 @@
 //
 //   bound     the two products of page_bounds.h, by FMAs or, of int8, on matrix tiles
 //   order     that of memory: where bounds of all heads of a page lie together, a task walks
-//             kPageBlock pages of all heads at once, else one head after the other. The next block
-//             is asked for meanwhile
+//             kPageBlock pages of all heads at once, else pages of one head. The next block is
+//             asked for meanwhile
 //   group     with `grouped` the largest bound of the query heads of a KV head is written
 //
 //   bytes     2 D elements per page and KV head       flops   4 D per row and page
@@ -23,7 +23,7 @@ ATTNFORGE_DECLARE_HERE
 namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
-constexpr int64_t kPageRun = 256;  // pages of a task
+constexpr int64_t kPageRun = 256, kHeadRun = 512;  // pages of a task: of all heads, of one
 
 struct Queries {
   char* base;
@@ -81,67 +81,131 @@ AF_INLINE void write_bounds(const PageScoresParams& params, int64_t unit, int64_
   }
 }
 
-// Pages [lo, hi) of one KV head, kPageBlock at most; what follows them is asked for.
+// Where one KV head's bounds of pages lie, one kind of them: in one piece, or in rows of a pool.
+template <class T>
+struct PageRows {
+  const T* first;
+  int64_t step;
+
+  AF_INLINE_MEMBER static PageRows of(const PageScoresParams& params, const TensorRef& x,
+                                      int64_t batch, int64_t kv_head) {
+    if (params.table) return {row_ptr<const T>(x, 0, 0, kv_head), x.batch_stride};
+    return {row_ptr<const T>(x, batch, 0, kv_head), x.seq_stride};
+  }
+  AF_INLINE_MEMBER const T* at(int64_t row) const { return first + row * step; }
+};
+
 template <class E>
-AF_INLINE void score_block(const PageScoresParams& params, const Queries& queries, int64_t batch,
-                           int64_t kv_head, int64_t lo, int64_t hi, int64_t next) {
+struct HeadRows {
+  const PageScoresParams& params;
+  int64_t batch, head;
+  PageRows<E> low, high;
+  PageRows<float> scale;  // of codes
+
+  AF_INLINE_MEMBER static HeadRows of(const PageScoresParams& params, int64_t batch, int64_t head) {
+    HeadRows rows = {params,
+                     batch,
+                     head,
+                     PageRows<E>::of(params, params.low, batch, head),
+                     PageRows<E>::of(params, params.high, batch, head),
+                     {}};
+    if constexpr (kIsCode<E>) rows.scale = PageRows<float>::of(params, params.scale, batch, head);
+    return rows;
+  }
+  AF_INLINE_MEMBER int64_t row(int64_t page) const {
+    if (!params.table) return page;
+    return max64(0, min64(params.table[batch * params.table_stride + page], params.pages - 1));
+  }
+};
+
+// Pages that will be scored next, asked for a few at a time between the steps of what is scored
+// now: all at once would fill the core's buffers for misses, and whatever loads would wait.
+template <class E>
+struct PagesSoon {
+  const HeadRows<E>& rows;
+  int64_t page, end;
+
+  AF_INLINE_MEMBER void operator()(int64_t pages) {
+    for (; pages > 0 && page < end; --pages, ++page) {
+      const int64_t own = rows.row(page);
+      const char* low = reinterpret_cast<const char*>(rows.low.at(own));
+      const char* high = reinterpret_cast<const char*>(rows.high.at(own));
+      const int64_t bytes = rows.params.problem.head_dim * static_cast<int64_t>(sizeof(E));
+      for (int64_t b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(low + b);
+        __builtin_prefetch(high + b);
+      }
+    }
+  }
+};
+
+// Pages [lo, hi) of one KV head, kPageBlock at most. Those behind them, up to `next`, are asked
+// for.
+template <class E>
+AF_INLINE void score_block(const Queries& queries, const HeadRows<E>& rows, int64_t lo, int64_t hi,
+                           int64_t next) {
+  const PageScoresParams& params = rows.params;
   const FlashProblem& p = params.problem;
-  const int64_t unit = batch * p.heads_k + kv_head;
-  auto place = [&]<class T>(T, const TensorRef& x, int64_t page) __attribute__((always_inline)) {
-    if (!params.table) return row_ptr<const T>(x, batch, page, kv_head);
-    const int64_t own = params.table[batch * params.table_stride + page];
-    return row_ptr<const T>(x, max64(0, min64(own, params.pages - 1)), 0, kv_head);
-  };
-  auto row = [&](const TensorRef& bounds, int64_t page)
-                 __attribute__((always_inline)) { return place(E{}, bounds, page); };
+  const int64_t unit = rows.batch * p.heads_k + rows.head;
   Pages<E, kPageBlock> pages;
   float scales[kPageBlock];
+  PagesSoon<E> soon = {rows, lo + kPageBlock, min64(next, lo + 2 * kPageBlock)};
   for (int64_t j = 0; j < kPageBlock; ++j) {
-    const int64_t own = min64(lo + j, hi - 1), ahead = lo + j + kPageBlock;
-    pages.low[j] = row(params.low, own), pages.high[j] = row(params.high, own);
-    scales[j] = kIsCode<E> ? *place(float{}, params.scale, own) : 1.0f;
-    if (ahead < next) {
-      prefetch_row(row(params.low, ahead), p.head_dim);
-      prefetch_row(row(params.high, ahead), p.head_dim);
-    }
+    if (j % 4 == 0) soon(1);
+    const int64_t own = rows.row(min64(lo + j, hi - 1));
+    pages.low[j] = rows.low.at(own), pages.high[j] = rows.high.at(own);
+    scales[j] = kIsCode<E> ? *rows.scale.at(own) : 1.0f;
   }
   for (int64_t r0 = 0; r0 < queries.rows; r0 += kBoundRows) {
     const int64_t count = min64(kBoundRows, queries.rows - r0);
     float bounds[kBoundRows * kPageBlock] = {};
-    bound_block(queries.of(unit), r0, count, pages, hi - lo, bounds);
+    bound_block(queries.of(unit), r0, count, pages, hi - lo, soon, bounds);
     for (int64_t r = 0; r < count; ++r) {
-      const Row own = row_of(p, kv_head, r0 + r);
-      float* out =
-          params.out + (params.grouped ? unit * p.seqlen_q + own.query
-                                       : (batch * p.heads_q + own.head) * p.seqlen_q + own.query) *
-                           params.columns;
-      const bool first = !params.grouped || own.head == kv_head * group_size(p);
+      soon(2);
+      const Row own = row_of(p, rows.head, r0 + r);
+      float* out = params.out +
+                   (params.grouped ? unit * p.seqlen_q + own.query
+                                   : (rows.batch * p.heads_q + own.head) * p.seqlen_q + own.query) *
+                       params.columns;
+      const bool first = !params.grouped || own.head == rows.head * group_size(p);
       write_bounds(params, unit, r0 + r, pages, scales, hi - lo, bounds + r * kPageBlock, out + lo,
                    first);
     }
   }
+  soon(kPageBlock);
+}
+
+// Tasks: `run` pages of `heads` heads.
+struct Cut {
+  int64_t heads, run, runs;
+};
+
+AF_INLINE Cut cut_of(const PageScoresParams& params) {
+  const FlashProblem& p = params.problem;
+  const int64_t page_stride = params.table ? params.low.batch_stride : params.low.seq_stride;
+  const bool planes = params.low.head_stride > page_stride;
+  const int64_t run = planes ? kHeadRun : kPageRun;
+  return {planes ? 1 : p.heads_k, run, ceil_div(params.columns, run)};
 }
 
 template <class E>
-AF_INLINE void score_pages(const PageScoresParams& params, const Queries& queries, int64_t batch,
-                           int64_t run) {
+AF_INLINE void score_pages(const PageScoresParams& params, const Queries& queries, const Cut& cut,
+                           int64_t batch, int64_t head0, int64_t run) {
+  const BoundScope scope;
   const FlashProblem& p = params.problem;
   const int64_t used =
       params.used ? max64(0, min64(params.used[batch], params.columns)) : params.columns;
-  const int64_t lo = run * kPageRun, end = min64(params.columns, lo + kPageRun),
+  const int64_t lo = run * cut.run, end = min64(params.columns, lo + cut.run),
                 hi = max64(lo, min64(end, used));
-  const int64_t page_stride = params.table ? params.low.batch_stride : params.low.seq_stride;
-  const int64_t step = params.low.head_stride > page_stride ? kPageRun : kPageBlock;
-  for (int64_t first = lo; first < hi; first += step) {
-    for (int64_t head = 0; head < p.heads_k; ++head) {
-      for (int64_t page = first; page < min64(hi, first + step); page += kPageBlock) {
-        score_block<E>(params, queries, batch, head, page, min64(hi, page + kPageBlock), hi);
-      }
+  for (int64_t page = lo; page < hi; page += kPageBlock) {
+    for (int64_t head = head0; head < head0 + cut.heads; ++head) {
+      score_block(queries, HeadRows<E>::of(params, batch, head), page, min64(hi, page + kPageBlock),
+                  hi);
     }
   }
-  const int64_t rows = (params.grouped ? p.heads_k : p.heads_q) * p.seqlen_q;
-  for (int64_t r = 0; r < rows && hi < end; ++r) {
-    fill(params.out + (batch * rows + r) * params.columns, hi, end, -kInf);
+  const int64_t rows = (params.grouped ? 1 : group_size(p)) * p.seqlen_q;  // of a KV head
+  for (int64_t r = head0 * rows; r < (head0 + cut.heads) * rows && hi < end; ++r) {
+    fill(params.out + (batch * p.heads_k * rows + r) * params.columns, hi, end, -kInf);
   }
 }
 
@@ -157,15 +221,17 @@ void page_scores(const PageScoresParams& params, const Workers& workers) {
   AF_LEAVE_UNLESS(served_by_tiles(params), page_scores(params, workers));
   const FlashProblem& p = params.problem;
   const Queries queries = queries_of(params);
-  const int64_t runs = ceil_div(params.columns, kPageRun);
+  const Cut cut = cut_of(params);
   dispatch_bounds(params, [&](auto element) {
     using E = decltype(element);
     parallel_tasks(workers, p.batch * p.heads_k, [&](int64_t unit, int64_t) {
       queries.of(unit).pack<E>(p.softmax_scale,
                                [&](int64_t r, float* x) { load_row(params, unit, r, 1.0f, x); });
     });
-    parallel_tasks(workers, p.batch * runs, [&](int64_t task, int64_t) {
-      score_pages<E>(params, queries, task / runs, task % runs);
+    const int64_t parts = p.heads_k / cut.heads;
+    parallel_tasks(workers, p.batch * parts * cut.runs, [&](int64_t task, int64_t) {
+      const int64_t unit = task / cut.runs;
+      score_pages<E>(params, queries, cut, unit / parts, unit % parts * cut.heads, task % cut.runs);
     });
   });
 }

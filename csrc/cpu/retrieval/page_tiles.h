@@ -10,6 +10,7 @@ namespace attnforge::cpu::ATTNFORGE_ISA {
 namespace {
 
 constexpr int64_t kPageBlock = 2 * kTileRows;   // pages at a time
+using BoundScope = TileScope;                   // stands around blocks
 constexpr int64_t kBoundRows = kTileRows / 2;   // rows at a time: a column for each of two codes
 constexpr int64_t kCodeDepth = 2 * kTileDepth;  // codes of a row of A
 constexpr float kMostCode = 127.0f * 128.0f;    // of Q, 128 times the one code and the other
@@ -95,9 +96,10 @@ struct BoundRows {
   }
 };
 
-// sums [page][column] of one group of rows.
-[[gnu::noinline]] static void sum_codes(const BoundRows& high, const BoundRows& low, int64_t steps,
-                                        const int8_t* b, int32_t* sums) {
+// sums [page][column] of one group of rows; soon(n) between steps.
+template <class Soon>
+AF_INLINE void sum_codes(const BoundRows& high, const BoundRows& low, int64_t steps,
+                         const int8_t* b, int32_t* sums, Soon& soon) {
   Tiles t;
   t.zero<0>(), t.zero<1>();
   for (int64_t half = 0; half < 2; ++half) {
@@ -107,8 +109,10 @@ struct BoundRows {
       t.load<6>(b, 64);
       t.load<4>(rows, a.stride);
       t.dot_codes<0, 4, 6>();
+      soon(2);
       t.load<5>(rows + kTileRows * a.stride, a.stride);
       t.dot_codes<1, 5, 6>();
+      soon(2);
     }
   }
   t.store<0>(sums, 64);
@@ -116,13 +120,14 @@ struct BoundRows {
 }
 
 // bounds [row][kPageBlock] of rows [r0, r0 + rows), less the scales of pages.
+template <class Soon>
 AF_INLINE void bound_block(const BoundQueries& q, int64_t r0, int64_t rows,
-                           const Pages<Int8, kPageBlock>& pages, int64_t, float* bounds) {
-  const TileScope scope;
+                           const Pages<Int8, kPageBlock>& pages, int64_t, Soon& soon,
+                           float* bounds) {
   Int8 copy[2][kPageBlock * (kMostDim + kCodeDepth)];
   int32_t sums[kPageBlock * kTileRows];
   sum_codes(BoundRows(pages.high, q.dim, copy[0]), BoundRows(pages.low, q.dim, copy[1]),
-            ceil_div(q.dim, kCodeDepth), q.tiles(r0), sums);
+            ceil_div(q.dim, kCodeDepth), q.tiles(r0), sums, soon);
   for (int64_t page = 0; page < kPageBlock; page += kLanes) {
     VecU x[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) x[i] = load_raw<VecU>(sums + (page + i) * kTileRows);
