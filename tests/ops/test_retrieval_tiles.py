@@ -94,6 +94,45 @@ def test_a_value_that_a_head_does_not_list_never_reaches_it(level: str, need: Ne
     assert out[0, 0, 1::2].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dim", [64, 128, 160])
+@pytest.mark.parametrize("level", BELOW)
+def test_rows_a_fixed_way_apart_are_read_where_they_lie(
+    level: str, dim: int, rows: int, need: Need
+) -> None:
+    """Pages, in both directions, every second key and one key sixteen times: no copy is made."""
+    need(level)
+    heads, keys = 4, 400
+    q = torch.randn(1, rows, 4 * heads, dim).to(BF16)
+    k, v = (torch.randn(1, heads, keys, dim).to(BF16).transpose(1, 2) for _ in range(2))
+    runs = [retrieval.page_tokens(torch.tensor([1, 4, 9, 20]), 16), torch.arange(95, 79, -1)]
+    runs += [torch.arange(200, 232, 2), torch.full((16,), 7), torch.tensor([399])]
+    ids = torch.cat(runs).int().expand(1, heads, -1).contiguous()
+    scattered = ids.clone()
+    scattered[..., :112] = ids[..., torch.randperm(112)]
+    truth = attnforge.indexed_attention(
+        q.double(), k.double(), v.double(), ids=ids, backend="reference"
+    )
+    for lists in (ids, scattered):
+        with use_isa(level):
+            out = attnforge.indexed_attention(q, k, v, ids=lists, backend="cpu")
+        assert (out - truth).abs().max() < 2**-7 * v.double().abs().max()
+
+
+@pytest.mark.parametrize("level", BELOW)
+def test_a_channel_that_is_not_finite_never_reaches_its_neighbour(level: str, need: Need) -> None:
+    need(level)
+    q, k, v = (torch.randn(1, n, h, 64).to(BF16) for n, h in ((1, 4), (90, 2), (90, 2)))
+    v[0, 7, 0, 8], v[0, 9, 1, 33] = math.inf, math.nan
+    ids = torch.arange(64, dtype=torch.int32).expand(1, 1, -1).contiguous()
+    with use_isa(level):
+        out = attnforge.indexed_attention(q, k, v, ids=ids, backend="cpu")
+    bad = ~out[0, 0].isfinite()
+    want = torch.zeros(4, 64, dtype=torch.bool)
+    want[:2, 8], want[2:, 33] = True, True
+    assert torch.equal(bad, want)
+
+
 @pytest.mark.parametrize("dim", [8, 64, 72, 128, 576])
 @pytest.mark.parametrize("level", BELOW)
 def test_bounds_in_int8(level: str, dim: int, need: Need) -> None:

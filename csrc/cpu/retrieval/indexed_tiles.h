@@ -244,10 +244,13 @@ AF_INLINE void run_entries_on_tiles(const IndexedFwdParams& params, const Layout
   }
   for (int64_t r = 0; r < rows; ++r) {
     const float* o = w.o + r / kHalfRows * w.tiles() * kSquare + r % kHalfRows * kTileRows;
-    for (int64_t d = 0; d < y.ldo; ++d) {
-      part.o[(row0 + r) * y.ldo + d] =
-          o[d / kTileDepth * kSquare + d % 2 * (kSquare / 2) + d % kTileDepth / 2];
+    float* out = part.o + (row0 + r) * y.ldo;
+    int64_t d = 0;  // the pair order that decode sums in, behind whole tiles that of memory
+    for (; d + kTileDepth <= p.v_head_dim; d += kTileDepth, o += kSquare) {
+      store(out + d, load(o));
+      store(out + d + kLanes, load(o + kSquare / 2));
     }
+    for (int64_t c = 0; d + c < y.ldo; ++c) out[d + c] = o[c % 2 * (kSquare / 2) + c / 2];
   }
 }
 
