@@ -2,7 +2,7 @@ r"""Native sparse attention and dense attention learn to find needles, from scra
 
     python examples/nsa_needle.py                       # dense and NSA, 400 steps each
     python examples/nsa_needle.py --quick               # does it run: two steps
-    python examples/nsa_needle.py --layers dense nsa --steps 1200 --seeds 3 \
+    python examples/nsa_needle.py --layers dense nsa nsa-fine --steps 1200 --seeds 3 \
         --out docs/measurements/training/nsa_needle.json
 
 A sequence is noise in which a few needles lie, tokens of a key and a value; its last tokens ask
@@ -29,10 +29,11 @@ WIDTH, HEADS, KV_HEADS, BLOCKS, LENGTH, BATCH = 64, 4, 1, 2, 256, 16
 # selected block. Of the 32 blocks of 8 tokens a question reads 8, five of them its choice.
 NSA = {"cmp_block": 4, "cmp_stride": 2, "slc_block": 8, "top_n": 8, "window": 16}
 # With one projection of keys for all branches, and means of them, what finds a token also finds its
-# block. The paper's layer has projections and an MLP of its own for compressed keys, which may stay
-# idle: some seeds go round the choice.
+# block; means of 2 tokens lose none of them. The paper's layer has projections and an MLP of its
+# own for compressed keys, which may stay idle: some seeds go round the choice.
 LAYERS = {
     "nsa": {**NSA, "share_kv": True, "compression": "mean"},
+    "nsa-fine": {**NSA, "share_kv": True, "compression": "mean", "cmp_block": 2, "cmp_stride": 1},
     "nsa-paper": {**NSA, "expansion": 4},
 }
 TESTS = 16  # batches: 2,048 needles

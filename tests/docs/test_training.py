@@ -39,7 +39,7 @@ def sparse_runs(tmp_path: Path) -> Path:
     (folder / "block_sparse.json").write_text(json.dumps({"perplexity": 10.0, "lines": lines}))
     found = [
         {"layer": name, "seed": 0, "parameters": 9400, "curve": [[0, 2.0, 0.125], [9, 0.5, 0.75]]}
-        for name in ("dense", "nsa", "nsa-paper")
+        for name in ("dense", "nsa", "nsa-fine", "nsa-paper")
     ]
     (folder / "nsa_needle.json").write_text(json.dumps({"steps": 9, "runs": found}))
     return tmp_path
@@ -51,7 +51,7 @@ def test_tables_of_sparse_attention(sparse_runs: Path) -> None:
     assert lines[3] == "| 8 | Seer gate, seed 0 | 50.0% | 75.0% | 11.00 | +0.125 ± 0.062 |"
     assert [line.split(" | ")[1] for line in lines[4:]] == ["mean", "Seer gate, seed 0", "mean"]
     lines = training.needle_table(sparse_runs).splitlines()
-    names = ("dense", "NSA, one projection, means", "NSA, paper")
+    names = ("dense", "NSA, one projection, means", "the same, windows of 2", "NSA, paper")
     assert lines[2:] == [f"| {name} | 9 | 0 | 9 k | 0.500 | 75.0% |" for name in names]
 
 

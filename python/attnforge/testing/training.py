@@ -4,7 +4,7 @@
     python examples/linearize_smollm2.py --window 32 --length 256 --segments 4 --steps 24 \\
         --out docs/measurements/training/smollm2_linear.json
     python bench/quality_block_sparse.py --out docs/measurements/training/block_sparse.json
-    python examples/nsa_needle.py --layers dense nsa --steps 1200 --seeds 3 \\
+    python examples/nsa_needle.py --layers dense nsa nsa-fine --steps 1200 --seeds 3 \\
         --out docs/measurements/training/nsa_needle.json
 """
 
@@ -19,7 +19,12 @@ __all__ = [
 ]  # fmt: skip
 
 # What the layers of the needle task are called.
-NEEDLE_LAYERS = {"dense": "dense", "nsa": "NSA, one projection, means", "nsa-paper": "NSA, paper"}
+NEEDLE_LAYERS = {
+    "dense": "dense",
+    "nsa": "NSA, one projection, means",
+    "nsa-fine": "the same, windows of 2",
+    "nsa-paper": "NSA, paper",
+}
 
 
 def runs(root: Path, name: str) -> Any:
