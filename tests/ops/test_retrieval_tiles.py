@@ -100,7 +100,7 @@ def test_a_value_that_a_head_does_not_list_never_reaches_it(level: str, need: Ne
 def test_rows_a_fixed_way_apart_are_read_where_they_lie(
     level: str, dim: int, rows: int, need: Need
 ) -> None:
-    """Pages, in both directions, every second key and one key sixteen times: no copy is made."""
+    """Pages, backwards, every second key, one key sixteen times; and the same keys scattered."""
     need(level)
     heads, keys = 4, 400
     q = torch.randn(1, rows, 4 * heads, dim).to(BF16)
